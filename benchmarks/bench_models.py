@@ -1,0 +1,44 @@
+"""The four models that the benchmarks measure, from checkpoints where they are given."""
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from compressai.models import (
+    Cheng2020Anchor,
+    JointAutoregressiveHierarchicalPriors,
+    MeanScaleHyperprior,
+)
+from torch import nn
+
+from fmpq_fx import samples
+from fmpq_fx.zoo import load_model
+
+UNTRAINED = {
+    "mbt2018-mean": lambda: MeanScaleHyperprior(64, 96),
+    "mbt2018": lambda: JointAutoregressiveHierarchicalPriors(64, 96),
+    "cheng2020-anchor": lambda: Cheng2020Anchor(32),
+}
+"""Sizes that a naive loop over all bit-widths gets through in minutes on two cores."""
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--checkpoint NAME=FILE``, which replaces random weights by trained ones."""
+    parser.add_argument(
+        "--checkpoint",
+        action="append",
+        default=[],
+        type=lambda text: tuple(text.split("=", 1)),
+        metavar="NAME=FILE",
+        help="trained weights, as mbt2018-mean=model.pth; the sample model is trained, all others are random without",
+    )
+
+
+def bench_models(checkpoints: dict[str, str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (description, model in evaluation mode) of the four models, one at a time."""
+    yield "bmshj2018-hyperprior, N=64, M=96, trained", samples.model()
+    for name, make in UNTRAINED.items():
+        torch.manual_seed(0)
+        trained = name in checkpoints
+        model = load_model(name, checkpoint=checkpoints[name]) if trained else make().eval()
+        yield f"{name}, N={model.N}, M={model.M}, {'trained' if trained else 'random weights'}", model

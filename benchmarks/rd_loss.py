@@ -1,0 +1,59 @@
+"""RD loss above float32 after each planner, before any fine-tuning, on images that were not calibrated on.
+
+python benchmarks/rd_loss.py --calibration ../data/bsds500/val --images ../data/kodak
+"""
+
+import argparse
+from pathlib import Path
+
+from tabulate import tabulate
+
+from fmpq_fx import analyze, images, plan_of, prepare, samples
+from fmpq_fx.passes.functionalize import functionalize
+from fmpq_fx.passes.incremental import mean_rd
+from fmpq_fx.passes.rewrite import activations_float
+from fmpq_fx.passes.trace import trace
+from fmpq_fx.zoo import load_model
+
+
+def main() -> None:
+    """Print a row per size and planner."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="sample", help="'sample' or a name of CompressAI's zoo")
+    parser.add_argument("--checkpoint", type=Path, help="trained weights of the model")
+    parser.add_argument("--calibration", help="image folder; default: scikit-image's photographs")
+    parser.add_argument("--images", help="image folder; default: scikit-image's other photographs")
+    parser.add_argument("--crops", type=int, default=24, help="256 x 256 crops of --images")
+    parser.add_argument("--lmbda", type=float, default=0.013)
+    parser.add_argument(
+        "--bits", type=float, nargs="+", default=[8, 6, 5, 4], help="average bits of the weights"
+    )
+    args = parser.parse_args()
+    model = load_model(args.model, checkpoint=args.checkpoint)
+    calibration = images.batches(args.calibration)
+    test = images.crops(args.images or list(samples.held_out_photos().values()), count=args.crops)
+    table = analyze(model, calibration=calibration, lmbda=args.lmbda)
+    float_rd = mean_rd(functionalize(trace(model)), test, args.lmbda)
+    print(f"{args.model}, lambda {args.lmbda}; calibrated on {images.describe(calibration)} of")
+    print(
+        f"{args.calibration or 'scikit-image'}; RD loss of float32 on {images.describe(test)}: {float_rd:.4f}"
+    )
+    rows = []
+    for bits in args.bits:
+        for planner in ("uniform", "adaptive", "optimal"):
+            gm = prepare(model, bits / 32, calibration=calibration, sensitivity=table, planner=planner)
+            a8 = mean_rd(gm, test, args.lmbda)
+            with activations_float(gm):
+                a32 = mean_rd(gm, test, args.lmbda)
+            above = [f"{100 * (rd / float_rd - 1):+.2f} %" for rd in (a32, a8)]
+            rows.append([f"{bits:g}", planner, f"{plan_of(gm).average_bits:.2f}", *above])
+    headers = ["bits asked", "planner", "average bits", "A32: RD loss above float", "A8: RD loss above float"]
+    print(
+        tabulate(rows, headers, disable_numparse=True, colalign=("right", "left", "right", "right", "right"))
+    )
+
+
+if __name__ == "__main__":
+    main()

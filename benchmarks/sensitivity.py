@@ -1,0 +1,82 @@
+"""Time of the full sensitivity table: the naive loop against ``analyze``, and whether the values are the same.
+
+The naive loop quantizes one site at a time and runs the whole model, for every site and bit-width. Both run in
+this process, on the same images, one after the other.
+
+    python benchmarks/sensitivity.py --images ../data/bsds500/val --checkpoint mbt2018-mean=model.pth --out out/tables
+"""
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+import torch
+from bench_models import add_model_arguments, bench_models
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fmpq_fx import Sensitivity, analyze, images, samples
+from fmpq_fx.passes.incremental import substituted
+from fmpq_fx.quant import quantize_layer
+from fmpq_fx.rd import rd_loss
+
+
+def naive_zeta(model: nn.Module, x: Tensor, table: Sensitivity) -> dict[str, dict[int, float]]:
+    """Return zeta of every site and bit-width of ``table`` by full forward passes of ``model``."""
+    model = copy.deepcopy(model)
+    zeta: dict[str, dict[int, float]] = {site.name: {} for site in table.sites}
+    with torch.no_grad():
+        float_rd = rd_loss(model(x), x, table.lmbda).item()
+        for site in tqdm(table.sites, desc="naive", leave=False, disable=None):
+            for bits in table.bits:
+                with substituted(model, site.name, quantize_layer(model.get_submodule(site.name), bits)):
+                    rd = rd_loss(model(x), x, table.lmbda).item()
+                zeta[site.name][bits] = (rd - float_rd) / float_rd
+    return zeta
+
+
+def main() -> None:
+    """Print the comparison for the four models."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", help="calibration images; default: scikit-image's photographs")
+    parser.add_argument("--crops", type=int, default=2)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--lmbda", type=float, default=0.013)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", default="", help="part of the names of the models to measure")
+    parser.add_argument("--out", type=Path, help="folder to save the tables in, for benchmarks/search.py")
+    add_model_arguments(parser)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    batches = images.crops(args.images or list(samples.photos().values()), size=args.size, count=args.crops)
+    print(
+        f"{images.describe(batches)}, lambda {args.lmbda}, {args.threads} threads, torch {torch.__version__}"
+    )
+    rows = []
+    for name, model in bench_models(dict(args.checkpoint)):
+        if args.only not in name:
+            continue
+        start = time.perf_counter()
+        table = analyze(model, calibration=batches, lmbda=args.lmbda)
+        middle = time.perf_counter()
+        naive = naive_zeta(model, batches[0], table)
+        end = time.perf_counter()
+        difference = max(
+            abs(naive[site][b] - z) for site, values in table.raw.items() for b, z in values.items()
+        )
+        evaluations = len(table.sites) * len(table.bits)
+        times = (end - middle, middle - start)
+        rows.append((name, evaluations, *times, times[1] / times[0], difference))
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            table.save(args.out / f"{name.partition(',')[0]}.json")
+    headers = ["model", "evaluations", "naive loop (s)", "analyze (s)", "ratio", "largest difference in zeta"]
+    print(tabulate(rows, headers, floatfmt=("", "", ".1f", ".1f", ".3f", ".1e")))
+
+
+if __name__ == "__main__":
+    main()

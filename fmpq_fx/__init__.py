@@ -1,0 +1,31 @@
+"""FMPQ-FX: mixed-precision quantization of learned image compression models, as a torch.fx compiler pass.
+
+The method is FMPQ (Hossain, Duan, Zhu, "Flexible Mixed Precision Quantization for Learned Image Compression",
+arXiv 2506.01221). Two arguments are enough::
+
+    gm = fmpq_fx.prepare(model, 0.25)
+    print(fmpq_fx.bit_table(gm))
+"""
+
+from fmpq_fx import samples
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.rewrite import plan_of
+from fmpq_fx.passes.tables import Measured, Plan, Sensitivity, Site
+from fmpq_fx.picture import plot_plan
+from fmpq_fx.prepare import analyze, prepare, rewrite
+from fmpq_fx.report import bit_table
+
+__all__ = [
+    "FmpqError",
+    "Measured",
+    "Plan",
+    "Sensitivity",
+    "Site",
+    "analyze",
+    "bit_table",
+    "plan_of",
+    "plot_plan",
+    "prepare",
+    "rewrite",
+    "samples",
+]

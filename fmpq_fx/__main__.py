@@ -1,0 +1,8 @@
+"""``python -m fmpq_fx`` is ``fmpq-fx``."""
+
+import sys
+
+from fmpq_fx.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Package data: the trained sample models that :mod:`fmpq_fx.samples` loads."""

@@ -1,0 +1,9 @@
+"""The package's one exception type."""
+
+
+class FmpqError(Exception):
+    """What was given cannot be quantized as asked; the message says what was expected and what to do.
+
+    Raised where neither ValueError (an argument out of its range) nor TypeError (an argument of the wrong
+    type) says enough: a model that cannot be traced, an image folder without images, a damaged table.
+    """

@@ -1,0 +1,14 @@
+"""What a layer is once it is quantized: fake quantization and the layers built on it. It knows no graph."""
+
+from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant
+from fmpq_fx.quant.latents import QuantizeLatent
+from fmpq_fx.quant.layers import QuantizedLayer, quantize_layer, quantized_class
+
+__all__ = [
+    "ActivationFakeQuant",
+    "QuantizeLatent",
+    "QuantizedLayer",
+    "WeightFakeQuant",
+    "quantize_layer",
+    "quantized_class",
+]

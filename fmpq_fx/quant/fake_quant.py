@@ -1,0 +1,194 @@
+"""Fake quantization of weights and activations, with gradients for what is quantized and for the step.
+
+Forward computes exactly what integer inference computes: the dequantized value of an integer in a fixed range.
+Backward lets gradients through the rounding (straight-through) and, with a small slope, through the clip.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+LEAK = 0.05
+"""Default slope of the leaky clip outside the range."""
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """``(clamp(round(x / scale) + zero_point, low, high) - zero_point) * scale``, element by element.
+
+    Backward is that of the leaky clip without rounding. Inside the range:
+
+    - x: 1 (straight-through rounding);
+    - scale: y / scale - x / scale, the rounding error in steps (LSQ: Esser et al. 2020, eq. 3);
+    - zero_point: 0.
+
+    Outside it, where y / scale is the end of the range in steps:
+
+    - x: ``leak``;
+    - scale: (1 - leak) * y / scale;
+    - zero_point: -(1 - leak) * scale (LSQ+: Bhalgat et al. 2020, with a leak).
+
+    The gradients of scale and zero_point are multiplied by ``grad_scale``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        low: int,
+        high: int,
+        leak: float,
+        grad_scale: float,
+    ) -> Tensor:
+        rounded = torch.round(x / scale) + zero_point
+        y = (rounded.clamp(low, high) - zero_point) * scale
+        ctx.save_for_backward(x, scale, y, (rounded >= low) & (rounded <= high))
+        ctx.leak, ctx.grad_scale = leak, grad_scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        x, scale, y, inside = ctx.saved_tensors
+        grad_scale = grad_zero = None
+        if ctx.needs_input_grad[1]:
+            steps = torch.where(inside, y - x, y * (1 - ctx.leak)) / scale
+            grad_scale = (grad * steps).sum_to_size(scale.shape) * ctx.grad_scale
+        if ctx.needs_input_grad[2]:
+            outside = (grad * ~inside).sum_to_size(scale.shape)
+            grad_zero = outside * scale * (ctx.leak - 1) * ctx.grad_scale
+        return torch.where(inside, grad, grad * ctx.leak), grad_scale, grad_zero, None, None, None, None
+
+
+class _ToInteger(torch.autograd.Function):
+    """Rounding to an integer in [low, high], with the gradient of the identity, at the ends as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: int, high: int) -> Tensor:
+        return torch.round(x).clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None, None
+
+
+class WeightFakeQuant(nn.Module):
+    """Uniform symmetric fake quantization of a weight tensor, one learned step per output channel.
+
+    Integers lie in [-(2^(bits-1) - 1), 2^(bits-1) - 1], or in [0, 2^bits - 1] with ``signed=False``. The step
+    is kept as its logarithm, so that it stays positive whatever the optimizer does.
+
+    Args:
+        weight: the tensor to quantize; it sets the first steps, so that the largest magnitude of each channel
+            is the last integer (min-max).
+        bits: at least 2.
+        dims: the dimensions of ``weight`` that share a step, i.e. all but those of the output channel.
+        signed: False for tensors that are never negative (GDN's gamma).
+        clip: part of each channel's largest magnitude that is kept; 1 is min-max, less clips outliers.
+        leak: slope of the gradient outside the range.
+    """
+
+    log_scale: nn.Parameter
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bits: int,
+        dims: tuple[int, ...],
+        *,
+        signed: bool = True,
+        clip: float = 1.0,
+        leak: float = LEAK,
+    ):
+        super().__init__()
+        self.bits = bits
+        self.high = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+        self.low = -self.high if signed else 0
+        self.leak = leak
+        peak = weight.detach().abs().amax(dims, keepdim=True) * clip
+        # A channel of zeros is represented by any step; 1 keeps its logarithm finite.
+        scale = torch.where(peak > 0, peak / self.high, torch.ones_like(peak))
+        self.log_scale = nn.Parameter(scale.log())
+        # LSQ's gradient scale, per channel: the elements that share a step are those of one channel.
+        self.grad_scale = 1 / math.sqrt(weight.numel() / peak.numel() * self.high)
+        self.register_buffer("zero_point", torch.zeros_like(peak), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return ``weight`` rounded to its grid and dequantized, of the same shape."""
+        return _FakeQuantize.apply(  # type: ignore[no-any-return]
+            weight, self.log_scale.exp(), self.zero_point, self.low, self.high, self.leak, self.grad_scale
+        )
+
+    def integers(self, weight: Tensor) -> Tensor:
+        """Return the integers that stand for ``weight``, int32, of the same shape."""
+        return torch.round(weight / self.log_scale.exp()).clamp(self.low, self.high).to(torch.int32)
+
+    def extra_repr(self) -> str:
+        """Say the range of integers."""
+        return f"bits={self.bits}, integers={self.low} … {self.high}"
+
+
+class ActivationFakeQuant(nn.Module):
+    """Uniform affine fake quantization of a layer's input, one learned step and zero point per tensor.
+
+    It starts as an observer, which hands its input through and keeps the range it saw; :meth:`freeze` turns it
+    into a fake-quantizer with integers in [0, 2^bits - 1]. The range always contains 0, so that the zeros of a
+    padded convolution are represented exactly.
+
+    Where every value seen was a whole number and the range fits, the step is 1: rounded latents and images
+    coded in 8 bits then pass unchanged, which no other step of that range would do.
+    """
+
+    log_scale: nn.Parameter
+    zero_point: nn.Parameter
+
+    def __init__(self, bits: int, like: Tensor, *, leak: float = LEAK):
+        super().__init__()
+        self.bits = bits
+        self.high = 2**bits - 1
+        self.leak = leak
+        self.observe()
+        self.log_scale = nn.Parameter(like.new_zeros(1))
+        self.zero_point = nn.Parameter(like.new_zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` itself while observing, else ``x`` on the grid, of the same shape."""
+        if self.observing:
+            self._widen(x.detach())
+            return x
+        # LSQ's gradient scale for a whole tensor: one step for every element of a sample.
+        grad_scale = 1 / math.sqrt(x.numel() / x.size(0) * self.high)
+        zero_point = _ToInteger.apply(self.zero_point, 0, self.high)
+        return _FakeQuantize.apply(  # type: ignore[no-any-return]
+            x, self.log_scale.exp(), zero_point, 0, self.high, self.leak, grad_scale
+        )
+
+    def observe(self) -> None:
+        """Forget the range and watch the input from now on, unquantized."""
+        self.observing = True
+        self.integral = True  # so far: what is seen can only disprove it
+        self.range = (0.0, 0.0)
+
+    def _widen(self, x: Tensor) -> None:
+        seen = [end.item() for end in torch.aminmax(x)]
+        # numpy's extremes, unlike Python's, keep a NaN, which calibration then reports.
+        self.range = (float(np.minimum(self.range[0], seen[0])), float(np.maximum(self.range[1], seen[1])))
+        self.integral = self.integral and bool(torch.equal(x, x.round()))
+
+    def freeze(self, low: float, high: float, integral: bool) -> None:
+        """Quantize from now on, with steps that cover ``low`` … ``high`` (which contains 0)."""
+        self.observing, self.range, self.integral = False, (low, high), integral
+        whole = integral and high - low <= self.high
+        scale = 1.0 if whole or high == low else (high - low) / self.high
+        with torch.no_grad():
+            self.log_scale.fill_(math.log(scale))
+            self.zero_point.fill_(round(-low / scale))
+
+    def extra_repr(self) -> str:
+        """Say the state and the range."""
+        state = "observing" if self.observing else "quantizing"
+        return f"bits={self.bits}, {state}, range={self.range[0]:.4g} … {self.range[1]:.4g}"

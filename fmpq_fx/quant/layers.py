@@ -1,0 +1,234 @@
+"""Quantized layers: a float layer, the fake quantization of its weight, and that of its input.
+
+One registry leads from float layers to quantized ones. The float layer stays inside, with its trained weight
+and bias, so that fine-tuning trains it and dequantization can always start from it again.
+"""
+
+import torch.nn.functional as F
+from compressai.layers import GDN, GDN1, MaskedConv2d
+from torch import Tensor, nn
+
+from fmpq_fx.quant.fake_quant import LEAK, ActivationFakeQuant, WeightFakeQuant
+
+
+class QuantizedLayer(nn.Module):
+    """A layer whose weight, and whose input where ``activation_bits`` is given, lie on a grid of integers.
+
+    Args:
+        layer: the float layer; it becomes a part of this one.
+        bits: of the weights, at least 2.
+        activation_bits: of the input, at least 2, or None to keep it float.
+        clip: see :class:`WeightFakeQuant`.
+        leak: slope of gradients outside the ranges of weights and input.
+    """
+
+    signed = True
+    float_names: tuple[str, ...] = ("bias",)  # parameters of the float layer that are not quantized
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        bits: int,
+        activation_bits: int | None = None,
+        *,
+        clip: float = 1.0,
+        leak: float = LEAK,
+    ):
+        super().__init__()
+        self.layer = layer
+        weight = self.float_weight().detach()
+        self.weight_quantizer = WeightFakeQuant(
+            weight, bits, self.shared_dims(weight), signed=self.signed, clip=clip, leak=leak
+        )
+        self.input_quantizer = (
+            None if activation_bits is None else ActivationFakeQuant(activation_bits, weight, leak=leak)
+        )
+
+    @property
+    def bits(self) -> int:
+        """Bits of the weights."""
+        return self.weight_quantizer.bits
+
+    @staticmethod
+    def weight_of(layer: nn.Module) -> Tensor:
+        """Return the weight that the float ``layer`` multiplies with, whatever it is computed from."""
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        return weight
+
+    def float_weight(self) -> Tensor:
+        """Return the float layer's weight, in the shape in which its steps broadcast."""
+        return self.weight_of(self.layer)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that this layer multiplies with: dequantized, in the shape of the float layer's."""
+        weight: Tensor = self.weight_quantizer(self.float_weight())
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The float bias, for a forward that reads it without calling the layer."""
+        bias: Tensor | None = self.layer.bias  # type: ignore[assignment]
+        return bias
+
+    def shared_dims(self, weight: Tensor) -> tuple[int, ...]:
+        """Return the dimensions that share a step: all but the output channels, which come first."""
+        return tuple(range(1, weight.ndim))
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Return ``x`` on the grid of its quantizer, or ``x`` where activations stay float."""
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+    def __repr__(self) -> str:
+        """One line: readable where a whole graph is printed."""
+        quantizer = self.input_quantizer
+        activations = "float" if quantizer is None else f"{quantizer.bits}-bit"
+        layer = f"{type(self.layer).__name__}({self.layer.extra_repr()})"
+        return f"{type(self).__name__}({layer}, weight={self.bits}-bit, input={activations})"
+
+
+class QuantizedConv2d(QuantizedLayer):
+    """A convolution with one weight step per output channel, dimension 0 of its weight."""
+
+    layer: nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``x`` (B, C, H, W)."""
+        out: Tensor = self.layer._conv_forward(self.quantized_input(x), self.weight, self.layer.bias)
+        return out
+
+
+class QuantizedMaskedConv2d(QuantizedConv2d):
+    """A convolution that sees only what is already decoded; masked weights are zero and stay so."""
+
+    @staticmethod
+    def weight_of(layer: nn.Module) -> Tensor:
+        """Return the masked float weight."""
+        weight: Tensor = layer.weight * layer.mask  # type: ignore[operator]
+        return weight
+
+
+class QuantizedConvTranspose2d(QuantizedLayer):
+    """A transposed convolution: its weight is (in, out / groups, kH, kW), so output channels are dimension 1.
+
+    With groups, output channel g * (out / groups) + j has its weights in the rows of group g, so steps are
+    shared within a group alone: the weight is seen as (groups, in / groups, out / groups, kH, kW).
+    """
+
+    layer: nn.ConvTranspose2d
+
+    def float_weight(self) -> Tensor:
+        """Return the weight with its groups apart, (groups, in / groups, out / groups, kH, kW)."""
+        weight: Tensor = self.weight_of(self.layer).unflatten(0, (self.layer.groups, -1))
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, (in, out / groups, kH, kW)."""
+        return super().weight.flatten(0, 1)
+
+    def shared_dims(self, weight: Tensor) -> tuple[int, ...]:
+        """Return all dimensions but the group and the output channel in it."""
+        return (1, 3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Upsample ``x`` (B, C, H, W)."""
+        layer = self.layer
+        return F.conv_transpose2d(
+            self.quantized_input(x),
+            self.weight,
+            layer.bias,
+            layer.stride,
+            layer.padding,  # type: ignore[arg-type]  # a string for convolutions that are not transposed
+            layer.output_padding,
+            layer.groups,
+            layer.dilation,
+        )
+
+
+class QuantizedLinear(QuantizedLayer):
+    """A linear layer with one weight step per output feature."""
+
+    layer: nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the last dimension of ``x`` (…, in)."""
+        return F.linear(self.quantized_input(x), self.weight, self.layer.bias)
+
+
+class QuantizedGDN(QuantizedLayer):
+    """GDN with a quantized gamma: the gamma that multiplies, i.e. after its reparametrization, unsigned."""
+
+    layer: GDN
+    signed = False
+    float_names = ("beta",)
+
+    @staticmethod
+    def weight_of(layer: nn.Module) -> Tensor:
+        """Return gamma after its reparametrization, (C, C), not negative."""
+        gamma: Tensor = layer.gamma_reparam(layer.gamma)  # type: ignore[operator]
+        return gamma
+
+    def _norm(self, powers: Tensor) -> Tensor:
+        channels = powers.size(1)
+        beta = self.layer.beta_reparam(self.layer.beta)
+        return F.conv2d(powers, self.weight.reshape(channels, channels, 1, 1), beta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` (B, C, H, W): x / sqrt(beta + gamma * x^2), or the inverse (Ballé et al. 2016)."""
+        x = self.quantized_input(x)
+        norm = self._norm(x**2)
+        return x * (norm.sqrt() if self.layer.inverse else norm.rsqrt())
+
+
+class QuantizedGDN1(QuantizedGDN):
+    """GDN1 with a quantized gamma: x / (beta + gamma * |x|), or the inverse (Johnston et al. 2019)."""
+
+    layer: GDN1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` (B, C, H, W)."""
+        x = self.quantized_input(x)
+        norm = self._norm(x.abs())
+        return x * (norm if self.layer.inverse else 1.0 / norm)
+
+
+_REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Conv2d: QuantizedConv2d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.Linear: QuantizedLinear,
+    MaskedConv2d: QuantizedMaskedConv2d,
+    GDN: QuantizedGDN,
+    GDN1: QuantizedGDN1,
+}
+
+
+def quantized_class(layer: nn.Module) -> type[QuantizedLayer] | None:
+    """Return the class that quantizes ``layer``, or None where there is none.
+
+    A subclass counts as its base as long as it computes the same: one that overrides ``forward`` does not.
+    """
+    for base in type(layer).__mro__:
+        if base in _REGISTRY:
+            same = all(
+                getattr(type(layer), name, None) is getattr(base, name, None)
+                for name in ("forward", "_conv_forward")
+            )
+            return _REGISTRY[base] if same else None
+    return None
+
+
+def quantize_layer(
+    layer: nn.Module, bits: int, activation_bits: int | None = None, *, clip: float = 1.0, leak: float = LEAK
+) -> QuantizedLayer:
+    """Return ``layer`` with its weights quantized to ``bits`` and its input to ``activation_bits``.
+
+    Raises:
+        TypeError: there is no quantized form of such a layer.
+    """
+    quantized = quantized_class(layer)
+    if quantized is None:
+        raise TypeError(
+            f"a {type(layer).__name__} cannot be quantized; {', '.join(cls.__name__ for cls in _REGISTRY)} can"
+        )
+    return quantized(layer, bits, activation_bits, clip=clip, leak=leak)

@@ -1,0 +1,45 @@
+"""The RD loss, rate + lmbda * 255^2 * MSE, and the sums it is made of.
+
+Rate and lambda follow CompressAI: rate is in bits per pixel from the model's likelihoods, distortion is the
+mean squared error of images in [0, 1], brought to the 0 … 255 scale by 255^2.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PEAK = 255.0
+
+
+def total_bits(likelihoods: Tensor) -> Tensor:
+    """Return the information content -sum(log2(p)) of ``likelihoods`` (any shape), a float64 scalar in bits."""
+    return -likelihoods.log2().sum(dtype=torch.float64)
+
+
+def squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Return sum((x_hat - x)^2) of two tensors of equal shape, a float64 scalar."""
+    return (x_hat - x).square().sum(dtype=torch.float64)
+
+
+def rate_and_distortion(output: Mapping[str, Any], x: Tensor, lmbda: float) -> tuple[Tensor, Tensor]:
+    """Return the two parts of the RD loss of a model's ``output`` for the images ``x``.
+
+    Args:
+        output: what a CompressAI model returns: ``x_hat`` and the dict ``likelihoods``.
+        x: (B, 3, H, W) images in [0, 1].
+        lmbda: weight of the distortion.
+
+    Returns:
+        rate in bits per pixel and lmbda * 255^2 * MSE, both differentiable float64 scalars.
+    """
+    pixels = x.size(0) * x.size(-2) * x.size(-1)
+    bits = torch.stack([total_bits(p) for p in output["likelihoods"].values()]).sum()
+    return bits / pixels, lmbda * PEAK**2 * squared_error(output["x_hat"], x) / x.numel()
+
+
+def rd_loss(output: Mapping[str, Any], x: Tensor, lmbda: float) -> Tensor:
+    """Return rate + lmbda * 255^2 * MSE; see :func:`rate_and_distortion`."""
+    rate, distortion = rate_and_distortion(output, x, lmbda)
+    return rate + distortion

@@ -1,0 +1,124 @@
+"""Find a model by the name that the command line was given."""
+
+import importlib
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import compressai.models  # noqa: F401  (fills the registry)
+import torch
+from compressai.registry import MODELS
+from compressai.zoo import image_models
+from compressai.zoo import load_state_dict as with_current_names
+from torch import nn
+
+from fmpq_fx import samples
+from fmpq_fx.errors import FmpqError
+
+
+def model_names() -> list[str]:
+    """Return the names of CompressAI's image models that :func:`load_model` knows, sorted."""
+    others = ("ssf2020", "-pcc-")  # for video and for point clouds
+    names = set(image_models) | set(MODELS)
+    return sorted(name for name in names if not any(other in name for other in others))
+
+
+def load_model(
+    spec: str, *, quality: int | None = None, checkpoint: str | os.PathLike[str] | None = None
+) -> nn.Module:
+    """Return the model that ``spec`` names, in evaluation mode.
+
+    Args:
+        spec: "sample", the trained model of this package; a name of CompressAI's zoo ("mbt2018-mean"); or
+            "package.module:callable", which is called without arguments and returns a model.
+        quality: of CompressAI's pretrained weights, 1 … 8 (1 … 6 for cheng2020). Downloaded once by CompressAI.
+        checkpoint: a file of trained weights to load instead: a state dict, or a dict that holds one under
+            "state_dict", as CompressAI's training script saves it.
+
+    Raises:
+        ValueError: no such model, or neither quality nor checkpoint for one of the zoo.
+        FmpqError: the module, the download or the checkpoint fails.
+    """
+    state = None if checkpoint is None else _state_dict(Path(checkpoint))
+    if spec == "sample":
+        if quality is not None or state is not None:
+            raise ValueError(
+                "'sample' is trained already; --quality and --checkpoint are for models of the zoo"
+            )
+        sample: nn.Module = samples.model()
+        return sample
+    if ":" in spec:
+        model = _call(spec)
+        return model if state is None else _loaded(model, state, spec)
+    if spec not in model_names():
+        raise ValueError(
+            f"there is no model {spec!r}; pass 'sample', 'package.module:callable', or one of "
+            f"{', '.join(model_names())}"
+        )
+    if state is not None:
+        return _from_state_dict(spec, state)
+    return _pretrained(spec, quality)
+
+
+def _call(spec: str) -> nn.Module:
+    module_name, _, name = spec.partition(":")
+    try:
+        model = getattr(importlib.import_module(module_name), name)()
+    except (ImportError, AttributeError) as error:
+        raise FmpqError(f"cannot get a model from {spec!r}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise FmpqError(f"{spec} returned a {type(model).__name__}; it must return a torch.nn.Module")
+    return model.eval()
+
+
+def _pretrained(spec: str, quality: int | None) -> nn.Module:
+    if spec not in image_models:
+        raise ValueError(f"CompressAI has no pretrained weights for {spec}; pass --checkpoint")
+    if quality is None:
+        raise ValueError(
+            f"pass --quality to get CompressAI's pretrained {spec}, or --checkpoint for your own"
+        )
+    try:
+        model: nn.Module = image_models[spec](quality=quality, pretrained=True, progress=True)
+    except OSError as error:  # URLError among them
+        raise FmpqError(
+            f"CompressAI's weights for {spec}, quality {quality}, cannot be downloaded ({error}); pass --checkpoint "
+            "with a file that you have"
+        ) from error
+    return model.eval()
+
+
+def _state_dict(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FmpqError(f"there is no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise FmpqError(
+            f"{path} is not a checkpoint of tensors alone, as torch.save writes it: {error}"
+        ) from error
+    for key in ("state_dict", "network"):
+        if isinstance(content, dict) and key in content:
+            content = content[key]
+    if not isinstance(content, dict) or not all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    ):
+        raise FmpqError(f"{path} holds no state dict; expected one, or a dict with one under 'state_dict'")
+    return content
+
+
+def _from_state_dict(spec: str, state: dict[str, Any]) -> nn.Module:
+    try:
+        model: nn.Module = MODELS[spec].from_state_dict(with_current_names(state))
+    except (RuntimeError, KeyError, IndexError) as error:
+        raise FmpqError(f"the checkpoint is not of a {spec}: {error}") from error
+    return model.eval()
+
+
+def _loaded(model: nn.Module, state: dict[str, Any], spec: str) -> nn.Module:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise FmpqError(f"the checkpoint is not of {spec}: {error}") from error
+    return model

@@ -1,0 +1,18 @@
+"""The compiler passes, in the order in which :func:`fmpq_fx.prepare` runs them.
+
+==================  ===========================================  =====================================
+pass                takes and returns                            what it does
+==================  ===========================================  =====================================
+``trace``           model -> GraphModule                         records the model as a graph
+``functionalize``   GraphModule -> GraphModule                   makes every operation out-of-place
+``sites``           GraphModule -> sites                         finds what can be quantized, and marks its nodes
+``sensitivity``     GraphModule, images -> Sensitivity           measures what each bit-width costs
+``plan``            Sensitivity, target -> Plan                  assigns bits to every site (``planners``)
+``rewrite``         GraphModule, Plan -> GraphModule             swaps in quantized layers
+``scales``          GraphModule, images -> GraphModule           chooses where weights are clipped
+``calibrate``       GraphModule, images -> GraphModule           sets the ranges of activations
+==================  ===========================================  =====================================
+
+What a pass finds out it writes on the graph, in ``node.meta["fmpq"]``, and in the :class:`tables.Plan`
+that the rewritten GraphModule carries in ``gm.meta["fmpq"]``.
+"""

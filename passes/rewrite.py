@@ -1,0 +1,120 @@
+"""Swap quantized layers into a traced model, as a plan says."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import fx
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.incremental import replace_module
+from fmpq_fx.passes.sites import annotate, find_sites
+from fmpq_fx.passes.tables import Plan
+from fmpq_fx.quant import QuantizedLayer, quantize_layer
+
+
+class QuantizedGraphModule(fx.GraphModule):
+    """A GraphModule whose plan survives ``torch.save``; fx pickles the code of a graph, but not its notes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the plan and the notes on the nodes beside what fx pickles."""
+        rebuild, arguments = super().__reduce__()
+        notes = [node.meta.get("fmpq") for node in self.graph.nodes]
+        return _rebuild, (rebuild, arguments, notes, self.meta["fmpq"])
+
+
+def _rebuild(rebuild: Any, arguments: tuple[Any, ...], notes: list[Any], plan: Plan) -> fx.GraphModule:
+    plain: fx.GraphModule = rebuild(*arguments)
+    gm = QuantizedGraphModule(plain, plain.graph, type(plain).__name__)
+    gm.train(plain.training)
+    # fx traces the code again, which gives the same nodes in the same order, under names of its own choice.
+    for node, note in zip(gm.graph.nodes, notes, strict=True):
+        if note is not None:
+            node.meta["fmpq"] = note
+    _carry(gm, plan)
+    return gm
+
+
+def _carry(gm: fx.GraphModule, plan: Plan) -> None:
+    """Write ``plan`` on ``gm`` and the bits on its nodes, also where ``print_readable`` shows them."""
+    gm.meta["fmpq"] = plan
+    annotate(gm, "bits", plan.bits)
+    for node in gm.graph.nodes:
+        if "fmpq" in node.meta:
+            bits = node.meta["fmpq"]["bits"]
+            node.meta["custom"] = {"bits": bits if len(bits) > 1 else next(iter(bits.values()))}
+
+
+def quantize(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """Replace each site of ``gm`` by its quantized layer, in place, and return it as one that carries the plan.
+
+    Layers get their weight scales here. Their input quantizers get the ranges that the plan has; without any
+    they are observers that wait for calibration.
+
+    Raises:
+        FmpqError: the plan is of another model.
+    """
+    _check_same_sites(gm, plan)
+    for site in plan.sites:
+        bits = plan.bits[site.name]
+        if bits is None:
+            continue
+        layer = gm.get_submodule(site.name)
+        clip = plan.clips.get(site.name, 1.0)
+        quantized = quantize_layer(layer, bits, plan.activation_bits, clip=clip).train(layer.training)
+        if quantized.input_quantizer is not None and site.name in plan.ranges:
+            low, high = plan.ranges[site.name]
+            quantized.input_quantizer.freeze(low, high, site.name in plan.integral)
+        replace_module(gm, layer, quantized)
+    result = QuantizedGraphModule(gm, gm.graph, type(gm).__name__)
+    result.train(gm.training)
+    _carry(result, plan)
+    result.graph.lint()
+    return result
+
+
+def _check_same_sites(gm: fx.GraphModule, plan: Plan) -> None:
+    found = {site.name: site for site in find_sites(gm)}
+    planned = {site.name: site for site in plan.sites}
+    if found == planned:
+        return
+    differing = sorted(name for name in found.keys() | planned.keys() if found.get(name) != planned.get(name))
+    name = differing[0]
+    raise FmpqError(
+        f"the plan is of another model: they differ in {len(differing)} sites, the first of them {name!r} (model: "
+        f"{found.get(name, 'no such site')}; plan: {planned.get(name, 'no such site')}); make a plan of this "
+        "model with prepare()"
+    )
+
+
+def quantized_layers(gm: fx.GraphModule) -> dict[str, QuantizedLayer]:
+    """Return the quantized layers of a rewritten graph by the name of their site."""
+    return {name: m for name, m in gm.named_modules() if isinstance(m, QuantizedLayer)}
+
+
+@contextmanager
+def activations_float(gm: fx.GraphModule) -> Iterator[None]:
+    """Within the block, the rewritten graph ``gm`` runs with its weights quantized and its activations float."""
+    layers = quantized_layers(gm).values()
+    quantizers = [layer.input_quantizer for layer in layers]
+    try:
+        for layer in layers:
+            layer.input_quantizer = None
+        yield
+    finally:
+        for layer, quantizer in zip(layers, quantizers, strict=True):
+            layer.input_quantizer = quantizer
+
+
+def plan_of(gm: fx.GraphModule) -> Plan:
+    """Return the plan that the rewritten graph ``gm`` carries.
+
+    Raises:
+        FmpqError: ``gm`` is not the result of ``prepare`` or ``rewrite``.
+    """
+    plan = getattr(gm, "meta", {}).get("fmpq")
+    if not isinstance(plan, Plan):
+        raise FmpqError(
+            f"this {type(gm).__name__} carries no plan: pass what fmpq_fx.prepare() or fmpq_fx.rewrite() returned"
+        )
+    return plan

@@ -1,0 +1,96 @@
+"""Find what can be quantized in a traced model, and what cannot but holds parameters all the same."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.tables import Site
+from fmpq_fx.quant import quantized_class
+
+
+def find_sites(gm: fx.GraphModule) -> tuple[Site, ...]:
+    """Return the sites of ``gm`` in the order in which the graph runs them.
+
+    Layers inside an opaque module that is none of torch's own (a latent codec) are attributed to its node, in
+    the order of registration. The names are written on each node, ``node.meta["fmpq"]["sites"]``.
+
+    Raises:
+        FmpqError: there are no sites, a weight is not finite, or a layer has hooks.
+    """
+    sites: dict[str, Site] = {}
+    names: dict[int, str] = {}  # by layer: one that is registered or called several times is one site
+    for node in gm.graph.nodes:
+        if node.op != "call_module":
+            continue
+        found: dict[str, None] = {}  # in order, each once
+        for name, layer in _layers_of(gm, str(node.target)).items():
+            known = names.setdefault(id(layer), name)
+            sites.setdefault(known, _site(known, layer, node))
+            found[known] = None
+        if found:
+            _note(node, "sites", tuple(found))
+    if not sites:
+        raise FmpqError(
+            "the model has nothing to quantize: no Conv2d, ConvTranspose2d, MaskedConv2d, Linear or GDN is "
+            "called as a module in its forward (functional convolutions stay float)"
+        )
+    return tuple(sites.values())
+
+
+def _layers_of(gm: fx.GraphModule, target: str) -> dict[str, nn.Module]:
+    """Return the quantizable layers that a call of the module ``target`` runs, by qualified name."""
+    module = gm.get_submodule(target)
+    if quantized_class(module) is not None:
+        return {target: module}
+    if module.__module__.startswith("torch.nn"):
+        # Such a module may read the weights of its parts without calling them (MultiheadAttention does).
+        return {}
+    inner = module.named_modules(prefix=target)
+    return {name: layer for name, layer in inner if quantized_class(layer) is not None}
+
+
+def _site(name: str, layer: nn.Module, node: fx.Node) -> Site:
+    cls = quantized_class(layer)
+    assert cls is not None  # _layers_of returns no others
+    weight = cls.weight_of(layer)
+    for parameter, values in {"weight": weight, **dict(layer.named_parameters())}.items():
+        bad = int((~values.isfinite()).sum())
+        if bad:
+            raise FmpqError(
+                f"{bad} of {values.numel()} values of {name}.{parameter} are NaN or infinite; load a checkpoint "
+                "of a training run that did not diverge"
+            )
+    if layer._forward_pre_hooks or layer._forward_hooks:
+        raise FmpqError(
+            f"{name!r} has forward hooks, which its quantized form would not run; remove them first (for weight "
+            "or spectral norm use torch.nn.utils.parametrizations instead of the hook-based forms)"
+        )
+    return Site(name=name, node=node.name, kind=type(layer).__name__, params=weight.numel())
+
+
+def annotate(gm: fx.GraphModule, key: str, values: Mapping[str, Any]) -> None:
+    """Write each site's value on the nodes that run it: ``node.meta["fmpq"][key] = {site: value}``."""
+    for node in gm.graph.nodes:
+        if "fmpq" in node.meta:
+            _note(node, key, {site: values[site] for site in node.meta["fmpq"]["sites"]})
+
+
+def _note(node: fx.Node, key: str, value: Any) -> None:
+    # A new dictionary: a deep copy of a graph shares what its nodes' meta holds with the original.
+    node.meta["fmpq"] = {**node.meta.get("fmpq", {}), key: value}
+
+
+def float_remainder(gm: fx.GraphModule, sites: tuple[Site, ...]) -> dict[str, int]:
+    """Return the parameters of ``gm`` that belong to no site's weight, which stay float: {name: elements}.
+
+    Biases and GDN's beta, entropy models, weights that the forward reads without calling their layer.
+    """
+    quantized: set[int] = set()
+    for site in sites:
+        layer = gm.get_submodule(site.name)
+        cls = quantized_class(layer)
+        keep: tuple[str, ...] = () if cls is None else cls.float_names
+        quantized |= {id(p) for name, p in layer.named_parameters() if name not in keep}
+    return {name: p.numel() for name, p in gm.named_parameters() if id(p) not in quantized}

@@ -1,0 +1,246 @@
+"""What the passes find out, as immutable tables: sites, their sensitivity, and the plan made from it.
+
+A table goes into a pass and a table comes out, so that deciding, measuring and rewriting stay apart. All of
+them save to and load from JSON.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.files import write_text
+
+FLOAT_BITS = 32
+"""What a weight takes that is not quantized: the models are trained and stored in float32."""
+
+Table = dict[str, dict[int, float]]
+"""A value per site and candidate bit-width: ``{site name: {bits: value}}``."""
+
+T = TypeVar("T", bound="_Json")
+
+
+def monotone(raw: Mapping[str, Mapping[int, float]]) -> Table:
+    """Fit to each site's values the nearest ones (least squares) that never rise with the number of bits.
+
+    Measured zeta is noisy near zero, and a planner that believed a dip would buy bits for a worse model.
+    """
+    table: Table = {}
+    for site, values in raw.items():
+        bits = sorted(values)
+        fit = isotonic_regression(np.array([values[b] for b in bits], dtype=float), increasing=False)
+        table[site] = dict(zip(bits, fit.x.tolist(), strict=True))
+    return table
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantizable module of a model (DESIGN vocabulary: a module called by several nodes is one site)."""
+
+    name: str  # qualified module name, e.g. "g_a.0"
+    node: str  # name of the first graph node that runs it
+    kind: str  # class of the float module, e.g. "ConvTranspose2d"
+    params: int  # elements of the weight tensor (for GDN: of gamma)
+
+    def bytes_at(self, bits: int | None) -> float:
+        """Nominal bytes of the weights at ``bits`` each; None is float32."""
+        return self.params * (FLOAT_BITS if bits is None else bits) / 8
+
+
+class _Json:
+    """Saving to and loading from JSON, for the dataclasses below."""
+
+    def to_json(self) -> str:
+        """Return the table as a JSON text; its inverse is :meth:`from_json`."""
+        return json.dumps({"format": type(self).__name__, **asdict(self)}, indent=1)  # type: ignore[call-overload]
+
+    @classmethod
+    def _from_fields(cls: type[T], fields: dict[str, Any]) -> T:
+        raise NotImplementedError
+
+    @classmethod
+    def from_json(cls: type[T], text: str) -> T:
+        """Rebuild the table from what :meth:`to_json` returned.
+
+        Raises:
+            FmpqError: ``text`` is no JSON, or not the JSON of such a table.
+        """
+        try:
+            fields = json.loads(text)
+            if fields.pop("format") != cls.__name__:
+                raise ValueError("another format")
+            return cls._from_fields(fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FmpqError(
+                f"this is not the JSON of a {cls.__name__} ({type(error).__name__}: {error}); "
+                f"pass a file that {cls.__name__}.save() wrote"
+            ) from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`to_json` to ``path``."""
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls: type[T], path: str | os.PathLike[str]) -> T:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FmpqError: there is no such file, or it holds something else.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise FmpqError(f"there is no file {file}; {cls.__name__}.save() writes one")
+        try:
+            return cls.from_json(file.read_text(encoding="utf-8"))
+        except (FmpqError, UnicodeDecodeError) as error:
+            raise FmpqError(f"{file}: {error}") from error
+
+
+def _table(fields: Mapping[str, Mapping[str, float]]) -> Table:
+    """Turn the keys of the inner mappings, which JSON makes strings, back into numbers of bits."""
+    return {site: {int(b): float(v) for b, v in values.items()} for site, values in fields.items()}
+
+
+@dataclass(frozen=True)
+class Sensitivity(_Json):
+    """How much the RD loss grows when one site's weights are quantized and all else stays float.
+
+    Everything is relative to the float model's RD loss on the same images: 0.01 means one per cent.
+    """
+
+    sites: tuple[Site, ...]  # in the order of the graph
+    lmbda: float  # the Lagrangian of the RD loss
+    float_rate: float  # the float model's rate, bits per pixel
+    float_distortion: float  # the float model's lmbda * 255^2 * MSE
+    rate: Table  # the rate's part of zeta: (R_n(b) - R) / RD
+    distortion: Table  # the distortion's part of zeta: (D_n(b) - D) / RD
+    float_remainder: dict[str, int]  # parameters that belong to no site: {name: elements}
+    images: str  # what it was measured on, in words
+
+    @property
+    def float_rd(self) -> float:
+        """RD loss of the float model: rate + lmbda * 255^2 * MSE."""
+        return self.float_rate + self.float_distortion
+
+    @cached_property
+    def raw(self) -> Table:
+        """Zeta as measured: (RD_n(b) - RD) / RD (Hossain et al. 2025, the fractional RD-loss increase)."""
+        return {
+            site: {b: rate + self.distortion[site][b] for b, rate in values.items()}
+            for site, values in self.rate.items()
+        }
+
+    @cached_property
+    def zeta(self) -> Table:
+        """Zeta as planners use it: :attr:`raw` made monotone in the number of bits."""
+        return monotone(self.raw)
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The candidate bit-widths that were measured, ascending."""
+        return tuple(sorted(next(iter(self.rate.values()))))
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> "Sensitivity":
+        fields["sites"] = tuple(Site(**site) for site in fields["sites"])
+        fields["rate"], fields["distortion"] = _table(fields["rate"]), _table(fields["distortion"])
+        names = {site.name for site in fields["sites"]}
+        if not names or set(fields["rate"]) != names or set(fields["distortion"]) != names:
+            raise ValueError("its values are not of its sites")
+        if len({tuple(sorted(v)) for t in (fields["rate"], fields["distortion"]) for v in t.values()}) != 1:
+            raise ValueError("its sites have different bit-widths")
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """RD loss on the calibration images before and after rewriting, rate + lmbda * 255^2 * MSE."""
+
+    float_rd: float  # the float model
+    weights_rd: float  # weights quantized, activations float
+    rd: float  # weights and activations quantized, as the plan says
+
+
+@dataclass(frozen=True)
+class Plan(_Json):
+    """The bits of every site, the size they lead to, and how they were found."""
+
+    sites: tuple[Site, ...]  # in the order of the graph
+    bits: dict[str, int | None]  # per site; None stays float32
+    activation_bits: int | None  # of every site's input; None stays float
+    target_cr: float  # the size asked for, as a fraction of float32
+    planner: str  # "adaptive", "optimal" or "uniform"
+    sensitivity: Sensitivity  # what the planner saw
+    beta: float | None = None  # the tolerance of the plan; None where the planner has none
+    history: tuple[tuple[float, float], ...] = ()  # every evaluation of the search: (beta, CR)
+    remarks: str = ""  # what the user should know of how the plan came about
+    clips: dict[str, float] = field(default_factory=dict)  # weight range kept per site, 1.0 is min-max
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # calibrated input range per site
+    integral: tuple[str, ...] = ()  # sites whose inputs were whole numbers
+    measured: Measured | None = None  # set once the graph has been rewritten and run
+
+    @property
+    def lmbda(self) -> float:
+        """The Lagrangian of the RD loss that sensitivity was measured with."""
+        return self.sensitivity.lmbda
+
+    @property
+    def float_remainder(self) -> dict[str, int]:
+        """Parameters that belong to no site and stay float32: {name: elements}."""
+        return self.sensitivity.float_remainder
+
+    @property
+    def float_bytes(self) -> float:
+        """Bytes of all sites' weights in float32."""
+        return total_bytes(self.sites, dict.fromkeys(self.bits))
+
+    @property
+    def nominal_bytes(self) -> float:
+        """Sum over sites of params * bits / 8."""
+        return total_bytes(self.sites, self.bits)
+
+    @property
+    def cr(self) -> float:
+        """Nominal bytes / float32 bytes of the same sites. Lower is smaller."""
+        return self.nominal_bytes / self.float_bytes
+
+    @property
+    def average_bits(self) -> float:
+        """Bits per weight, averaged over all weights of all sites."""
+        return FLOAT_BITS * self.cr
+
+    def zeta_of(self, site: str) -> float:
+        """Monotone zeta of ``site`` at its bits: 0 where it stays float, NaN where it was not measured."""
+        bits = self.bits[site]
+        return 0.0 if bits is None else self.sensitivity.zeta[site].get(bits, math.nan)
+
+    @property
+    def predicted(self) -> float:
+        """The sum of zeta over the sites: the RD loss increase if the sites' errors simply added up."""
+        return sum(self.zeta_of(site.name) for site in self.sites)
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> "Plan":
+        fields["sites"] = tuple(Site(**site) for site in fields["sites"])
+        fields["sensitivity"] = Sensitivity._from_fields(fields["sensitivity"])
+        fields["history"] = tuple((float(beta), float(cr)) for beta, cr in fields["history"])
+        fields["ranges"] = {site: (float(low), float(high)) for site, (low, high) in fields["ranges"].items()}
+        fields["integral"] = tuple(fields["integral"])
+        measured = fields["measured"]
+        fields["measured"] = None if measured is None else Measured(**measured)
+        if set(fields["bits"]) != {site.name for site in fields["sites"]}:
+            raise ValueError("its bits are not of its sites")
+        return cls(**fields)
+
+
+def total_bytes(sites: Iterable[Site], bits: Mapping[str, int | None]) -> float:
+    """Nominal bytes of ``sites`` with ``bits`` each."""
+    return sum(site.bytes_at(bits[site.name]) for site in sites)

@@ -1,0 +1,54 @@
+"""Shared by all tests: small models that are quick to measure, and where the photographs and checkpoints lie."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+from compressai.models import JointAutoregressiveHierarchicalPriors, MeanScaleHyperprior, ScaleHyperprior
+from torch import Tensor, nn
+
+matplotlib.use("Agg")
+torch.set_num_threads(1)  # results do not depend on it, and two test runs side by side are not slower
+
+SHARED = Path(os.environ.get("FMPQ_FX_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+SMALL: dict[str, Callable[[], nn.Module]] = {
+    "bmshj2018-hyperprior": lambda: ScaleHyperprior(8, 12),
+    "mbt2018-mean": lambda: MeanScaleHyperprior(8, 12),
+    "mbt2018": lambda: JointAutoregressiveHierarchicalPriors(12, 12),
+}
+
+
+def small_model(name: str) -> nn.Module:
+    """Return a small model with random weights that are large enough for its latents not to be all zero."""
+    torch.manual_seed(0)
+    model = SMALL[name]().eval()
+    with torch.no_grad():
+        for module_name in ("g_a.6", "h_a.4"):
+            model.get_parameter(f"{module_name}.weight").mul_(20)
+    return model
+
+
+@pytest.fixture(params=SMALL)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    """Each of the three kinds of hyperprior in turn: scale, mean and scale, autoregressive."""
+    return small_model(request.param)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """Two smooth random images, (2, 3, 64, 64)."""
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.rand(2, 3, 8, 8, generator=generator)
+    return nn.functional.interpolate(coarse, size=64, mode="bicubic").clamp(0, 1)
+
+
+def shared(*parts: str) -> Path:
+    """Return a path among the development data, or skip the test where there is none."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"needs {'/'.join(parts)} of the development data, which is not part of the repository")
+    return path
