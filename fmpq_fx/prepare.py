@@ -79,7 +79,7 @@ def prepare(
     quantized = quantize(gm, plan)
     choose_scales(quantized, batches, progress=progress)
     weights_rd = mean_rd(quantized, batches, table.lmbda)
-    calibrate(quantized, batches)
+    calibrate(quantized, batches, progress=progress)
     measured = Measured(float_rd, weights_rd, mean_rd(quantized, batches, table.lmbda))
     quantized.meta["fmpq"] = replace(plan_of(quantized), measured=measured)
     return quantized.train(model.training)

@@ -183,6 +183,45 @@ class IncrementalRD:
         return sums
 
 
+class RDDescent:
+    """Lowers the RD loss of a graph by exchanging its layers one after the other.
+
+    Args:
+        gm: a functionalized graph in evaluation mode whose sites are marked; it is changed.
+        batches: images, (B, 3, H, W) each, in [0, 1].
+        lmbda: the Lagrangian of the RD loss.
+    """
+
+    def __init__(self, gm: fx.GraphModule, batches: Sequence[Tensor], lmbda: float):
+        self.lmbda = lmbda
+        with torch.no_grad():
+            self.measured = [IncrementalRD(gm, x) for x in batches]
+        self.rd = sum((m.sums() for m in self.measured), RDSums()).rd(lmbda)
+
+    @torch.no_grad()
+    def best_clip(self, site: str, make: Callable[[float], nn.Module], clips: Sequence[float]) -> float:
+        """Put in the place of ``site`` what lowers the RD loss most, and return its clip.
+
+        Args:
+            site: name of the site.
+            make: from a clip to the module; ``make(1.0)`` is what is there now. It may return the same module
+                again and again, changed.
+            clips: below 1, descending; they are tried until one is no better than that before it.
+        """
+        best = 1.0
+        for clip in clips:
+            module = make(clip)
+            rd = sum((m.sums_with(site, module) for m in self.measured), RDSums()).rd(self.lmbda)
+            if not rd < self.rd:
+                break
+            self.rd, best = rd, clip
+        module = make(best)
+        if best < 1:
+            for m in self.measured:
+                m.sums_with(site, module, keep=True)
+        return best
+
+
 def rd_of_changes(
     gm: fx.GraphModule,
     batches: Sequence[Tensor],

@@ -40,8 +40,8 @@ log4(f) bits: 1.16 for 5 and 0.5 for 2. Of a window of 0.01 of the float bytes, 
 """
 
 MAX_NODES, MAX_CUTS = 1000, 100
-"""Where HiGHS gives up. Measured tables take it some ten branch-and-bound nodes and no cut; to fit a window
-of a few bytes, or zeta that is proportional to size, is a subset-sum problem that may take it for ever.
+"""Where HiGHS gives up. Sensitivities take it tens of branch-and-bound nodes and no cut, but a window of a
+few bytes, or zeta proportional to size, makes a subset-sum problem, which may take it for ever.
 """
 
 
@@ -62,8 +62,8 @@ def adaptive(
 
     The size is a staircase in beta. Where no step of it lies in the window, the largest plan seen under the
     budget is filled up with the upgrades that buy the most zeta per byte; if that ends below the window, the
-    plan of least zeta in the window is taken. So the size is in the window whenever that of any plan is.
-    Below the window, a plan is still maximal: no site can be widened within the budget.
+    plan of least zeta in the window is taken. So the size is in the window whenever that of any plan is (or
+    the remarks say that HiGHS gave up). Below the window, no site can be widened within the budget.
 
     Args:
         zeta: fractional RD-loss increase per site and bits.
@@ -95,12 +95,8 @@ def adaptive(
     spread = sum(max(values.values()) - min(values.values()) for values in zeta.values())
     within, proven = _solve(zeta, cost, floor, budget, spread)
     if within is not None:
-        how = (
-            "This is the plan of least zeta that does."
-            if proven
-            else "This is the best plan found that does."
-        )
-        return Assignment(within, None, history, remarks + how)
+        how = "of least zeta" if proven else "of the least zeta found"
+        return Assignment(within, None, history, remarks + f"This is the plan {how} that does.")
     how = "No plan does" if proven else "No plan was found that does"
     return Assignment(filled, beta, history, remarks + f"{how}; this one takes {end:,.0f} bytes.")
 
@@ -191,14 +187,14 @@ def optimal(zeta: Values, cost: Values, budget: float) -> Assignment:
     best = _fill(cheapest, worth, cost, -math.inf, budget)
     # HiGHS proves optimality to an absolute 1e-6. The best plan known sets the unit, and what costs more
     # than all of it leaves the table; once the optimum turns up, another round in its unit finds nothing.
-    while (most := _total(excess, best)) > 0:
+    proven = True
+    while proven and (most := _total(excess, best)) > 0:
         left = {site: {b: z for b, z in values.items() if z <= most} for site, values in excess.items()}
         found, proven = _solve(left, cost, -math.inf, budget, most)
         if found is None or _total(excess, found) >= most:
-            remarks = "" if proven else "HiGHS gave up before it was proven that no plan has less zeta."
-            return Assignment(best, remarks=remarks)
+            break
         best = found
-    return Assignment(best)
+    return Assignment(best, remarks="" if proven else "It was not proven that no plan has less zeta.")
 
 
 def _worthwhile(zeta: Mapping[int, float], cost: Mapping[int, float]) -> dict[int, float]:
@@ -215,13 +211,11 @@ def _solve(
 ) -> tuple[dict[str, int] | None, bool]:
     """Minimize the sum of zeta over the plans of floor to budget bytes; None where none was found.
 
-    The second value says whether that was proven: that no plan is better, or that there is none.
-
     One binary variable per site and candidate, of which each site takes one. HiGHS' tolerances on rows,
     integrality and the objective are absolute (1e-6), so the spare bytes are scaled to 1e3 and ``unit`` of
     zeta to 1e6. What it returns is checked, and a plan that only passed by a tolerance is cut off. Presolve
-    is off: it saves no time here, and that of HiGHS 1.12 has "solved" infeasible problems like these (see
-    also scipy issue 24141).
+    is off: it saves little, and that of HiGHS 1.12 has "solved" infeasible problems like these (see also
+    scipy issue 24141). Also returns whether it is proven that no plan is better, or that there is none.
     """
     least = {site: min(values.values()) for site, values in zeta.items()}
     cheapest = {site: min(cost[site][b] for b in values) for site, values in zeta.items()}
@@ -278,11 +272,8 @@ def _cheapest(zeta: Values, cost: Values, budget: float) -> dict[str, int]:
     Raises:
         ValueError: they do not, or it does not.
     """
-    if (
-        not zeta
-        or not all(zeta.values())
-        or {s: set(v) for s, v in zeta.items()} != {s: set(v) for s, v in cost.items()}
-    ):
+    widths, sizes = ({site: set(values) for site, values in table.items()} for table in (zeta, cost))
+    if not widths or not all(widths.values()) or widths != sizes:
         raise ValueError("zeta and cost are not of the same sites and bit-widths; pass tables that are")
     for site, b in ((site, b) for site, values in zeta.items() for b in values):
         if not (math.isfinite(zeta[site][b]) and math.isfinite(cost[site][b])):

@@ -7,12 +7,12 @@ site after the other in the order of the graph, each with all others quantized a
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
-import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
-from fmpq_fx.passes.incremental import IncrementalRD, RDSums
+from fmpq_fx.passes.incremental import RDDescent
 from fmpq_fx.passes.rewrite import plan_of, quantized_layers
 from fmpq_fx.quant import QuantizedLayer, quantize_layer
 
@@ -35,26 +35,14 @@ def choose_scales(
         progress: show a progress bar; None shows it on terminals only.
     """
     plan = plan_of(gm)
-    clips: dict[str, float] = {}
     # "not <": sites that were given bits for which zeta was not measured have NaN, and are tried as well.
-    sites = [name for name in quantized_layers(gm) if not plan.zeta_of(name) < WORTHWHILE]
+    layers = {site: m for site, m in quantized_layers(gm).items() if not plan.zeta_of(site) < WORTHWHILE}
+    descent = RDDescent(gm, batches, plan.lmbda)
     hide = None if progress is None else not progress
-    with torch.no_grad():
-        measured = [IncrementalRD(gm, x) for x in batches]
-        lowest = sum((m.sums() for m in measured), RDSums()).rd(plan.lmbda)
-        for site in tqdm(sites, desc="weight scales", unit="site", disable=hide, leave=False):
-            layer = quantized_layers(gm)[site]
-            for clip in CLIPS:
-                clipped = _clipped(layer, clip)
-                rd = sum((m.sums_with(site, clipped) for m in measured), RDSums()).rd(plan.lmbda)
-                if not rd < lowest:
-                    break
-                lowest, clips[site] = rd, clip
-            if site in clips:
-                best = _clipped(layer, clips[site])
-                for m in measured:
-                    m.sums_with(site, best, keep=True)
-    gm.meta["fmpq"] = replace(plan, clips=clips)
+    clips: dict[str, float] = {}
+    for site, layer in tqdm(layers.items(), desc="weight scales", unit="site", disable=hide, leave=False):
+        clips[site] = descent.best_clip(site, partial(_clipped, layer), CLIPS)
+    gm.meta["fmpq"] = replace(plan, clips={site: clip for site, clip in clips.items() if clip < 1})
     return gm
 
 

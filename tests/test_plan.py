@@ -1,0 +1,319 @@
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmpq_fx.passes.plan import make_plan
+from fmpq_fx.passes.planners import PLANNERS, optimal
+from fmpq_fx.passes.tables import Plan, Sensitivity, Site, total_bytes
+
+PARAMS = {"g_a.0": 9600, "g_a.1": 16384, "g_a.2": 409600, "h_a.0": 36864, "h_s.4": 102400, "g_s.6": 9603}
+
+
+def sensitivity(params: Mapping[str, int] | None = None, widths: range = range(2, 11)) -> Sensitivity:
+    """Zeta falls by a factor of 4 per bit, from another value for each site."""
+    params = PARAMS if params is None else params
+    sites = tuple(Site(name, name.replace(".", "_"), "Conv2d", count) for name, count in params.items())
+    rate = {site.name: {b: (n + 1) * 4.0**-b for b in widths} for n, site in enumerate(sites)}
+    nothing = {site: dict.fromkeys(widths, 0.0) for site in rate}
+    return Sensitivity(sites, 0.01, 0.5, 0.5, rate, nothing, {}, "nothing")
+
+
+# --- targets ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+@pytest.mark.parametrize("target", [0.30, 0.25, 0.20, 0.1875, 0.15, 0.125, 0.10])
+def test_the_size_is_at_most_the_target_and_counts_all_sites(planner: str, target: float) -> None:
+    plan = make_plan(sensitivity(), target, planner=planner)
+    taken = sum(PARAMS[site] * bits / 8 for site, bits in plan.bits.items() if bits is not None)
+    assert plan.cr == taken / (4 * sum(PARAMS.values()))
+    assert plan.cr <= plan.target_cr == target
+    assert list(plan.bits) == list(PARAMS)
+    assert plan.planner == planner
+
+
+@pytest.mark.parametrize("target", [0.30, 0.25, 0.20, 0.1875, 0.15, 0.125, 0.10])
+def test_the_adaptive_search_ends_within_a_hundredth_of_the_target(target: float) -> None:
+    plan = make_plan(sensitivity(), target)
+    assert target - 0.01 <= plan.cr
+    assert 1 <= len(plan.history) <= 12
+    if not plan.remarks:
+        assert plan.history[-1] == (plan.beta, plan.cr)
+
+
+def test_history_is_in_cr_over_all_sites() -> None:
+    """Fixed and float sites are part of the size, or the CR of an evaluation would not be that of its plan."""
+    table = sensitivity()
+    plan = make_plan(table, 0.34, fixed={"g_a.2": 12, "g_s.6": None})
+    for beta, cr in plan.history:
+        bits: dict[str, int | None] = {
+            site: min((b for b, z in table.zeta[site].items() if z < beta), default=10) for site in PARAMS
+        }
+        bits |= {"g_a.2": 12, "g_s.6": None}
+        assert cr == pytest.approx(total_bytes(table.sites, bits) / plan.float_bytes, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("factor", "fraction"), [(4, 0.25), (4.0, 0.25), (np.float32(8), 0.125), (3.2, 0.3125)]
+)
+def test_a_target_above_one_is_a_factor(factor: float, fraction: float) -> None:
+    plan = make_plan(sensitivity(), factor)
+    assert plan.target_cr == fraction
+    assert plan == make_plan(sensitivity(), fraction)
+
+
+@pytest.mark.parametrize("bits", range(2, 11))
+def test_a_target_of_whole_bits_leaves_room_for_them(bits: int) -> None:
+    """1 / (32 / 6) and its like are a rounding error off: no reason to give every site a bit less."""
+    for target in (bits / 32, 32 / bits, 1 / (32 / bits), math.nextafter(bits / 32, 0), 1 - (1 - bits / 32)):
+        plan = make_plan(sensitivity(), target, planner="uniform")
+        assert set(plan.bits.values()) == {bits}
+        assert plan.target_cr == bits / 32
+
+
+@given(st.lists(st.integers(1, 3_000_000), min_size=1, max_size=4), st.data())
+@settings(deadline=None, max_examples=50)
+def test_the_size_of_any_plan_is_a_target_that_leads_to_it(counts: list[int], data: st.DataObject) -> None:
+    table = sensitivity({f"s{n}": count for n, count in enumerate(counts)}, range(2, 6))
+    bits: dict[str, int | None] = {site.name: data.draw(st.integers(2, 5)) for site in table.sites}
+    size = total_bytes(table.sites, bits)
+    cr = size / total_bytes(table.sites, dict.fromkeys(bits))
+    for target in (cr, 1 / cr):
+        plan = make_plan(table, target, planner="optimal")
+        costs = {site.name: {b: site.bytes_at(b) for b in range(2, 6)} for site in table.sites}
+        assert plan.bits == optimal(table.zeta, costs, size).bits
+        assert plan.cr <= plan.target_cr
+
+
+@pytest.mark.parametrize("target", [math.nan, math.inf, -math.inf, 0, -0.25, -4])
+def test_a_target_that_is_no_size(target: float) -> None:
+    with pytest.raises(ValueError, match=r"target_cr is .*; pass a fraction .* such as 0\.25, or a factor"):
+        make_plan(sensitivity(), target)
+
+
+@pytest.mark.parametrize("target", [True, np.True_, "4", None, 1j, [0.25], b"4"])
+def test_a_target_that_is_no_number(target: Any) -> None:
+    with pytest.raises(TypeError, match=r"target_cr is .* of type .*; pass a fraction"):
+        make_plan(sensitivity(), target)
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+class TestUnreachable:
+    def test_a_reduction_was_given_for_a_ratio(self, planner: str) -> None:
+        with pytest.raises(ValueError, match="cannot be reached") as caught:
+            make_plan(sensitivity(), 0.75, planner=planner)
+        assert str(caught.value) == (
+            "target_cr 0.75 cannot be reached: with candidates of 2, 3, 4, 5, 6, 7, 8, 9, 10 bits, CR is in "
+            "[0.0625, 0.3125] (factors 3.2 to 16.0); pass a target_cr in there: for a 75 % reduction pass 0.25"
+        )
+
+    @pytest.mark.parametrize("target", [0.7, 0.9, 0.8125])
+    def test_the_reduction_is_in_plain_numbers(self, planner: str, target: float) -> None:
+        with pytest.raises(ValueError, match=f"for a {100 * target:g} % reduction pass {1 - target:g}$"):
+            make_plan(sensitivity(), target, planner=planner)
+
+    @pytest.mark.parametrize("target", [0.32, 0.5, 0.6, 1, 1.0, 2, 3.1])
+    def test_too_large(self, planner: str, target: float) -> None:
+        with pytest.raises(ValueError, match=r"in \[0\.0625, 0\.3125\].*in there, or allow more bits$"):
+            make_plan(sensitivity(), target, planner=planner)
+
+    @pytest.mark.parametrize("target", [0.06, 0.01, 17])
+    def test_too_small(self, planner: str, target: float) -> None:
+        with pytest.raises(ValueError, match=r"in \[0\.0625, 0\.3125\].*in there, or allow fewer bits$"):
+            make_plan(sensitivity(), target, planner=planner)
+
+    def test_a_factor_is_named_as_one(self, planner: str) -> None:
+        with pytest.raises(ValueError, match=r"target_cr 75 \(a factor, CR 0\.01333\) cannot be reached"):
+            make_plan(sensitivity(), 75, planner=planner)
+
+    def test_the_ends_are_reached(self, planner: str) -> None:
+        assert set(make_plan(sensitivity(), 0.0625, planner=planner).bits.values()) == {2}
+        largest = make_plan(sensitivity(), 0.3125, planner=planner)
+        assert largest.cr > 0.3025 if planner == "adaptive" else largest.cr == 0.3125
+
+    def test_candidates_and_fixed_sites_move_the_interval(self, planner: str) -> None:
+        fixed = {"g_a.2": 8, "g_s.6": None}
+        with pytest.raises(ValueError, match="candidates of 4, 6 bits and 2 of 6 sites fixed, CR is in"):
+            make_plan(sensitivity(), 0.05, planner=planner, bits=(6, 4), fixed=fixed)
+
+
+@given(
+    st.lists(st.integers(1, 3_000_000), min_size=1, max_size=5),
+    st.sets(st.integers(2, 10), min_size=1),
+    st.lists(st.sampled_from([2, 7, 16, None]), max_size=5),
+)
+@settings(deadline=None, max_examples=50)
+def test_what_the_message_names_can_be_passed(
+    counts: list[int], bits: set[int], fix: list[int | None]
+) -> None:
+    table = sensitivity({f"s{n}": count for n, count in enumerate(counts)})
+    fixed = {f"s{n}": width for n, width in enumerate(fix[: len(counts)])}
+    with pytest.raises(ValueError, match="cannot be reached") as caught:
+        make_plan(table, 0.001, bits=bits, fixed=fixed)
+    ends = re.search(r"\[(\S+), (\S+)\] \(factors (\S+) to (\S+)\)", str(caught.value))
+    assert ends
+    for end in map(float, ends.groups()):
+        make_plan(table, end, planner="uniform", bits=bits, fixed=fixed)
+
+
+# --- candidates -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [[4, 8], (8, 4, 4), {4, 8}, iter([8, 4]), np.array([4, 8]), [4.0, 8]])
+def test_only_the_candidates_are_used(bits: Any) -> None:
+    plan = make_plan(sensitivity(), 0.2, bits=bits)
+    assert set(plan.bits.values()) == {4, 8}
+    assert all(type(b) is int for b in plan.bits.values())
+    assert plan == make_plan(sensitivity(), 0.2, bits=[4, 8])
+
+
+def test_without_candidates_all_that_were_measured_are() -> None:
+    table = sensitivity(widths=range(3, 6))
+    assert make_plan(table, 0.12) == make_plan(table, 0.12, bits=[3, 4, 5])
+
+
+@pytest.mark.parametrize(
+    ("bits", "missing"), [(range(8, 13), "[11, 12]"), ([2.5], "[2.5]"), ("48", "['4', '8']")]
+)
+def test_candidates_that_were_not_measured(bits: Any, missing: str) -> None:
+    text = f"bits has {missing}, and only [2, 3, 4, 5, 6, 7, 8, 9, 10] were measured"
+    with pytest.raises(
+        ValueError, match=re.escape(text) + r".*measure again with analyze\(model, bits=\.\.\.\)"
+    ):
+        make_plan(sensitivity(), 0.25, bits=bits)
+
+
+def test_no_candidates() -> None:
+    with pytest.raises(ValueError, match=r"bits has no width in it; pass some of \[2, 3"):
+        make_plan(sensitivity(), 0.25, bits=[])
+
+
+def test_candidates_that_are_a_number() -> None:
+    with pytest.raises(
+        TypeError, match=r"bits is 8; pass several widths, such as range\(2, 9\), or \[8\] for one"
+    ):
+        make_plan(sensitivity(), 0.25, bits=8)  # type: ignore[arg-type]
+
+
+def test_planners_see_monotone_zeta() -> None:
+    """Measured zeta may dip; believed, the dip at 3 bits would be worth more than the other site's fall."""
+    table = sensitivity({"dips": 100, "falls": 100}, range(2, 5))
+    table.rate["dips"].update({2: 0.3, 3: 0.0, 4: 0.3})
+    table.rate["falls"].update({2: 0.2, 3: 0.0, 4: 0.0})
+    assert make_plan(table, 5 / 64, planner="optimal").bits == {"dips": 2, "falls": 3}
+
+
+# --- fixed sites ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_fixed_sites_keep_their_width(planner: str) -> None:
+    fixed = {"g_a.0": None, "g_a.1": 3, "h_s.4": 16}
+    plan = make_plan(sensitivity(), 0.25, planner=planner, fixed=fixed)
+    assert {site: plan.bits[site] for site in fixed} == fixed
+    assert plan.cr <= 0.25
+    assert plan.zeta_of("g_a.0") == 0
+    assert math.isnan(plan.zeta_of("h_s.4"))  # allowed, though 16 bits were not measured
+
+
+def test_what_fixed_sites_take_is_not_there_for_the_others() -> None:
+    plan = make_plan(sensitivity({"a": 100, "b": 100}), 0.5625, planner="uniform", fixed={"a": None})
+    assert plan.bits == {"a": None, "b": 4}  # 32 + 4 of 64 bits
+    plan = make_plan(sensitivity({"a": 100, "b": 100}), 0.25, planner="optimal", fixed={"a": 12})
+    assert plan.bits == {"a": 12, "b": 4}
+
+
+def test_globs_and_names() -> None:
+    plan = make_plan(sensitivity(), 0.25, fixed={"h_?.*": 4, "g_a.[01]": 6})
+    assert {site for site, b in plan.bits.items() if b == 4} >= {"h_a.0", "h_s.4"}
+    assert (plan.bits["g_a.0"], plan.bits["g_a.1"]) == (6, 6)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "expected"),
+    [
+        ({"g_a.*": 4, "g_*": 6}, (6, 6)),  # a later glob wins
+        ({"g_*": 6, "g_a.*": 4}, (4, 4)),
+        ({"g_a.0": 3, "g_*": 6}, (3, 6)),  # a name wins over a glob, wherever it stands
+        ({"g_*": 6, "g_a.0": None}, (None, 6)),
+        ({"g_*": None, "g_a.0": 3}, (3, None)),
+    ],
+)
+def test_which_of_two_keys_wins(fixed: dict[str, int | None], expected: tuple[int | None, ...]) -> None:
+    plan = make_plan(sensitivity({"g_a.0": 100, "g_a.1": 100, "h_a.0": 100_000}), 0.25, fixed=fixed)
+    assert (plan.bits["g_a.0"], plan.bits["g_a.1"]) == expected
+
+
+def test_a_name_with_characters_of_a_glob_is_a_name() -> None:
+    table = sensitivity({"a[0]": 100, "a0": 100})
+    assert make_plan(table, 0.25, planner="optimal", fixed={"a[0]": 12}).bits == {"a[0]": 12, "a0": 4}
+
+
+def test_all_sites_fixed() -> None:
+    for planner in PLANNERS:
+        plan = make_plan(sensitivity(), 0.25, planner=planner, fixed={"*": 8})
+        assert set(plan.bits.values()) == {8}
+    with pytest.raises(ValueError, match=r"CR is in \[0\.25, 0\.25\]"):
+        make_plan(sensitivity(), 0.26, fixed={"*": 8})
+
+
+@pytest.mark.parametrize(("key", "near"), [("g_s.5", "'g_s.6'"), ("g_q.0", "'g_a.0'"), ("h_z.*", "'h_s.4'")])
+def test_a_fixed_site_that_is_not_there(key: str, near: str) -> None:
+    text = f"fixed has '{key}', which matches none of the 6 sites; did you mean "
+    with pytest.raises(ValueError, match=re.escape(text)) as caught:
+        make_plan(sensitivity(), 0.25, fixed={key: 8})
+    assert near in str(caught.value)
+    assert "[site.name for site in analyze(model).sites] lists them all" in str(caught.value)
+
+
+def test_a_fixed_site_like_no_other() -> None:
+    with pytest.raises(ValueError, match=r"matches none of the 6 sites; \[site\.name for"):
+        make_plan(sensitivity(), 0.25, fixed={"entropy": 8})
+
+
+@pytest.mark.parametrize("width", [1, 17, 0, -8, 32, 8.0, True, "8", math.nan])
+def test_a_fixed_width_out_of_range(width: Any) -> None:
+    text = f"fixed['g_a.0'] is {width!r}; pass a whole number from 2 to 16, or None to keep the site float32"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        make_plan(sensitivity(), 0.25, fixed={"g_a.0": width})
+
+
+@pytest.mark.parametrize("fixed", [["g_a.0"], "g_a.0", 8])
+def test_fixed_is_no_mapping(fixed: Any) -> None:
+    with pytest.raises(TypeError, match=r"fixed is .*; pass a mapping of site names or globs to bits"):
+        make_plan(sensitivity(), 0.25, fixed=fixed)
+
+
+# --- the other arguments, and the plan ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 16, np.int64(8), None])
+def test_activation_bits(bits: int | None) -> None:
+    plan = make_plan(sensitivity(), 0.25, activation_bits=bits)
+    assert plan.activation_bits == bits
+    assert plan.bits == make_plan(sensitivity(), 0.25).bits
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("bits", [1, 17, 0, 8.0, True, "8"])
+def test_activation_bits_out_of_range(bits: Any) -> None:
+    text = f"activation_bits is {bits!r}; pass a whole number from 2 to 16, or None to keep activations float"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        make_plan(sensitivity(), 0.25, activation_bits=bits)
+
+
+def test_an_unknown_planner() -> None:
+    with pytest.raises(ValueError, match="no planner 'greedy'; pass one of 'adaptive', 'optimal', 'uniform'"):
+        make_plan(sensitivity(), 0.25, planner="greedy")
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_a_plan_survives_json(planner: str) -> None:
+    plan = make_plan(sensitivity(), 0.2, planner=planner, fixed={"g_a.0": None})
+    assert Plan.from_json(plan.to_json()) == plan
