@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from fmpq_fx.passes.memory import freed_memory_kept
 from fmpq_fx.passes.trace import run
 from fmpq_fx.rd import PEAK, squared_error, total_bits
 
@@ -245,7 +246,8 @@ def rd_of_changes(
     base, changed = RDSums(), dict.fromkeys(changes, RDSums())
     hide = None if progress is None else not progress
     total = len(batches) * len(changes)
-    with tqdm(total=total, desc=description, unit="run", disable=hide, leave=False) as bar, torch.no_grad():
+    bar = tqdm(total=total, desc=description, unit="run", disable=hide, leave=False)
+    with bar, torch.no_grad(), freed_memory_kept():
         for x in batches:  # outermost, so that the values of one batch at a time are kept
             measured = IncrementalRD(gm, x)
             base += measured.sums()

@@ -119,7 +119,7 @@ def _width(value: object, what: str, instead: str) -> int | None:
     """
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) not in WIDTHS:
+    if not isinstance(value, Integral) or int(value) not in WIDTHS:
         raise ValueError(
             f"{what} is {value!r}; pass a whole number from {WIDTHS[0]} to {WIDTHS[-1]}, or None {instead}"
         )

@@ -81,6 +81,7 @@ def brute_force(zeta: Table, cost: Table, budget: float) -> float:
 def assert_optimal(zeta: Table, cost: Table, budget: float) -> None:
     bits = optimal(zeta, cost, budget).bits
     assert total(cost, bits) <= budget
+    assert all(zeta[site][b] > zeta[site][now] for site, now in bits.items() for b in zeta[site] if b < now)
     spread = sum(max(v.values()) - min(v.values()) for v in zeta.values())
     best = brute_force(zeta, cost, budget)
     least = sum(min(v.values()) for v in zeta.values())
@@ -139,7 +140,9 @@ def test_adaptive_keeps_its_promises(both: Tables, share: float, data: st.DataOb
     if not in_window:
         assert upgrades(zeta, cost, found.bits, budget) == []
     assert 1 <= len(found.history) <= 12
-    assert all(bytes_ == total(cost, naive_bits_at(zeta, beta)) for beta, bytes_ in found.history)
+    for beta, taken in found.history:
+        assert beta > 0
+        assert taken == total(cost, naive_bits_at(zeta, beta))
     if found.remarks:
         assert all(saved <= 0 for saved in upgrades(zeta, cost, found.bits, budget))
     else:
@@ -200,36 +203,42 @@ def test_adaptive_wastes_nothing_where_beta_changes_nothing(scale: float) -> Non
         assert len(sizes) == len(set(sizes))
 
 
-def test_adaptive_starts_from_the_same_beta_and_steps_by_5_far_and_by_2_near() -> None:
-    widths = range(2, 11)
-    zeta = {f"s{n}": {b: 10 * 1.03**n * 4.0 ** (2 - b) for b in widths} for n in range(100)}
-    cost = {site: {b: 100.0 * b for b in widths} for site in zeta}
+def test_adaptive_steps_by_5_far_by_2_near_and_by_less_after_each_turn() -> None:
+    zeta = {f"s{n}": {b: 10 * 1.03**n * 4.0 ** (2 - b) for b in range(2, 11)} for n in range(100)}
+    cost = {site: {b: 100.0 * b for b in range(2, 11)} for site in zeta}
     float_bytes = 100 * 3200.0
-    betas = [beta for beta, _ in adaptive(zeta, cost, 0.125 * float_bytes, window=0.01 * float_bytes).history]
-    assert betas[:3] == [0.01, 0.05, 0.25]
-    size = total(cost, bits_at(zeta, 0.01))
-    betas = [beta for beta, _ in adaptive(zeta, cost, 0.985 * size, window=0.01 * float_bytes).history]
-    assert betas[:2] == [0.01, 0.02]
+
+    def factors(cr: float, window: float) -> list[float]:
+        betas = [
+            beta for beta, _ in adaptive(zeta, cost, cr * float_bytes, window=window * float_bytes).history
+        ]
+        assert betas[0] == 0.01
+        return [after / before for before, after in itertools.pairwise(betas)]
+
+    assert factors(0.125, 0.01) == pytest.approx([5, 5, 5, 5])
+    assert factors(0.15, 0.01) == pytest.approx([5, 5, 5, 2])
+    assert factors(0.30, 0.01) == pytest.approx([1 / 5])
+    assert factors(0.25, 0.01) == pytest.approx([2, 2, 2**-0.5])
+    assert factors(0.25, 0.002) == pytest.approx([5, 5**-0.5])
+    assert factors(0.20, 0.002) == pytest.approx([5, 5, 2**-0.5, 2**0.25, 2**-0.125])
 
 
-def test_adaptive_takes_smaller_steps_after_a_change_of_direction() -> None:
-    zeta, cost, float_bytes = realistic(1, 120, 0.2)
-    window = 1e-5 * float_bytes
-    ratios = []
-    for cr in TARGETS:
-        betas = [beta for beta, _ in adaptive(zeta, cost, cr * float_bytes, window=window).history]
-        logs = np.diff(np.log(betas))
-        turned = np.flatnonzero(np.sign(logs[1:]) != np.sign(logs[:-1]))
-        ratios += [abs(logs[k + 1] / logs[k]) for k in turned]
-    assert ratios
-    assert max(ratios) < 1
+# One step of beta widens this site, and that is over the budgets below; so everything else is filled up.
+STEP = ({2: 2.0, 3: 0.0}, {2: 10.0, 3: 60.0})
 
 
 def test_adaptive_widens_past_a_plateau() -> None:
-    zeta = {"a": {2: 1.0, 3: 1.0, 4: 1.0, 5: 0.0}, "b": {2: 1.0}}
-    cost = {"a": {2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0}, "b": {2: 100.0}}
-    found = adaptive(zeta, cost, 106.0, window=1.0)
-    assert found.bits == {"a": 5, "b": 2}
+    zeta = {"step": STEP[0], "plateau": {2: 1.0, 3: 1.0, 4: 1.0, 5: 0.0}, "slope": {2: 0.5, 3: 0.45}}
+    cost = {"step": STEP[1], "plateau": {2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0}, "slope": {2: 2.0, 3: 3.0}}
+    assert adaptive(zeta, cost, 17.0, window=1.0).bits == {"step": 2, "plateau": 5, "slope": 2}
+
+
+def test_adaptive_fills_up_with_what_buys_the_most_per_byte() -> None:
+    zeta = {"step": STEP[0], "much": {2: 1.0, 3: 0.0}, "a": {2: 0.5, 3: 0.0}, "b": {2: 0.5, 3: 0.05}}
+    cost = {"step": STEP[1], "much": {2: 2.0, 3: 12.0}, "a": {2: 2.0, 3: 4.0}, "b": {2: 2.0, 3: 4.0}}
+    for budget, window, b in ((18.0, 0.0, 2), (20.0, 0.0, 3), (26.0, 6.0, 3)):
+        found = adaptive(zeta, cost, budget, window=window)
+        assert found.bits == {"step": 2, "much": 2, "a": 3, "b": b}
 
 
 def test_adaptive_makes_upgrades_that_buy_nothing_only_up_to_the_window() -> None:
@@ -298,11 +307,33 @@ def test_optimal_does_not_depend_on_the_unit_of_zeta(exponent: int) -> None:
 
 
 def test_optimal_resolves_small_differences_beside_large_values() -> None:
-    """The gap to beat is 1e-9 of the zeta that the narrowest widths would cost."""
-    zeta = {f"s{n}": {2: 100.0, 8: 1e-7 * (1.1**n), 9: 0.0} for n in range(8)}
+    """The gap to beat is 1e-14 of the zeta that the narrowest widths would cost."""
+    zeta = {f"s{n}": {2: 100.0, 8: 1e-11 * (1.1**n), 9: 0.0} for n in range(8)}
     cost = {site: {2: 2.0, 8: 8.0, 9: 9.0} for site in zeta}
     found = optimal(zeta, cost, 8 * 8.0 + 3)
     assert found.bits == {f"s{n}": 9 if n >= 5 else 8 for n in range(8)}
+
+
+def test_optimal_is_proven_in_a_unit_of_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buying the most zeta per byte ends at 1.0 here, and 1e-6 of that would hide the optimum of 3e-7."""
+    zeta = {"large": {2: 1.0, 3: 0.5, 10: 0.0}, "bait": {2: 3e-7, 3: 0.0}}
+    zeta |= {f"s{n}": {2: 1e-13 * (n + 1), 3: 0.0} for n in range(9)}
+    cost = {"large": {2: 1e6, 3: 5e6, 10: 5e6 + 1}} | {s: {2: 2.0, 3: 3.0} for s in zeta if s != "large"}
+    cost["bait"][3] = 2 + 1.125
+    solve, calls = planners.milp, []
+
+    def spy(objective: np.ndarray, **others: Any) -> OptimizeResult:
+        result = solve(objective, **others)
+        calls.append((objective.max(), result.fun))
+        return result
+
+    monkeypatch.setattr(planners, "milp", spy)
+    for budget in (5e6 + 21, 5e6 + 22, 5e6 + 24):
+        bits = optimal(zeta, cost, budget).bits
+        assert total(zeta, bits) == pytest.approx(brute_force(zeta, cost, budget), rel=1e-12)
+        largest, optimum = calls[-1]
+        assert optimum == pytest.approx(1e6)
+        assert largest <= optimum
 
 
 def test_optimal_never_trusts_a_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,10 +370,21 @@ def test_planners_say_when_the_solver_gave_up(monkeypatch: pytest.MonkeyPatch) -
     assert total(cost, found.bits) <= budget
 
 
+def test_optimal_falls_back_on_what_buys_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planners, "milp", lambda *_, **__: OptimizeResult({"x": None, "status": 4}))
+    found = optimal({"a": {2: 1.0, 3: 0.5, 4: 0.0}}, {"a": {2: 2.0, 3: 3.0, 4: 4.0}}, 3.0)
+    assert found == Assignment({"a": 3}, remarks="It was not proven that no plan has less zeta.")
+
+
 def test_optimal_prefers_the_cheaper_of_equal_widths() -> None:
-    zeta = {"a": {2: 1.0, 4: 0.5, 6: 0.5}, "b": {2: 0.0, 8: 0.0}}
-    cost = {"a": {2: 2.0, 4: 4.0, 6: 6.0}, "b": {2: 2.0, 8: 8.0}}
-    assert optimal(zeta, cost, 100.0).bits == {"a": 4, "b": 2}
+    """Also where what buys the most per byte, the bait, is not the optimum, so that HiGHS decides."""
+    plateaus = {f"s{n}": {2: 1.0, 3: 0.0, 4: 0.0, 5: 0.0} for n in range(9)}
+    zeta = plateaus | {"large": {2: 1.0, 3: 0.0}, "bait": {2: 0.6, 3: 0.0}, "none": {2: 0.0, 8: 0.0}}
+    cost = {site: {b: float(b) for b in range(2, 9)} for site in zeta} | {"large": {2: 2.0, 3: 102.0}}
+    cost = {site: {b: cost[site][b] for b in zeta[site]} for site in zeta} | {"bait": {2: 2.0, 3: 52.0}}
+    expected = dict.fromkeys(plateaus, 3) | {"large": 3, "bait": 2, "none": 2}
+    cheapest = 2.0 * len(zeta)
+    assert optimal(zeta, cost, cheapest + len(plateaus) + 100 + 40).bits == expected
 
 
 @pytest.mark.parametrize("cr", TARGETS)
@@ -397,6 +439,11 @@ def test_uniform_leaves_fixed_sites_as_they_are() -> None:
     zeta = {"a": {2: 1.0, 4: 0.5, 8: 0.0}, "wide": {32: 0.0}, "odd": {5: 0.0}}
     cost = {"a": {2: 2.0, 4: 4.0, 8: 8.0}, "wide": {32: 32.0}, "odd": {5: 5.0}}
     assert uniform(zeta, cost, 44.0).bits == {"a": 4, "wide": 32, "odd": 5}
+    zeta, cost = (
+        {"a": {2: 1.0, 3: 0.0}, "b": {4: 1.0, 10: 0.0}},
+        {"a": {2: 2.0, 3: 3.0}, "b": {4: 4.0, 10: 10.0}},
+    )
+    assert uniform(zeta, cost, 7.0).bits == {"a": 3, "b": 4}
 
 
 @pytest.mark.parametrize("planner", ["adaptive", "optimal", "uniform"])
