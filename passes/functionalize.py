@@ -43,7 +43,7 @@ def _make_out_of_place(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.kwargs.get("inplace") is True:
         node.kwargs = {**node.kwargs, "inplace": False}
         return True
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
     if node.op not in ("call_method", "call_function") or not name.endswith("_") or name.endswith("__"):
         return False
     node.target = _out_of_place(node, name.removesuffix("_"))
