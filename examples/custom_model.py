@@ -26,7 +26,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` (B, C, H, W) plus its weighed branch."""
         weights = torch.sigmoid(self.weigh(x.mean((2, 3))))
-        out = F.relu(self.branch(x), inplace=True)
+        out: Tensor = F.relu(self.branch(x), inplace=True)
         out = out * weights.unflatten(1, (-1, 1, 1))
         out += x
         return out

@@ -1,6 +1,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -371,7 +372,7 @@ def test_planners_say_when_the_solver_gave_up(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_optimal_falls_back_on_what_buys_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planners, "milp", lambda *_, **__: OptimizeResult({"x": None, "status": 4}))
+    monkeypatch.setattr(planners, "milp", lambda *_, **__: SimpleNamespace(x=None, status=4))
     found = optimal({"a": {2: 1.0, 3: 0.5, 4: 0.0}}, {"a": {2: 2.0, 3: 3.0, 4: 4.0}}, 3.0)
     assert found == Assignment({"a": 3}, remarks="It was not proven that no plan has less zeta.")
 

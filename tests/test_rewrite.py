@@ -171,6 +171,7 @@ def test_bits_are_printed_after_loading_too(
     assert "'bits': " in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:Was not able to save the following children modules")
 def test_to_folder_writes_code_that_computes_the_same(
     gm: fx.GraphModule, x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
