@@ -7,7 +7,7 @@ arXiv 2506.01221). Two arguments are enough::
     print(fmpq_fx.bit_table(gm))
 """
 
-from fmpq_fx import samples
+from fmpq_fx import _compressai, samples  # noqa: F401  (_compressai comes first: see there)
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.passes.tables import Measured, Plan, Sensitivity, Site
