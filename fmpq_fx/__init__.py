@@ -8,6 +8,7 @@ arXiv 2506.01221). Two arguments are enough::
 """
 
 from fmpq_fx import _compressai, samples  # noqa: F401  (_compressai comes first: see there)
+from fmpq_fx.codec import convert, export_checkpoint
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.passes.tables import Measured, Plan, Sensitivity, Site
@@ -23,6 +24,8 @@ __all__ = [
     "Site",
     "analyze",
     "bit_table",
+    "convert",
+    "export_checkpoint",
     "plan_of",
     "plot_plan",
     "prepare",

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.incremental import replace_module
@@ -20,10 +20,12 @@ class QuantizedGraphModule(fx.GraphModule):
         """Pickle the plan and the notes on the nodes beside what fx pickles."""
         rebuild, arguments = super().__reduce__()
         notes = [node.meta.get("fmpq") for node in self.graph.nodes]
-        return _rebuild, (rebuild, arguments, notes, self.meta["fmpq"])
+        return _rebuild, (rebuild, arguments, notes, self.meta["fmpq"], self.meta["model"])
 
 
-def _rebuild(rebuild: Any, arguments: tuple[Any, ...], notes: list[Any], plan: Plan) -> fx.GraphModule:
+def _rebuild(
+    rebuild: Any, arguments: tuple[Any, ...], notes: list[Any], plan: Plan, model: nn.Module
+) -> fx.GraphModule:
     plain: fx.GraphModule = rebuild(*arguments)
     gm = QuantizedGraphModule(plain, plain.graph, type(plain).__name__)
     gm.train(plain.training)
@@ -31,13 +33,14 @@ def _rebuild(rebuild: Any, arguments: tuple[Any, ...], notes: list[Any], plan: P
     for node, note in zip(gm.graph.nodes, notes, strict=True):
         if note is not None:
             node.meta["fmpq"] = note
-    _carry(gm, plan)
+    _carry(gm, plan, model)
     return gm
 
 
-def _carry(gm: fx.GraphModule, plan: Plan) -> None:
-    """Write ``plan`` on ``gm`` and the bits on its nodes, also where ``print_readable`` shows them."""
+def _carry(gm: fx.GraphModule, plan: Plan, model: nn.Module) -> None:
+    """Write ``plan`` and ``model`` on ``gm``, and the bits on its nodes, also where ``print_readable`` shows them."""
     gm.meta["fmpq"] = plan
+    gm.meta["model"] = model
     annotate(gm, "bits", plan.bits)
     for node in gm.graph.nodes:
         if "fmpq" in node.meta:
@@ -68,7 +71,7 @@ def quantize(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         replace_module(gm, layer, quantized)
     result = QuantizedGraphModule(gm, gm.graph, type(gm).__name__)
     result.train(gm.training)
-    _carry(result, plan)
+    _carry(result, plan, gm.meta["model"])
     result.graph.lint()
     return result
 
@@ -87,9 +90,9 @@ def _check_same_sites(gm: fx.GraphModule, plan: Plan) -> None:
     )
 
 
-def quantized_layers(gm: fx.GraphModule) -> dict[str, QuantizedLayer]:
-    """Return the quantized layers of a rewritten graph by the name of their site."""
-    return {name: m for name, m in gm.named_modules() if isinstance(m, QuantizedLayer)}
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Return the quantized layers of a rewritten graph, or of the model it was made into, by site."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
 
 
 @contextmanager

@@ -88,7 +88,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
             CompressAI's models do.
 
     Returns:
-        a GraphModule in evaluation mode, on the device and in the dtype of ``model``.
+        a GraphModule in evaluation mode, on the device and in the dtype of ``model``. Its modules are those of
+        the copy, which it carries in ``gm.meta["model"]``: the way back to the model's own class.
 
     Raises:
         FmpqError: the model cannot be traced, or returns something else.
@@ -103,6 +104,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
         raise FmpqError(_untraceable(model, tracer, error)) from error
     gm = fx.GraphModule(root, graph, type(model).__name__)
     _check_output(gm)
+    gm.meta["model"] = root
     graph.lint()
     return gm
 

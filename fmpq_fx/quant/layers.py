@@ -107,6 +107,12 @@ class QuantizedMaskedConv2d(QuantizedConv2d):
         weight: Tensor = layer.weight * layer.mask  # type: ignore[operator]
         return weight
 
+    @property
+    def mask(self) -> Tensor:
+        """The mask: CompressAI's coding loops read it, and :attr:`weight`, without calling the layer."""
+        mask: Tensor = self.layer.mask  # type: ignore[assignment]
+        return mask
+
 
 class QuantizedConvTranspose2d(QuantizedLayer):
     """A transposed convolution: its weight is (in, out / groups, kH, kW), so output channels are dimension 1.

@@ -1,0 +1,82 @@
+"""From the rewritten graph back to the model's own class, which codes, and to a checkpoint without any trace of us."""
+
+import copy
+import os
+
+import torch
+from compressai.layers import GDN
+from torch import Tensor, fx, nn
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.files import replacing
+from fmpq_fx.passes.incremental import replace_module
+from fmpq_fx.passes.rewrite import plan_of, quantized_layers
+from fmpq_fx.quant import QuantizedLayer
+
+
+def convert(gm: fx.GraphModule) -> nn.Module:
+    """Return the model that ``gm`` was made from, with its quantized layers in place of the float ones.
+
+    Args:
+        gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned, trained further or not. It is not
+            modified, and shares nothing with what is returned.
+
+    Returns:
+        a model of the user's own class, in evaluation mode, on the device of ``gm``. Its forward computes what
+        ``gm`` does. Where the class can code (CompressAI's can), ``update()`` was called, so that
+        ``compress()`` and ``decompress()`` work with the tables of the weights as they are now.
+
+        CompressAI's autoregressive coding loops read the weight of the context prediction without calling the
+        layer: they get the quantized weight, but the layer's input stays float there.
+
+    Raises:
+        FmpqError: ``gm`` carries no plan, or its model cannot be copied.
+    """
+    plan_of(gm)
+    twin = copy.deepcopy(gm).eval()
+    model: nn.Module = twin.meta["model"].eval()
+    for site, layer in quantized_layers(twin).items():
+        replace_module(model, model.get_submodule(site), layer)
+    update = getattr(model, "update", None)
+    if callable(update):
+        update(force=True)
+    return model
+
+
+def export_checkpoint(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
+    """Write the quantized weights, dequantized, as a state dict that the float model's class loads.
+
+    A stock CompressAI reads it (``python -m compressai.utils.eval_model checkpoint``) and computes with the
+    quantized weights; activations are float there. GDN's gamma goes back through its reparametrization, which
+    changes it by rounding errors of float32.
+
+    Args:
+        gm: a rewritten graph.
+        path: the file, ``{"state_dict": ...}`` as ``torch.save`` writes it, with CDF tables.
+
+    Raises:
+        FmpqError: ``gm`` carries no plan.
+        FileNotFoundError: there is no such folder.
+    """
+    model = convert(gm)
+    layers = quantized_layers(model)
+    inside = tuple(f"{site}." for site in layers)
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith(inside)}
+    for site, layer in layers.items():
+        state |= {f"{site}.{key}": value for key, value in _float_state(layer, site).items()}
+    with replacing(path) as temporary:
+        torch.save({"state_dict": state}, temporary)
+
+
+def _float_state(layer: QuantizedLayer, site: str) -> dict[str, Tensor]:
+    """Return the state dict of the float layer inside ``layer``, with the dequantized weight in it."""
+    state: dict[str, Tensor] = layer.layer.state_dict()
+    weight = layer.weight.detach()
+    if isinstance(layer.layer, GDN):
+        return {**state, "gamma": layer.layer.gamma_reparam.init(weight)}
+    if "weight" not in state:
+        raise FmpqError(
+            f"the weight of {site!r} is computed from others ({', '.join(state)}), so that a quantized one has no "
+            "place in a checkpoint of that class; remove the parametrization before prepare()"
+        )
+    return {**state, "weight": weight}
