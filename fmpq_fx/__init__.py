@@ -10,6 +10,7 @@ arXiv 2506.01221). Two arguments are enough::
 from fmpq_fx import _compressai, samples  # noqa: F401  (_compressai comes first: see there)
 from fmpq_fx.codec import convert, export_checkpoint
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.evaluate import Evaluation, evaluate
 from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.passes.tables import Measured, Plan, Sensitivity, Site
 from fmpq_fx.picture import plot_plan
@@ -17,6 +18,7 @@ from fmpq_fx.prepare import analyze, prepare, rewrite
 from fmpq_fx.report import bit_table
 
 __all__ = [
+    "Evaluation",
     "FmpqError",
     "Measured",
     "Plan",
@@ -25,6 +27,7 @@ __all__ = [
     "analyze",
     "bit_table",
     "convert",
+    "evaluate",
     "export_checkpoint",
     "plan_of",
     "plot_plan",

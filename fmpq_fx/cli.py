@@ -10,7 +10,8 @@ from torch import nn
 
 from fmpq_fx.demo import demo
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.files import check_folder
+from fmpq_fx.evaluate import evaluate
+from fmpq_fx.files import check_folder, write_text
 from fmpq_fx.passes.planners import PLANNERS
 from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.passes.tables import Sensitivity
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(
         commands.add_parser("prepare", help="quantize a model to a size and print its bit-width table")
     )
+    _add_evaluate(commands.add_parser("evaluate", help="code images for real and measure rate and quality"))
     command = commands.add_parser(
         "demo", help="quantize the trained sample model and compare with uniform bits"
     )
@@ -51,9 +53,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_prepare(command: argparse.ArgumentParser) -> None:
+def _add_model(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("model", metavar="MODEL", help="'sample', a name of CompressAI's zoo, or package.module:callable")
+    add("--quality", type=int, metavar="Q", help="of CompressAI's pretrained weights, 1 to 8")
+    add("--checkpoint", type=Path, metavar="F", help="trained weights of the model")
+
+
+def _add_evaluate(command: argparse.ArgumentParser) -> None:
+    _add_model(command)
+    command.add_argument("images", type=Path, metavar="DIR", help="folder of images, of any size")
+    command.add_argument("--json", type=Path, metavar="F", help="write the results per image and their means")
+    command.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    if args.json is not None:
+        check_folder(args.json)
+    model = load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
+    results = evaluate(model, args.images)
+    print(results)
+    if args.json is not None:
+        write_text(args.json, results.to_json())
+        print(f"results: {args.json}")
+
+
+def _add_prepare(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    _add_model(command)
     add(
         "--target-cr",
         type=float,
@@ -61,8 +88,6 @@ def _add_prepare(command: argparse.ArgumentParser) -> None:
         metavar="CR",
         help="quantized / float32 weight bytes: 0.25, or 4",
     )
-    add("--quality", type=int, metavar="Q", help="of CompressAI's pretrained weights, 1 to 8")
-    add("--checkpoint", type=Path, metavar="F", help="trained weights of the model")
     add("--images", type=Path, metavar="DIR", help="calibration images; default: scikit-image's photographs")
     add("--lmbda", type=float, metavar="L", help="weight of the distortion; default: as heavy as the rate")
     add("--planner", choices=list(PLANNERS), default="adaptive")

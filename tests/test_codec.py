@@ -130,14 +130,10 @@ def test_compressais_own_program_evaluates_the_checkpoint(tmp_path: Path) -> Non
     (written,) = (tmp_path / "out").glob("*.json")
     results = json.loads(written.read_text())["results"]
 
-    codec: Any = fmpq_fx.convert(gm)
-    with torch.no_grad():
-        coded = codec.compress(x)
-        x_hat = codec.decompress(coded["strings"], coded["shape"])["x_hat"]
-    bpp = 8 * sum(len(strings[0]) for strings in coded["strings"]) / (256 * 256)
-    mse = ((x_hat.clamp(0, 1) * 255).round() - (x * 255).round()).square().mean()
-    assert results["bpp"] == [pytest.approx(bpp, rel=1e-3)]
-    assert results["psnr-rgb"] == [pytest.approx((10 * torch.log10(255**2 / mse)).item(), abs=0.01)]
+    ours = fmpq_fx.evaluate(gm, tmp_path / "images")
+    assert results["bpp"] == [pytest.approx(ours.bpp, rel=1e-3)]
+    assert results["psnr-rgb"] == [pytest.approx(ours.psnr, abs=0.01)]
+    assert results["ms-ssim-rgb"] == [pytest.approx(ours.ms_ssim, abs=1e-4)]
 
 
 def test_without_a_plan_there_is_nothing_to_convert(tmp_path: Path) -> None:

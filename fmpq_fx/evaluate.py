@@ -1,0 +1,232 @@
+"""Evaluate a codec on real bitstreams: bytes on the wire, and what is decoded from them."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compressai.ops import compute_padding
+from pytorch_msssim import ms_ssim
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from fmpq_fx import images as image_files
+from fmpq_fx.codec import convert
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.rd import total_bits
+
+STRIDE = 64
+"""Images are padded to multiples of this, as CompressAI's own evaluation does: six strides of 2."""
+
+MS_SSIM_LEAST = 161
+"""The shortest side that has the five scales of MS-SSIM."""
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """What coding one image gave; qualities are of 8-bit images."""
+
+    name: str  # file name, or the key that it was given under
+    width: int  # pixels
+    height: int  # pixels
+    bpp: float  # bits on the wire per pixel of the image
+    estimated_bpp: float  # the same from the likelihoods of the forward pass
+    psnr: float  # dB
+    ms_ssim: float | None  # None where the image is too small for it
+    encode_seconds: float
+    decode_seconds: float
+    deviation: int  # largest difference of the decoded image from the forward pass's, in 8-bit levels
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results per image, and their means."""
+
+    images: tuple[ImageResult, ...]
+
+    def _mean(self, field: str) -> float:
+        values = [getattr(image, field) for image in self.images]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else math.nan
+
+    @property
+    def bpp(self) -> float:
+        """Mean over the images of the bits on the wire per pixel."""
+        return self._mean("bpp")
+
+    @property
+    def estimated_bpp(self) -> float:
+        """Mean over the images of the estimate from likelihoods, bits per pixel."""
+        return self._mean("estimated_bpp")
+
+    @property
+    def psnr(self) -> float:
+        """Mean over the images, dB."""
+        return self._mean("psnr")
+
+    @property
+    def ms_ssim(self) -> float:
+        """Mean over the images that are large enough for it; NaN where none is."""
+        return self._mean("ms_ssim")
+
+    @property
+    def deviation(self) -> int:
+        """The largest :attr:`ImageResult.deviation`."""
+        return max(image.deviation for image in self.images)
+
+    def to_json(self) -> str:
+        """Return the means and the results per image as a JSON text."""
+        means = {name: getattr(self, name) for name in ("bpp", "estimated_bpp", "psnr")}
+        means["ms_ssim"] = None if math.isnan(self.ms_ssim) else self.ms_ssim
+        return json.dumps({"mean": means, "images": list(map(dataclasses.asdict, self.images))}, indent=1)
+
+    def __str__(self) -> str:
+        headers = [
+            "image",
+            "size",
+            "bpp",
+            "estimate",
+            "PSNR (dB)",
+            "MS-SSIM",
+            "encode (s)",
+            "decode (s)",
+            "deviation",
+        ]
+        rows = [_row(i.name, f"{i.width} x {i.height}", i, i.deviation) for i in self.images]
+        rows.append(_row("mean", "", self, self.deviation))
+        return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 8))
+
+    @property
+    def encode_seconds(self) -> float:
+        """Mean time to encode an image."""
+        return self._mean("encode_seconds")
+
+    @property
+    def decode_seconds(self) -> float:
+        """Mean time to decode an image."""
+        return self._mean("decode_seconds")
+
+
+def _row(name: str, size: str, of: ImageResult | Evaluation, deviation: int) -> list[str]:
+    similarity = "-" if of.ms_ssim is None or math.isnan(of.ms_ssim) else f"{of.ms_ssim:.4f}"
+    times = (f"{of.encode_seconds:.2f}", f"{of.decode_seconds:.2f}")
+    return [
+        name,
+        size,
+        f"{of.bpp:.4f}",
+        f"{of.estimated_bpp:.4f}",
+        f"{of.psnr:.3f}",
+        similarity,
+        *times,
+        str(deviation),
+    ]
+
+
+def evaluate(
+    model: nn.Module,
+    images: str | os.PathLike[str] | Mapping[str, Tensor],
+    *,
+    progress: bool | None = None,
+) -> Evaluation:
+    """Code every image for real, decode it, and measure both.
+
+    Args:
+        model: a rewritten graph, which is converted first, or any model with CompressAI's ``compress`` and
+            ``decompress``. It is not modified.
+        images: an image folder, or (3, H, W) tensors in [0, 1] by name; of any size.
+        progress: show a progress bar; None shows it on terminals only.
+
+    Returns:
+        bits per pixel of the image as it is, not as it was padded; PSNR and MS-SSIM of images rounded to 8 bits,
+        as CompressAI computes them. ``deviation`` tells whether what was decoded is what the forward pass
+        predicted; in models that predict means (all but the factorized and the scale hyperprior) the forward
+        pass rounds latents otherwise than coding does, and a deviation is no fault.
+
+    Raises:
+        FmpqError: the model cannot code, or there are no usable images.
+    """
+    codec = _codec(model)
+    parameter = next(codec.parameters())
+    named = list(_named(images))
+    hide = None if progress is None else not progress
+    results: list[ImageResult] = []
+    with torch.no_grad():
+        for name, load in tqdm(named, desc="evaluate", unit="image", disable=hide, leave=False):
+            try:
+                x = load()
+            except FmpqError as error:
+                warnings.warn(f"image skipped: {error}", stacklevel=2)
+                continue
+            results.append(_code(codec, name, x.to(parameter.device, parameter.dtype)))
+    if not results:
+        raise FmpqError("none of the images can be read; see the warnings")
+    return Evaluation(tuple(results))
+
+
+def _codec(model: nn.Module) -> Any:
+    if isinstance(model, fx.GraphModule):
+        codec = convert(model)
+    else:
+        codec = copy.deepcopy(model).eval()
+        update = getattr(codec, "update", None)
+        if callable(update):
+            update()  # makes the tables of a model that has none, and leaves others alone
+    if not callable(getattr(codec, "compress", None)) or not callable(getattr(codec, "decompress", None)):
+        raise FmpqError(
+            f"{type(codec).__name__} has no compress() and decompress(), so there are no bitstreams to measure"
+        )
+    return codec
+
+
+def _named(images: str | os.PathLike[str] | Mapping[str, Tensor]) -> Iterator[tuple[str, Any]]:
+    """Yield the name of each image and what loads it."""
+    if isinstance(images, Mapping):
+        for name, x in images.items():
+            if not isinstance(x, Tensor) or x.ndim != 3 or x.size(0) != 3 or not x.is_floating_point():
+                what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"image {name!r} is {what}; pass float tensors (3, H, W) in [0, 1]")
+            yield name, lambda x=x: x
+    else:
+        for path in image_files.find(images):
+            yield path.name, lambda path=path: image_files.read(path)
+
+
+def _code(codec: Any, name: str, x: Tensor) -> ImageResult:
+    """Code the image ``x`` (3, H, W)."""
+    height, width = x.shape[-2:]
+    pad, unpad = compute_padding(height, width, min_div=STRIDE)
+    padded = F.pad(x.unsqueeze(0), pad)
+    start = time.perf_counter()
+    coded = codec.compress(padded)
+    middle = time.perf_counter()
+    decoded = codec.decompress(coded["strings"], coded["shape"])["x_hat"]
+    end = time.perf_counter()
+    forward = codec(padded)
+    original, x_hat, predicted = (_to_8_bits(F.pad(y, unpad)) for y in (padded, decoded, forward["x_hat"]))
+    mse = (x_hat - original).square().mean().item()
+    large = min(height, width) >= MS_SSIM_LEAST
+    return ImageResult(
+        name=name,
+        width=width,
+        height=height,
+        bpp=8 * sum(len(strings[0]) for strings in coded["strings"]) / (height * width),
+        estimated_bpp=sum(total_bits(p).item() for p in forward["likelihoods"].values()) / (height * width),
+        psnr=10 * math.log10(255**2 / mse) if mse else math.inf,
+        ms_ssim=ms_ssim(original, x_hat, data_range=255).item() if large else None,
+        encode_seconds=middle - start,
+        decode_seconds=end - middle,
+        deviation=int((x_hat - predicted).abs().max()),
+    )
+
+
+def _to_8_bits(x: Tensor) -> Tensor:
+    return (x * 255).clamp(0, 255).round()
