@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from torch import nn
-
 from fmpq_fx.demo import demo
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.evaluate import evaluate
@@ -16,7 +14,7 @@ from fmpq_fx.passes.planners import PLANNERS
 from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.passes.tables import Sensitivity
 from fmpq_fx.picture import check_plot_path, plot_plan
-from fmpq_fx.prepare import analyze, prepare
+from fmpq_fx.prepare import prepare
 from fmpq_fx.report import bit_table
 from fmpq_fx.zoo import load_model
 
@@ -125,6 +123,7 @@ def _prepare(args: argparse.Namespace) -> None:
     for path in (args.plan_out, args.sensitivity):
         if path is not None:
             check_folder(path)
+    reuse = args.sensitivity is not None and args.sensitivity.exists()
     model = load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
     gm = prepare(
         model,
@@ -135,8 +134,10 @@ def _prepare(args: argparse.Namespace) -> None:
         activation_bits=args.activation_bits,
         planner=args.planner,
         fixed=dict(args.fixed),
-        sensitivity=_sensitivity(args, model) if args.sensitivity else None,
+        sensitivity=Sensitivity.load(args.sensitivity) if reuse else None,
     )
+    if args.sensitivity is not None and not reuse:
+        plan_of(gm).sensitivity.save(args.sensitivity)
     print(bit_table(gm))
     if args.plot is not None:
         plot_plan(gm, args.plot)
@@ -146,21 +147,16 @@ def _prepare(args: argparse.Namespace) -> None:
         print(f"plan: {args.plan_out}")
 
 
-def _sensitivity(args: argparse.Namespace, model: nn.Module) -> Sensitivity:
-    if args.sensitivity.exists():
-        return Sensitivity.load(args.sensitivity)
-    table = analyze(model, calibration=args.images, lmbda=args.lmbda, bits=args.bits)
-    table.save(args.sensitivity)
-    return table
-
-
 def _bits(text: str) -> list[int]:
     """Parse "2-10" or "4,6,8"."""
     try:
         low, dash, high = text.partition("-")
-        return list(range(int(low), int(high) + 1)) if dash else [int(b) for b in text.split(",")]
+        bits = list(range(int(low), int(high) + 1)) if dash else [int(b) for b in text.split(",")]
     except ValueError:
+        bits = []
+    if not bits:
         _refuse(f"expected bit-widths as 2-10 or 4,6,8; got {text!r}")
+    return bits
 
 
 def _activation_bits(text: str) -> int | None:

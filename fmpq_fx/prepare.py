@@ -1,5 +1,6 @@
 """The whole pass on one screen: trace, measure, plan, rewrite, calibrate."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -42,14 +43,15 @@ def prepare(
         target_cr: quantized weight bytes / float32 weight bytes, 0.25 for four times smaller; a number above 1
             is read as the factor (4 means 0.25).
         calibration: an image folder, an iterable of (B, 3, H, W) float tensors in [0, 1], or None for 256 x 256
-            crops of scikit-image's colour photographs.
+            crops of scikit-image's colour photographs. Eight crops suffice; the activations of all of them are
+            kept in memory.
         lmbda: the Lagrangian of the RD loss; None makes rate and distortion weigh the same on the calibration.
         bits: candidate bit-widths of the weights; None is 2 … 10, or those of ``sensitivity``.
         activation_bits: of every site's input; None keeps activations float.
         planner: "adaptive" (FMPQ's search for beta), "optimal" (knapsack) or "uniform" (the baseline).
         fixed: site names or globs whose bits are given: {"g_s.6": 8, "h_*": 4, "g_a.0": None}; None keeps float32.
         sensitivity: what :func:`analyze` returned for this model, to plan for several targets from one
-            measurement; ``lmbda`` is then that of the table.
+            measurement; ``lmbda`` is then left out, or that of the table.
         progress: show progress bars; None shows them on terminals only.
 
     Returns:
@@ -58,11 +60,12 @@ def prepare(
 
     Raises:
         ValueError: an argument is out of its range; for an unreachable target the message names what is.
-        FmpqError: the model cannot be traced or run on the images, or there are no usable images.
+        FmpqError: the model cannot be traced or run on the images, there are no usable images, or the RD loss of
+            the quantized model is not finite.
     """
-    bits = None if bits is None else tuple(bits)  # they are read more than once
+    bits = None if bits is None else checked_bits(bits)
     batches = _batches_for(model, calibration)
-    gm = _traced(model, batches[0])
+    gm = _traced(model, batches)
     make = partial(
         make_plan,
         target_cr=target_cr,
@@ -81,6 +84,11 @@ def prepare(
     weights_rd = mean_rd(quantized, batches, table.lmbda)
     calibrate(quantized, batches, progress=progress)
     measured = Measured(float_rd, weights_rd, mean_rd(quantized, batches, table.lmbda))
+    if not (math.isfinite(measured.weights_rd) and math.isfinite(measured.rd)):
+        raise FmpqError(
+            f"the RD loss of the quantized model is not finite ({measured}); allow more bits, or prepare the model "
+            "in float32"
+        )
     quantized.meta["fmpq"] = replace(plan_of(quantized), measured=measured)
     return quantized.train(model.training)
 
@@ -98,7 +106,7 @@ def analyze(
     The arguments are those of :func:`prepare`, which takes the table for any number of targets.
     """
     batches = _batches_for(model, calibration)
-    gm = _traced(model, batches[0])
+    gm = _traced(model, batches)
     return _measured_or_given(gm, batches, None, lmbda, bits, progress)
 
 
@@ -129,10 +137,11 @@ def _batches_for(model: nn.Module, calibration: Calibration) -> list[Tensor]:
     return [x.to(parameter.device, parameter.dtype) for x in images.batches(calibration)]
 
 
-def _traced(model: nn.Module, x: Tensor) -> fx.GraphModule:
+def _traced(model: nn.Module, batches: list[Tensor]) -> fx.GraphModule:
     gm = functionalize(trace(model))
     find_sites(gm)  # refuses weights that are not finite, which nothing can be compared with
-    check_trace(model, gm, x)
+    for x in {x.shape: x for x in batches}.values():  # a decision on the size would show at another one
+        check_trace(model, gm, x)
     return gm
 
 

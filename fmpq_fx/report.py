@@ -33,7 +33,7 @@ def bit_table(gm: fx.GraphModule) -> str:
         width, zeta = "float" if b is None else str(b), plan.zeta_of(site.name)
         rows.append((name, site.kind, *_numbers(plan, site.params, width, zeta, site.bytes_at(b))))
     params, average = sum(site.params for site in plan.sites), f"{plan.average_bits:.1f}"
-    total = _numbers(plan, params, average, _predicted(plan)[0], plan.nominal_bytes)
+    total = _numbers(plan, params, average, plan.predicted, plan.nominal_bytes)
     rows += [SEPARATING_LINE, (_count(len(plan.sites), "site"), "", *total)]
     header = ("node", "kind", "parameters", "bits", "zeta %", "bytes", "share %")
     aligned = ("left", "left", *["right"] * 5)
@@ -106,8 +106,8 @@ def _kind_of(parameter: str, gm: fx.GraphModule, plan: Plan) -> str:
 
 
 def _rd_loss(plan: Plan) -> str:
-    predicted, unmeasured = _predicted(plan)
-    promise = f"sum of zeta: {percent(predicted)}"
+    unmeasured = sum(math.isnan(plan.zeta_of(site.name)) for site in plan.sites)
+    promise = f"sum of zeta: {percent(plan.predicted)}"
     if unmeasured:
         promise += f", {_count(unmeasured, 'site')} unknown"
     if plan.measured is None:
@@ -122,13 +122,6 @@ def _rd_loss(plan: Plan) -> str:
         rows.pop()
     aligned = ("left", "right", "right", "left")
     return tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=aligned)
-
-
-def _predicted(plan: Plan) -> tuple[float, int]:
-    """Return the sum of zeta over the sites where it was measured, and the number of the others."""
-    zeta = [plan.zeta_of(site.name) for site in plan.sites]
-    known = [z for z in zeta if not math.isnan(z)]
-    return math.fsum(known), len(zeta) - len(known)
 
 
 def _images(plan: Plan) -> str:

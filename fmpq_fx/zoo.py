@@ -65,8 +65,8 @@ def _call(spec: str) -> nn.Module:
     module_name, _, name = spec.partition(":")
     try:
         model = getattr(importlib.import_module(module_name), name)()
-    except (ImportError, AttributeError) as error:
-        raise FmpqError(f"cannot get a model from {spec!r}: {error}") from error
+    except Exception as error:  # the user's code may raise anything
+        raise FmpqError(f"cannot get a model from {spec!r}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise FmpqError(f"{spec} returned a {type(model).__name__}; it must return a torch.nn.Module")
     return model.eval()

@@ -187,6 +187,8 @@ class IncrementalRD:
 class RDDescent:
     """Lowers the RD loss of a graph by exchanging its layers one after the other.
 
+    The values of all nodes for all batches are kept in memory meanwhile.
+
     Args:
         gm: a functionalized graph in evaluation mode whose sites are marked; it is changed.
         batches: images, (B, 3, H, W) each, in [0, 1].

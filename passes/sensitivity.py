@@ -6,6 +6,7 @@ Gradients are no substitute: the rounding of the latents makes them zero for the
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
+from numbers import Integral, Real
 
 from torch import Tensor, fx
 
@@ -48,12 +49,21 @@ def measure_sensitivity(
         FmpqError: the model has nothing to quantize, cannot run on the images, or its RD loss is not finite.
     """
     candidates = checked_bits(bits)
+    if lmbda is not None and not (isinstance(lmbda, Real) and math.isfinite(lmbda) and lmbda > 0):
+        raise ValueError(
+            f"lmbda must be a positive number, as in CompressAI's training (0.013, say); got {lmbda!r}"
+        )
     sites = find_sites(gm)
     changes = {
         (site.name, b): (site.name, partial(quantize_layer, bits=b)) for site in sites for b in candidates
     }
     base, changed = rd_of_changes(gm, batches, changes, description="sensitivity", progress=progress)
-    lmbda = _checked_lmbda(lmbda, base)
+    if not (math.isfinite(base.rate) and math.isfinite(base.mse)):
+        raise FmpqError(
+            f"the model's RD loss on the calibration images is not finite (rate {base.rate} bpp, MSE "
+            f"{base.mse}); check the checkpoint, and that the images lie in [0, 1]"
+        )
+    lmbda = _balanced(base) if lmbda is None else lmbda
     rd = base.rd(lmbda)
 
     def rate_part(sums: RDSums) -> float:
@@ -84,30 +94,23 @@ def checked_bits(bits: Iterable[int] | None) -> tuple[int, ...]:
     """Return candidate bit-widths ascending, the default ones for None.
 
     Raises:
+        TypeError: ``bits`` is not iterable.
         ValueError: there are none, or one is no whole number from 2 to 16.
     """
+    if bits is not None and not isinstance(bits, Iterable):
+        raise TypeError(f"bits is {bits!r}; pass several widths, such as range(2, 11), or [{bits!r}] for one")
     given = list(CANDIDATE_BITS if bits is None else bits)
-    if not given or any(isinstance(b, bool) or not isinstance(b, int) for b in given):
+    if not given or any(isinstance(b, bool) or not isinstance(b, Integral) for b in given):
         raise ValueError(f"bits must be whole numbers, at least one, as in range(2, 11); got {given}")
     if min(given) < 2 or max(given) > 16:
         raise ValueError(f"bits must lie in 2 … 16; got {given}")
-    return tuple(sorted(set(given)))
+    return tuple(sorted({int(b) for b in given}))
 
 
-def _checked_lmbda(lmbda: float | None, base: RDSums) -> float:
-    if not (math.isfinite(base.rate) and math.isfinite(base.mse)):
+def _balanced(base: RDSums) -> float:
+    """Return the Lagrangian that makes rate and distortion weigh the same."""
+    if base.mse <= 0 or base.rate <= 0:
         raise FmpqError(
-            f"the model's RD loss on the calibration images is not finite (rate {base.rate} bpp, MSE "
-            f"{base.mse}); check the checkpoint, and that the images lie in [0, 1]"
+            f"nothing balances rate {base.rate} bpp and MSE {base.mse} on the calibration images; pass lmbda="
         )
-    if lmbda is None:
-        if base.mse <= 0 or base.rate <= 0:
-            raise FmpqError(
-                f"nothing balances rate {base.rate} bpp and MSE {base.mse} on the calibration images; pass lmbda="
-            )
-        return base.rate / (PEAK**2 * base.mse)
-    if not (math.isfinite(lmbda) and lmbda > 0):
-        raise ValueError(
-            f"lmbda must be a positive number, as in CompressAI's training (0.013, say); got {lmbda}"
-        )
-    return lmbda
+    return base.rate / (PEAK**2 * base.mse)

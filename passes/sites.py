@@ -17,10 +17,11 @@ def find_sites(gm: fx.GraphModule) -> tuple[Site, ...]:
     the order of registration. The names are written on each node, ``node.meta["fmpq"]["sites"]``.
 
     Raises:
-        FmpqError: there are no sites, a weight is not finite, or a layer has hooks.
+        FmpqError: there are no sites, a weight is not finite or in two layers, or a layer has hooks.
     """
     sites: dict[str, Site] = {}
     names: dict[int, str] = {}  # by layer: one that is registered or called several times is one site
+    owners: dict[int, str] = {}  # by parameter
     for node in gm.graph.nodes:
         if node.op != "call_module":
             continue
@@ -29,6 +30,13 @@ def find_sites(gm: fx.GraphModule) -> tuple[Site, ...]:
             known = names.setdefault(id(layer), name)
             sites.setdefault(known, _site(known, layer, node))
             found[known] = None
+            for parameter in _quantized_parameters(layer):
+                owner = owners.setdefault(id(parameter), known)
+                if owner != known:
+                    raise FmpqError(
+                        f"{owner!r} and {known!r} share one weight tensor, which cannot be quantized twice; give "
+                        "each a copy, or call one layer in both places"
+                    )
         if found:
             _note(node, "sites", tuple(found))
     if not sites:
@@ -64,10 +72,17 @@ def _site(name: str, layer: nn.Module, node: fx.Node) -> Site:
             )
     if layer._forward_pre_hooks or layer._forward_hooks:
         raise FmpqError(
-            f"{name!r} has forward hooks, which its quantized form would not run; remove them first (for weight "
-            "or spectral norm use torch.nn.utils.parametrizations instead of the hook-based forms)"
+            f"{name!r} has forward hooks, which its quantized form would not run; remove them first "
+            "(torch.nn.utils.remove_weight_norm and remove_spectral_norm bake a norm into the weight)"
         )
     return Site(name=name, node=node.name, kind=type(layer).__name__, params=weight.numel())
+
+
+def _quantized_parameters(layer: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that the weight of ``layer`` is computed from; usually one."""
+    cls = quantized_class(layer)
+    assert cls is not None  # sites are made of no others
+    return [p for name, p in layer.named_parameters() if name not in cls.float_names]
 
 
 def annotate(gm: fx.GraphModule, key: str, values: Mapping[str, Any]) -> None:
@@ -89,8 +104,5 @@ def float_remainder(gm: fx.GraphModule, sites: tuple[Site, ...]) -> dict[str, in
     """
     quantized: set[int] = set()
     for site in sites:
-        layer = gm.get_submodule(site.name)
-        cls = quantized_class(layer)
-        keep: tuple[str, ...] = () if cls is None else cls.float_names
-        quantized |= {id(p) for name, p in layer.named_parameters() if name not in keep}
+        quantized |= {id(p) for p in _quantized_parameters(gm.get_submodule(site.name))}
     return {name: p.numel() for name, p in gm.named_parameters() if id(p) not in quantized}

@@ -224,8 +224,9 @@ class Plan(_Json):
 
     @property
     def predicted(self) -> float:
-        """The sum of zeta over the sites: the RD loss increase if the sites' errors simply added up."""
-        return sum(self.zeta_of(site.name) for site in self.sites)
+        """The RD loss increase if the sites' errors simply added up: the sum of zeta where it was measured."""
+        zeta = [self.zeta_of(site.name) for site in self.sites]
+        return math.fsum(z for z in zeta if not math.isnan(z))
 
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> "Plan":

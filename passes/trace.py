@@ -7,8 +7,10 @@ included, are traced into.
 
 import copy
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ class LicTracer(fx.Tracer):
 
 @contextmanager
 def _latents_quantized_by_module(tracer: LicTracer) -> Iterator[None]:
-    """Record ``entropy_model.quantize(y, "dequantize")`` as a call of a :class:`QuantizeLatent`.
+    """Record ``entropy_model.quantize`` as a call of a :class:`QuantizeLatent`, where that does the same.
 
     fx intercepts calls of modules, not of their methods; like fx does for those, the method is replaced while
     the trace runs.
@@ -64,7 +66,8 @@ def _latents_quantized_by_module(tracer: LicTracer) -> Iterator[None]:
     original = EntropyModel.quantize
 
     def quantize(self: Any, inputs: Any, mode: str, means: Any = None) -> Any:
-        if not isinstance(inputs, fx.Proxy) or mode != "dequantize":
+        traced = isinstance(inputs, fx.Proxy) and isinstance(self, EntropyModel)
+        if not traced or mode != ("noise" if self.training else "dequantize"):
             return original(self, inputs, mode, means)
         name = tracer.path_of_module(self) + "_quantize"
         if name not in dict(tracer.root.named_modules()):
@@ -96,6 +99,10 @@ def trace(model: nn.Module) -> fx.GraphModule:
     """
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise FmpqError("the model is quantized already; pass the float model that it was made from")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise FmpqError(
+            f"a {type(model).__name__} only hands out copies of a model; pass what it wraps, model.module"
+        )
     root = copy.deepcopy(model).eval()
     tracer = LicTracer()
     try:
@@ -105,8 +112,32 @@ def trace(model: nn.Module) -> fx.GraphModule:
     gm = fx.GraphModule(root, graph, type(model).__name__)
     _check_output(gm)
     gm.meta["model"] = root
+    _warn_of_training(model, graph)
     graph.lint()
     return gm
+
+
+def _warn_of_training(model: nn.Module, graph: fx.Graph) -> None:
+    """Warn where the forward of ``model`` does something else in training: the graph will not."""
+    tracer = LicTracer()
+    try:
+        other = tracer.trace(copy.deepcopy(model).train())
+    except Exception:
+        return  # what is done in training alone cannot be traced, and is not asked for
+    for ours, theirs in zip_longest(graph.nodes, other.nodes):
+        if ours is None or theirs is None or _operation(ours) != _operation(theirs):
+            where = (ours or theirs).stack_trace or ""
+            warnings.warn(
+                f"the forward of {type(model).__name__} does something else in training than in evaluation, and the "
+                f"graph does what it does in evaluation in both: {where}\nTo train the graph, decide on self.training "
+                "inside an entropy model or a compressai.latent_codecs.LatentCodec, which are kept whole.",
+                stacklevel=3,
+            )
+            return
+
+
+def _operation(node: fx.Node) -> tuple[str, str, str, str]:
+    return node.op, str(node.target), str(node.args), str(node.kwargs)
 
 
 def _untraceable(model: nn.Module, tracer: LicTracer, error: Exception) -> str:

@@ -65,7 +65,7 @@ def test_a_saved_table_is_reused(
     table = tmp_path / "table.json"
     arguments = ("--images", photos, "--bits", "4,8", "--sensitivity", table, "--activation-bits", "none")
     assert prepare("--target-cr", 0.2, *arguments) == 0
-    monkeypatch.setattr("fmpq_fx.cli.analyze", None)  # a second measurement would fail
+    monkeypatch.setattr(PIPELINE, "measure_sensitivity", None)  # a second measurement would fail
     assert prepare("--target-cr", 0.15, *arguments) == 0
     assert "A32" in capsys.readouterr().out
 
@@ -99,7 +99,14 @@ def test_mistakes_are_named_before_anything_is_measured(
 
 
 @pytest.mark.parametrize(
-    "option", [["--bits", "two"], ["--activation-bits", "some"], ["--fixed", "g_s.6"], ["--planner", "best"]]
+    "option",
+    [
+        ["--bits", "two"],
+        ["--bits", "8-4"],
+        ["--activation-bits", "some"],
+        ["--fixed", "g_s.6"],
+        ["--planner", "best"],
+    ],
 )
 def test_options_that_cannot_be_read(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

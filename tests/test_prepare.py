@@ -212,3 +212,27 @@ def _tensors(output: dict[str, Tensor | dict[str, Tensor]]) -> list[Tensor]:
     x_hat = output["x_hat"]
     assert isinstance(x_hat, Tensor)
     return [x_hat, *likelihoods.values()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_steps_and_zero_points_keep_their_precision_in_a_narrow_model(dtype: torch.dtype, x: Tensor) -> None:
+    gm = fmpq_fx.prepare(small_model("mbt2018"), 0.2, calibration=x, bits=BITS, activation_bits=12)
+    before = copy.deepcopy(gm.state_dict())
+    gm.to(dtype)
+    for name, value in gm.state_dict().items():
+        quantizer = name.endswith(("log_scale", "zero_point"))
+        assert (
+            torch.equal(value, before[name])
+            if quantizer
+            else value.dtype == dtype or not value.is_floating_point()
+        )
+    layer = quantized_layers(gm)["g_a.2"]
+    assert layer.weight.dtype == dtype
+    assert layer.weight.isfinite().all()
+
+
+def test_a_quantized_model_that_is_not_finite_is_refused(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([1.0, float("nan"), 1.0])
+    monkeypatch.setattr(sys.modules["fmpq_fx.prepare"], "mean_rd", lambda *_: next(losses))
+    with pytest.raises(FmpqError, match="quantized model is not finite"):
+        fmpq_fx.prepare(small_model("bmshj2018-hyperprior"), 0.2, calibration=x, bits=BITS)

@@ -322,3 +322,30 @@ def test_images_that_do_not_suit_the_stride_are_refused_with_their_size() -> Non
 def test_what_has_no_out_of_place_form_is_named() -> None:
     with pytest.raises(FmpqError, match=r"zero_.*no out-of-place form"):
         functionalize(trace(Codec(lambda m, x: m.conv(x).zero_()).eval()))
+
+
+def test_a_forward_that_decides_on_training_is_warned_of() -> None:
+    def analysis(m: Any, x: Tensor) -> Tensor:
+        y: Tensor = m.conv(x)
+        return y + torch.rand_like(y) - 0.5 if m.training else torch.round(y)
+
+    with pytest.warns(UserWarning, match=r"Codec does something else in training(.|\n)*test_trace\.py"):
+        trace(Codec(analysis))
+
+
+@pytest.mark.filterwarnings("error")
+@each_model
+def test_compressais_own_models_train_as_graphs_without_a_warning(make: Make) -> None:
+    trace(make())
+
+
+def test_what_wraps_a_model_is_told_apart() -> None:
+    with pytest.raises(FmpqError, match=r"DataParallel only hands out copies.*model\.module"):
+        trace(nn.DataParallel(zoo.ScaleHyperprior(8, 12)))
+
+
+def test_two_layers_with_one_weight_are_refused() -> None:
+    model = zoo.ScaleHyperprior(8, 12).eval()
+    model.h_a[4].weight = model.h_a[2].weight
+    with pytest.raises(FmpqError, match=r"'h_a\.2' and 'h_a\.4' share one weight tensor"):
+        find_sites(trace(model))

@@ -48,7 +48,7 @@ class _FakeQuantize(torch.autograd.Function):
         y = (rounded.clamp(low, high) - zero_point) * scale
         ctx.save_for_backward(x, scale, y, (rounded >= low) & (rounded <= high))
         ctx.leak, ctx.grad_scale = leak, grad_scale
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -76,7 +76,22 @@ class _ToInteger(torch.autograd.Function):
         return grads[0], None, None
 
 
-class WeightFakeQuant(nn.Module):
+class _Quantizer(nn.Module):
+    """Keeps its parameters in float32 at least, wherever and to whatever dtype the model goes.
+
+    ``half()`` of a step's logarithm would change the step by per cents, and ``bfloat16()`` of a zero point above
+    256 would make it another one. What is quantized may have any dtype.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        def moved(t: Tensor) -> Tensor:
+            result: Tensor = fn(t)
+            return result if result.dtype.itemsize >= t.dtype.itemsize else t.to(result.device)
+
+        return super()._apply(moved, recurse)
+
+
+class WeightFakeQuant(_Quantizer):
     """Uniform symmetric fake quantization of a weight tensor, one learned step per output channel.
 
     Integers lie in [-(2^(bits-1) - 1), 2^(bits-1) - 1], or in [0, 2^bits - 1] with ``signed=False``. The step
@@ -109,7 +124,8 @@ class WeightFakeQuant(nn.Module):
         self.high = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
         self.low = -self.high if signed else 0
         self.leak = leak
-        peak = weight.detach().abs().amax(dims, keepdim=True) * clip
+        weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        peak = weight.abs().amax(dims, keepdim=True) * clip
         # A channel of zeros is represented by any step; 1 keeps its logarithm finite.
         scale = torch.where(peak > 0, peak / self.high, torch.ones_like(peak))
         self.log_scale = nn.Parameter(scale.log())
@@ -132,7 +148,7 @@ class WeightFakeQuant(nn.Module):
         return f"bits={self.bits}, integers={self.low} … {self.high}"
 
 
-class ActivationFakeQuant(nn.Module):
+class ActivationFakeQuant(_Quantizer):
     """Uniform affine fake quantization of a layer's input, one learned step and zero point per tensor.
 
     It starts as an observer, which hands its input through and keeps the range it saw; :meth:`freeze` turns it
@@ -152,8 +168,9 @@ class ActivationFakeQuant(nn.Module):
         self.high = 2**bits - 1
         self.leak = leak
         self.observe()
-        self.log_scale = nn.Parameter(like.new_zeros(1))
-        self.zero_point = nn.Parameter(like.new_zeros(1))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.log_scale = nn.Parameter(like.new_zeros(1, dtype=dtype))
+        self.zero_point = nn.Parameter(like.new_zeros(1, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` itself while observing, else ``x`` on the grid, of the same shape."""
@@ -161,7 +178,7 @@ class ActivationFakeQuant(nn.Module):
             self._widen(x.detach())
             return x
         # LSQ's gradient scale for a whole tensor: one step for every element of a sample.
-        grad_scale = 1 / math.sqrt(x.numel() / x.size(0) * self.high)
+        grad_scale = 1 / math.sqrt(max(1, x[:1].numel()) * self.high)
         zero_point = _ToInteger.apply(self.zero_point, 0, self.high)
         return _FakeQuantize.apply(  # type: ignore[no-any-return]
             x, self.log_scale.exp(), zero_point, 0, self.high, self.leak, grad_scale
