@@ -215,7 +215,7 @@ def _solve(
     integrality and the objective are absolute (1e-6), so the spare bytes are scaled to 1e3 and ``unit`` of
     zeta to 1e6. What it returns is checked, and a plan that only passed by a tolerance is cut off. Presolve
     is off: it saves little, and that of HiGHS 1.12 has "solved" infeasible problems like these (see also
-    scipy issue 24141). Also returns whether it is proven that no plan is better, or that there is none.
+    scipy #24141). Also returns whether it is proven that no plan is better, or that there is none.
     """
     least = {site: min(values.values()) for site, values in zeta.items()}
     cheapest = {site: min(cost[site][b] for b in values) for site, values in zeta.items()}

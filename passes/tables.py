@@ -7,6 +7,7 @@ them save to and load from JSON.
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -43,7 +44,7 @@ def monotone(raw: Mapping[str, Mapping[int, float]]) -> Table:
 
 @dataclass(frozen=True)
 class Site:
-    """One quantizable module of a model (DESIGN vocabulary: a module called by several nodes is one site)."""
+    """One quantizable module of a model; a module called by several nodes is one site."""
 
     name: str  # qualified module name, e.g. "g_a.0"
     node: str  # name of the first graph node that runs it
@@ -55,7 +56,7 @@ class Site:
         return self.params * (FLOAT_BITS if bits is None else bits) / 8
 
 
-class _Json:
+class _Json(ABC):
     """Saving to and loading from JSON, for the dataclasses below."""
 
     def to_json(self) -> str:
@@ -63,8 +64,9 @@ class _Json:
         return json.dumps({"format": type(self).__name__, **asdict(self)}, indent=1)  # type: ignore[call-overload]
 
     @classmethod
+    @abstractmethod
     def _from_fields(cls: type[T], fields: dict[str, Any]) -> T:
-        raise NotImplementedError
+        """Rebuild the table from the fields of its JSON."""
 
     @classmethod
     def from_json(cls: type[T], text: str) -> T:
