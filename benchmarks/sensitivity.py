@@ -1,7 +1,7 @@
 """Time of the full sensitivity table: the naive loop against ``analyze``, and whether the values are the same.
 
 The naive loop quantizes one site at a time and runs the whole model, for every site and bit-width. Both run in
-this process, on the same images, one after the other.
+one process per model, on the same images, one after the other.
 
     python benchmarks/sensitivity.py --images ../data/bsds500/val --checkpoint mbt2018-mean=model.pth --out out/tables
 """
@@ -9,6 +9,8 @@ this process, on the same images, one after the other.
 import argparse
 import copy
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -17,24 +19,49 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fmpq_fx import Sensitivity, analyze, images, samples
+from fmpq_fx import analyze, images, samples
 from fmpq_fx.passes.incremental import substituted
+from fmpq_fx.passes.sensitivity import CANDIDATE_BITS
+from fmpq_fx.passes.sites import find_sites
+from fmpq_fx.passes.trace import trace
 from fmpq_fx.quant import quantize_layer
 from fmpq_fx.rd import rd_loss
 
 
-def naive_zeta(model: nn.Module, x: Tensor, table: Sensitivity) -> dict[str, dict[int, float]]:
-    """Return zeta of every site and bit-width of ``table`` by full forward passes of ``model``."""
+def naive_zeta(model: nn.Module, x: Tensor, lmbda: float) -> dict[str, dict[int, float]]:
+    """Return zeta of every site at the default bit-widths by full forward passes of ``model``."""
+    sites = find_sites(trace(model))
     model = copy.deepcopy(model)
-    zeta: dict[str, dict[int, float]] = {site.name: {} for site in table.sites}
+    zeta: dict[str, dict[int, float]] = {site.name: {} for site in sites}
     with torch.no_grad():
-        float_rd = rd_loss(model(x), x, table.lmbda).item()
-        for site in tqdm(table.sites, desc="naive", leave=False, disable=None):
-            for bits in table.bits:
+        float_rd = rd_loss(model(x), x, lmbda).item()
+        for site in tqdm(sites, desc="naive", leave=False, disable=None):
+            for bits in CANDIDATE_BITS:
                 with substituted(model, site.name, quantize_layer(model.get_submodule(site.name), bits)):
-                    rd = rd_loss(model(x), x, table.lmbda).item()
+                    rd = rd_loss(model(x), x, lmbda).item()
                 zeta[site.name][bits] = (rd - float_rd) / float_rd
     return zeta
+
+
+def measure(name: str, args: argparse.Namespace) -> tuple[object, ...]:
+    """Return a row: the model, evaluations, both times in s, their ratio, the largest difference of zeta.
+
+    The naive loop comes first: ``analyze`` sets up malloc for its needs, which would speed up a loop after it.
+    """
+    torch.set_num_threads(args.threads)
+    model = dict(bench_models(dict(args.checkpoint)))[name]
+    batches = images.crops(args.images or list(samples.photos().values()), size=args.size, count=args.crops)
+    start = time.perf_counter()
+    naive = naive_zeta(model, batches[0], args.lmbda)
+    middle = time.perf_counter()
+    table = analyze(model, calibration=batches, lmbda=args.lmbda)
+    end = time.perf_counter()
+    difference = max(abs(naive[site][b] - z) for site, values in table.raw.items() for b, z in values.items())
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        table.save(args.out / f"{name.partition(',')[0]}.json")
+    ratio = (end - middle) / (middle - start)
+    return name, len(table.sites) * len(table.bits), middle - start, end - middle, ratio, difference
 
 
 def main() -> None:
@@ -51,29 +78,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder to save the tables in, for benchmarks/search.py")
     add_model_arguments(parser)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    batches = images.crops(args.images or list(samples.photos().values()), size=args.size, count=args.crops)
     print(
-        f"{images.describe(batches)}, lambda {args.lmbda}, {args.threads} threads, torch {torch.__version__}"
+        f"{args.crops} crops of {args.size} x {args.size}, lambda {args.lmbda}, {args.threads} threads, ",
+        end="",
     )
+    print(f"torch {torch.__version__}")
     rows = []
-    for name, model in bench_models(dict(args.checkpoint)):
-        if args.only not in name:
-            continue
-        start = time.perf_counter()
-        table = analyze(model, calibration=batches, lmbda=args.lmbda)
-        middle = time.perf_counter()
-        naive = naive_zeta(model, batches[0], table)
-        end = time.perf_counter()
-        difference = max(
-            abs(naive[site][b] - z) for site, values in table.raw.items() for b, z in values.items()
-        )
-        evaluations = len(table.sites) * len(table.bits)
-        times = (end - middle, middle - start)
-        rows.append((name, evaluations, *times, times[1] / times[0], difference))
-        if args.out is not None:
-            args.out.mkdir(parents=True, exist_ok=True)
-            table.save(args.out / f"{name.partition(',')[0]}.json")
+    for name, _ in bench_models(dict(args.checkpoint)):
+        if args.only in name:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                rows.append(process.submit(measure, name, args).result())
     headers = ["model", "evaluations", "naive loop (s)", "analyze (s)", "ratio", "largest difference in zeta"]
     print(tabulate(rows, headers, floatfmt=("", "", ".1f", ".1f", ".3f", ".1e")))
 
