@@ -42,7 +42,8 @@ def calibrate(
     }
     if not observers:
         return gm
-    _observe(gm, batches, {site: quantizer for site, (_, quantizer) in observers.items()})
+    quantizers = {site: quantizer for site, (_, quantizer) in observers.items()}
+    _observe(gm, batches, quantizers)
     descent = RDDescent(gm, batches, plan_of(gm).lmbda)
     hide = None if progress is None else not progress
     for site, (layer, quantizer) in tqdm(
@@ -51,7 +52,6 @@ def calibrate(
         if not quantizer.integral:
             _clip_range(descent, site, layer, quantizer)
     plan = plan_of(gm)
-    quantizers = {site: quantizer for site, (_, quantizer) in observers.items()}
     gm.meta["fmpq"] = replace(
         plan,
         ranges={**plan.ranges, **{site: quantizer.range for site, quantizer in quantizers.items()}},
