@@ -11,6 +11,8 @@ from fmpq_fx import _compressai, samples  # noqa: F401  (_compressai comes first
 from fmpq_fx.codec import convert, export_checkpoint
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.evaluate import Evaluation, evaluate
+from fmpq_fx.finetune import finetune
+from fmpq_fx.history import History
 from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.passes.tables import Measured, Plan, Sensitivity, Site
 from fmpq_fx.picture import plot_plan
@@ -20,6 +22,7 @@ from fmpq_fx.report import bit_table
 __all__ = [
     "Evaluation",
     "FmpqError",
+    "History",
     "Measured",
     "Plan",
     "Sensitivity",
@@ -29,6 +32,7 @@ __all__ = [
     "convert",
     "evaluate",
     "export_checkpoint",
+    "finetune",
     "plan_of",
     "plot_plan",
     "prepare",

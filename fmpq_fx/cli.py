@@ -6,16 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from torch import nn
+
+from fmpq_fx.codec import export_checkpoint
 from fmpq_fx.demo import demo
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.evaluate import evaluate
 from fmpq_fx.files import check_folder, write_text
+from fmpq_fx.finetune import finetune
+from fmpq_fx.history import LOSSES, Settings
 from fmpq_fx.passes.planners import PLANNERS
 from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.passes.tables import Sensitivity
 from fmpq_fx.picture import check_plot_path, plot_plan
 from fmpq_fx.prepare import prepare
 from fmpq_fx.report import bit_table
+from fmpq_fx.state import load_state, save_state, spec_of
 from fmpq_fx.zoo import load_model
 
 
@@ -42,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(
         commands.add_parser("prepare", help="quantize a model to a size and print its bit-width table")
     )
+    _add_finetune(commands.add_parser("finetune", help="train a quantized model at its bits"))
     _add_evaluate(commands.add_parser("evaluate", help="code images for real and measure rate and quality"))
+    _add_export(commands.add_parser("export", help="write a quantized model for other programs"))
     command = commands.add_parser(
         "demo", help="quantize the trained sample model and compare with uniform bits"
     )
@@ -51,15 +59,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(command: argparse.ArgumentParser) -> None:
+def _add_model(command: argparse.ArgumentParser, others: str = "") -> None:
     add = command.add_argument
-    add("model", metavar="MODEL", help="'sample', a name of CompressAI's zoo, or package.module:callable")
+    add(
+        "model",
+        metavar="MODEL",
+        help=f"{others}'sample', a name of CompressAI's zoo, or package.module:callable",
+    )
     add("--quality", type=int, metavar="Q", help="of CompressAI's pretrained weights, 1 to 8")
     add("--checkpoint", type=Path, metavar="F", help="trained weights of the model")
 
 
 def _add_evaluate(command: argparse.ArgumentParser) -> None:
-    _add_model(command)
+    _add_model(command, "a STATE file, ")
     command.add_argument("images", type=Path, metavar="DIR", help="folder of images, of any size")
     command.add_argument("--json", type=Path, metavar="F", help="write the results per image and their means")
     command.set_defaults(run=_evaluate)
@@ -68,12 +80,93 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     if args.json is not None:
         check_folder(args.json)
-    model = load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
-    results = evaluate(model, args.images)
+    results = evaluate(_model(args), args.images)
     print(results)
     if args.json is not None:
         write_text(args.json, results.to_json())
         print(f"results: {args.json}")
+
+
+def _model(args: argparse.Namespace) -> nn.Module:
+    """Return the model or the state that the command names."""
+    if Path(args.model).is_file():
+        if args.quality is not None or args.checkpoint is not None:
+            raise ValueError(
+                f"{args.model} is a file, which has its weights; leave --quality and --checkpoint out"
+            )
+        return load_state(args.model)
+    return load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
+
+
+def _add_finetune(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("state", type=Path, metavar="STATE", help="what 'prepare --out' or 'finetune --out' wrote")
+    add("images", type=Path, metavar="DIR", help="folder of images to train on")
+    add("--out", type=Path, required=True, metavar="STATE", help="write the trained model")
+    add("--validation", type=Path, metavar="DIR", help="images to validate on; default: a tenth of DIR")
+    add("--lmbda", type=float, metavar="L", help="weight of the distortion; default: that of the plan")
+    add("--loss", choices=LOSSES, default=Settings.loss)
+    numbers = {
+        "--steps": "of training",
+        "--batch-size": "crops in a step",
+        "--crop": "their side, pixels",
+        "--lr": "learning rate of weights, biases and entropy models",
+        "--quantizer-lr": "learning rate of the logarithms of steps",
+        "--aux-lr": "learning rate of the entropy bottleneck's quantiles",
+        "--max-norm": "what the norm of the gradient is clipped at",
+        "--validate-every": "steps",
+        "--seed": "of crops and noise",
+    }
+    for name, text in numbers.items():
+        default = getattr(Settings, name[2:].replace("-", "_"))
+        add(name, type=type(default), default=default, metavar="X", help=f"{text}; default {default:g}")
+    add("--bfloat16", action="store_true", help="compute the transforms in bfloat16")
+    add("--workers", type=int, metavar="X", help="processes that read images ahead")
+    add("--history", type=Path, metavar="F", help="write losses and validations (JSON)")
+    command.set_defaults(run=_finetune)
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    options = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("run", "state", "images", "out", "history")
+    }
+    for path in filter(None, (args.out, args.history)):
+        check_folder(path)
+    gm = load_state(args.state)
+    checkpoint = args.out.with_name(args.out.name + ".training")
+    try:
+        history = finetune(gm, args.images, checkpoint=checkpoint, **options)
+    except KeyboardInterrupt:
+        if checkpoint.exists():
+            print(
+                f"\n{checkpoint} holds the training so far; the same command goes on from it", file=sys.stderr
+            )
+        raise
+    print(history)
+    save_state(gm, args.out, model=spec_of(args.state))
+    checkpoint.unlink(missing_ok=True)
+    print(f"state: {args.out}")
+    if args.history is not None:
+        history.save(args.history)
+        print(f"history: {args.history}")
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    kinds = command.add_subparsers(required=True, metavar="KIND")
+    checkpoint = kinds.add_parser(
+        "checkpoint", help="dequantized weights, which a stock CompressAI loads; activations are float there"
+    )
+    checkpoint.add_argument("state", type=Path, metavar="STATE", help="what 'prepare' or 'finetune' wrote")
+    checkpoint.add_argument("--out", type=Path, required=True, metavar="F", help="the checkpoint (.pth.tar)")
+    checkpoint.set_defaults(run=_export_checkpoint)
+
+
+def _export_checkpoint(args: argparse.Namespace) -> None:
+    check_folder(args.out)
+    export_checkpoint(load_state(args.state), args.out)
+    print(f"checkpoint: {args.out}")
 
 
 def _add_prepare(command: argparse.ArgumentParser) -> None:
@@ -113,6 +206,7 @@ def _add_prepare(command: argparse.ArgumentParser) -> None:
     )
     add("--plot", type=Path, metavar="F", help="draw bits and zeta per site (png, svg or pdf)")
     add("--plan-out", type=Path, metavar="F", help="write the plan (JSON)")
+    add("--out", type=Path, metavar="STATE", help="write the quantized model, for 'finetune' and the others")
     command.set_defaults(run=_prepare)
 
 
@@ -120,9 +214,8 @@ def _prepare(args: argparse.Namespace) -> None:
     # Before the long measurement, not after it.
     if args.plot is not None:
         check_plot_path(args.plot)
-    for path in (args.plan_out, args.sensitivity):
-        if path is not None:
-            check_folder(path)
+    for path in filter(None, (args.plan_out, args.sensitivity, args.out)):
+        check_folder(path)
     reuse = args.sensitivity is not None and args.sensitivity.exists()
     model = load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
     gm = prepare(
@@ -145,6 +238,9 @@ def _prepare(args: argparse.Namespace) -> None:
     if args.plan_out is not None:
         plan_of(gm).save(args.plan_out)
         print(f"plan: {args.plan_out}")
+    if args.out is not None:
+        save_state(gm, args.out, model=args.model)
+        print(f"state: {args.out}")
 
 
 def _bits(text: str) -> list[int]:

@@ -19,7 +19,7 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from fmpq_fx import images as image_files
+from fmpq_fx import image_files
 from fmpq_fx.codec import convert
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.rd import total_bits

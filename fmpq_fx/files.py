@@ -1,10 +1,18 @@
-"""Writing files so that an interruption never leaves a half-written one under the final name."""
+"""Files: written so that an interruption never leaves a half-written one under the final name; JSON."""
 
+import json
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
+
+from fmpq_fx.errors import FmpqError
+
+T = TypeVar("T", bound="JsonFile")
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
@@ -49,3 +57,53 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` to ``path`` as UTF-8, all of it or nothing."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+class JsonFile(ABC):
+    """A dataclass that saves to and loads from a JSON file."""
+
+    def to_json(self) -> str:
+        """Return the table as a JSON text; its inverse is :meth:`from_json`."""
+        return json.dumps({"format": type(self).__name__, **asdict(self)}, indent=1)  # type: ignore[call-overload]
+
+    @classmethod
+    @abstractmethod
+    def _from_fields(cls: type[T], fields: dict[str, Any]) -> T:
+        """Rebuild the table from the fields of its JSON."""
+
+    @classmethod
+    def from_json(cls: type[T], text: str) -> T:
+        """Rebuild the table from what :meth:`to_json` returned.
+
+        Raises:
+            FmpqError: ``text`` is no JSON, or not the JSON of such a table.
+        """
+        try:
+            fields = json.loads(text)
+            if fields.pop("format") != cls.__name__:
+                raise ValueError("another format")
+            return cls._from_fields(fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FmpqError(
+                f"this is not the JSON of a {cls.__name__} ({type(error).__name__}: {error}); "
+                f"pass a file that {cls.__name__}.save() wrote"
+            ) from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`to_json` to ``path``."""
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls: type[T], path: str | os.PathLike[str]) -> T:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FmpqError: there is no such file, or it holds something else.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise FmpqError(f"there is no file {file}; {cls.__name__}.save() writes one")
+        try:
+            return cls.from_json(file.read_text(encoding="utf-8"))
+        except (FmpqError, UnicodeDecodeError) as error:
+            raise FmpqError(f"{file}: {error}") from error

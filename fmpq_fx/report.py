@@ -71,6 +71,7 @@ def _footer(gm: fx.GraphModule, plan: Plan) -> str:
         "lambda": f"{plan.lmbda:.4g}",
         "RD loss": _rd_loss(plan),
         "images": _images(plan),
+        "fine-tuned": _fine_tuned(gm),
         "remarks": plan.remarks,
     }
     column = max(map(len, lines)) + 2
@@ -122,6 +123,20 @@ def _rd_loss(plan: Plan) -> str:
         rows.pop()
     aligned = ("left", "right", "right", "left")
     return tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=aligned)
+
+
+def _fine_tuned(gm: fx.GraphModule) -> str:
+    """Say what fine-tuning changed; the RD losses above are from before it."""
+    history = gm.meta.get("history")
+    if history is None:
+        return ""
+    first, best, settings = history.validation[0], history.best, history.settings
+    name = "RD loss" if settings.loss == "rd" else "MSE"
+    change = percent(best.rd_loss / first.rd_loss - 1)
+    return (
+        f"{_count(len(history.losses), 'step')} with the {name}; after that, on {history.validated_on}: RD loss "
+        f"{first.rd_loss:.4f} -> {best.rd_loss:.4f} ({change}), kept from step {best.step}"
+    )
 
 
 def _images(plan: Plan) -> str:

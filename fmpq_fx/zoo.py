@@ -48,17 +48,32 @@ def load_model(
             )
         sample: nn.Module = samples.model()
         return sample
+    if state is not None:
+        return model_of_state(spec, state)
+    return _call(spec) if ":" in spec else _pretrained(_known(spec), quality)
+
+
+def model_of_state(spec: str, state: dict[str, Any]) -> nn.Module:
+    """Return the model that ``spec`` names (see :func:`load_model`) with the weights ``state``, in evaluation mode.
+
+    Raises:
+        ValueError: no such model.
+        FmpqError: the module fails, or ``state`` is of another model.
+    """
+    if spec == "sample":
+        return _loaded(samples.model(), state, spec)
     if ":" in spec:
-        model = _call(spec)
-        return model if state is None else _loaded(model, state, spec)
+        return _loaded(_call(spec), state, spec)
+    return _from_state_dict(_known(spec), state)
+
+
+def _known(spec: str) -> str:
     if spec not in model_names():
         raise ValueError(
             f"there is no model {spec!r}; pass 'sample', 'package.module:callable', or one of "
             f"{', '.join(model_names())}"
         )
-    if state is not None:
-        return _from_state_dict(spec, state)
-    return _pretrained(spec, quality)
+    return spec
 
 
 def _call(spec: str) -> nn.Module:

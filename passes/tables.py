@@ -4,29 +4,22 @@ A table goes into a pass and a table comes out, so that deciding, measuring and 
 them save to and load from JSON.
 """
 
-import json
 import math
-import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from fmpq_fx.errors import FmpqError
-from fmpq_fx.files import write_text
+from fmpq_fx.files import JsonFile
 
 FLOAT_BITS = 32
 """What a weight takes that is not quantized: the models are trained and stored in float32."""
 
 Table = dict[str, dict[int, float]]
 """A value per site and candidate bit-width: ``{site name: {bits: value}}``."""
-
-T = TypeVar("T", bound="_Json")
 
 
 def monotone(raw: Mapping[str, Mapping[int, float]]) -> Table:
@@ -56,63 +49,13 @@ class Site:
         return self.params * (FLOAT_BITS if bits is None else bits) / 8
 
 
-class _Json(ABC):
-    """Saving to and loading from JSON, for the dataclasses below."""
-
-    def to_json(self) -> str:
-        """Return the table as a JSON text; its inverse is :meth:`from_json`."""
-        return json.dumps({"format": type(self).__name__, **asdict(self)}, indent=1)  # type: ignore[call-overload]
-
-    @classmethod
-    @abstractmethod
-    def _from_fields(cls: type[T], fields: dict[str, Any]) -> T:
-        """Rebuild the table from the fields of its JSON."""
-
-    @classmethod
-    def from_json(cls: type[T], text: str) -> T:
-        """Rebuild the table from what :meth:`to_json` returned.
-
-        Raises:
-            FmpqError: ``text`` is no JSON, or not the JSON of such a table.
-        """
-        try:
-            fields = json.loads(text)
-            if fields.pop("format") != cls.__name__:
-                raise ValueError("another format")
-            return cls._from_fields(fields)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FmpqError(
-                f"this is not the JSON of a {cls.__name__} ({type(error).__name__}: {error}); "
-                f"pass a file that {cls.__name__}.save() wrote"
-            ) from error
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_json` to ``path``."""
-        write_text(path, self.to_json())
-
-    @classmethod
-    def load(cls: type[T], path: str | os.PathLike[str]) -> T:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            FmpqError: there is no such file, or it holds something else.
-        """
-        file = Path(path)
-        if not file.is_file():
-            raise FmpqError(f"there is no file {file}; {cls.__name__}.save() writes one")
-        try:
-            return cls.from_json(file.read_text(encoding="utf-8"))
-        except (FmpqError, UnicodeDecodeError) as error:
-            raise FmpqError(f"{file}: {error}") from error
-
-
 def _table(fields: Mapping[str, Mapping[str, float]]) -> Table:
     """Turn the keys of the inner mappings, which JSON makes strings, back into numbers of bits."""
     return {site: {int(b): float(v) for b, v in values.items()} for site, values in fields.items()}
 
 
 @dataclass(frozen=True)
-class Sensitivity(_Json):
+class Sensitivity(JsonFile):
     """How much the RD loss grows when one site's weights are quantized and all else stays float.
 
     Everything is relative to the float model's RD loss on the same images: 0.01 means one per cent.
@@ -172,7 +115,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Plan(_Json):
+class Plan(JsonFile):
     """The bits of every site, the size they lead to, and how they were found."""
 
     sites: tuple[Site, ...]  # in the order of the graph

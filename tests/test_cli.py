@@ -9,11 +9,13 @@ import torch
 from compressai.models import ScaleHyperprior
 from conftest import small_model
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 import fmpq_fx
 from fmpq_fx import Plan, Sensitivity
 from fmpq_fx.cli import main
+from fmpq_fx.state import load_state
+from fmpq_fx.training_run import TrainingRun
 from fmpq_fx.zoo import load_model, model_names
 
 PIPELINE = sys.modules["fmpq_fx.prepare"]  # as an attribute of the package, the name is the function's
@@ -173,3 +175,78 @@ def test_python_m_is_the_same_program() -> None:
         [sys.executable, "-m", "fmpq_fx", "prepare", "--help"], capture_output=True, text=True, check=True
     )
     assert "--target-cr" in result.stdout
+
+
+TRAIN = ("--steps", 6, "--crop", 64, "--validate-every", 2, "--workers", 0, "--lr", "1e-3")
+
+
+@pytest.fixture
+def state(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    path = tmp_path / "prepared"
+    assert prepare("--target-cr", 8, "--images", photos, "--bits", "3-5", "--out", path) == 0
+    assert f"state: {path}" in capsys.readouterr().out
+    return path
+
+
+def run(*arguments: object) -> int:
+    return main(list(map(str, arguments)))
+
+
+def test_a_state_is_fine_tuned_evaluated_and_exported(
+    state: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned, history, exported = tmp_path / "tuned", tmp_path / "history.json", tmp_path / "model.pth.tar"
+    assert run("finetune", state, photos, "--out", tuned, "--history", history, *TRAIN) == 0
+    assert "kept" in capsys.readouterr().out
+    assert fmpq_fx.History.load(history).settings.steps == 6
+    assert not tuned.with_name("tuned.training").exists(), "the checkpoint is gone once the result is there"
+    assert run("evaluate", tuned, photos) == 0
+    assert "mean" in capsys.readouterr().out
+    assert run("export", "checkpoint", tuned, "--out", exported) == 0
+    model = load_model("bmshj2018-hyperprior", checkpoint=exported)
+    quantized = load_state(tuned).get_submodule("g_a.0")
+    assert torch.equal(model.get_parameter("g_a.0.weight"), quantized.weight)
+
+
+def test_an_interrupted_fine_tuning_goes_on_with_the_same_command(
+    state: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole, tuned = tmp_path / "whole", tmp_path / "tuned"
+    assert run("finetune", state, photos, "--out", whole, *TRAIN) == 0
+    step = TrainingRun.step
+
+    def interrupted(self: TrainingRun, x: Tensor) -> dict[str, str]:
+        if len(self.losses) == 3:
+            raise KeyboardInterrupt
+        return step(self, x)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingRun, "step", interrupted)
+        assert run("finetune", state, photos, "--out", tuned, *TRAIN) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not tuned.exists()
+    assert run("finetune", state, photos, "--out", tuned, *TRAIN) == 0
+    assert tuned.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["finetune", "absent", "photos", "--out", "x"], "there is no file absent"),
+        (["finetune", "STATE", "absent", "--out", "x"], "no such image folder"),
+        (["finetune", "STATE", "PHOTOS", "--out", "absent/x"], "no folder absent"),
+        (["finetune", "STATE", "PHOTOS", "--out", "x", "--crop", "128"], "none of the 2 images"),
+        (["evaluate", "STATE", "PHOTOS", "--quality", "3"], "leave --quality and --checkpoint out"),
+        (["export", "checkpoint", "STATE", "--out", "absent/x"], "no folder absent"),
+    ],
+)
+def test_mistakes_with_states_are_named(
+    arguments: list[str], says: str, state: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [{"STATE": str(state), "PHOTOS": str(photos)}.get(a, a) for a in arguments]
+    assert main(given) == 2
+    assert says in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_the_coding_loops_of_autoregressive_models_use_the_quantized_context_wei
     used = codec.context_prediction.weight * codec.context_prediction.mask
     layer = quantized_layers(gm)["context_prediction"]
     integers = layer.weight_quantizer.integers(layer.float_weight())
-    assert torch.equal(used, integers * layer.weight_quantizer.log_scale.exp())
+    assert torch.equal(used, integers * layer.weight_quantizer.scale)
 
 
 def test_training_the_graph_reaches_what_is_converted_next_and_not_what_was(x: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fmpq_fx import images
+from fmpq_fx import image_files, images
 from fmpq_fx.errors import FmpqError
 
 
@@ -17,17 +17,17 @@ def test_find_takes_image_files_sorted(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG", "c.webp", "notes.txt", "._a.jpg", "d.png.part"):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
-    assert images.find(str(tmp_path)) == [tmp_path / "a.JPG", tmp_path / "b.png", tmp_path / "c.webp"]
+    assert image_files.find(str(tmp_path)) == [tmp_path / "a.JPG", tmp_path / "b.png", tmp_path / "c.webp"]
 
 
 def test_find_says_what_is_wrong_with_the_folder(tmp_path: Path) -> None:
     with pytest.raises(FmpqError, match=r"no such image folder: .*missing"):
-        images.find(tmp_path / "missing")
+        image_files.find(tmp_path / "missing")
     with pytest.raises(FmpqError, match=r"no images in .*\.jpg, .*\.webp"):
-        images.find(tmp_path)
+        image_files.find(tmp_path)
     (tmp_path / "a.png").touch()
     with pytest.raises(FmpqError, match=r"a\.png is a file"):
-        images.find(tmp_path / "a.png")
+        image_files.find(tmp_path / "a.png")
 
 
 def ruled(number: int, height: int, width: int) -> Tensor:

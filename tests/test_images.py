@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fmpq_fx import images
+from fmpq_fx import image_files
 from fmpq_fx.errors import FmpqError
 
 RGB = np.array(
@@ -50,30 +50,32 @@ def saved(path: Path, image: Image.Image, **options: object) -> Path:
 
 
 def test_rgb_is_channels_first_and_divided_by_255(tmp_path: Path) -> None:
-    read = images.read(saved(tmp_path / "a.png", Image.fromarray(RGB)))
+    read = image_files.read(saved(tmp_path / "a.png", Image.fromarray(RGB)))
     assert read.dtype == torch.float32
     assert read.is_contiguous()
     assert torch.equal(read, planes(RGB))
 
 
 def test_a_path_may_be_a_string(tmp_path: Path) -> None:
-    assert torch.equal(images.read(str(saved(tmp_path / "a.png", Image.fromarray(RGB)))), planes(RGB))
+    assert torch.equal(image_files.read(str(saved(tmp_path / "a.png", Image.fromarray(RGB)))), planes(RGB))
 
 
 def test_gray_becomes_three_equal_channels(tmp_path: Path) -> None:
     gray = RGB[:, :, 0]
-    assert torch.equal(images.read(saved(tmp_path / "a.png", Image.fromarray(gray))), planes(gray))
+    assert torch.equal(image_files.read(saved(tmp_path / "a.png", Image.fromarray(gray))), planes(gray))
 
 
 def test_one_bit_images_are_black_and_white(tmp_path: Path) -> None:
     bits = np.array([[True, False, True]])
-    assert torch.equal(images.read(saved(tmp_path / "a.png", Image.fromarray(bits))), planes(bits, peak=1))
+    assert torch.equal(
+        image_files.read(saved(tmp_path / "a.png", Image.fromarray(bits))), planes(bits, peak=1)
+    )
 
 
 def test_transparency_is_composited_over_white(tmp_path: Path) -> None:
     # Opaque stays as it is to the last bit, transparent is white, a fifth of opaque a fifth of the colour.
     pixels = np.array([[[200, 100, 3, 255], [200, 100, 3, 0], [200, 100, 0, 51]]], np.uint8)
-    read = images.read(saved(tmp_path / "a.png", Image.fromarray(pixels)))
+    read = image_files.read(saved(tmp_path / "a.png", Image.fromarray(pixels)))
     assert torch.equal(read[:, 0, 0], torch.tensor([200, 100, 3]) / 255)
     assert torch.equal(read[:, 0, 1], torch.ones(3))
     expected = torch.tensor([200, 100, 0]) / 255 * 0.2 + 0.8
@@ -82,7 +84,7 @@ def test_transparency_is_composited_over_white(tmp_path: Path) -> None:
 
 def test_transparency_of_gray(tmp_path: Path) -> None:
     pixels = np.array([[[90, 255], [90, 0]]], np.uint8)
-    read = images.read(saved(tmp_path / "a.png", Image.fromarray(pixels, mode="LA")))
+    read = image_files.read(saved(tmp_path / "a.png", Image.fromarray(pixels, mode="LA")))
     assert torch.equal(read, planes(np.array([[90, 255]])))
 
 
@@ -90,34 +92,36 @@ def test_palette(tmp_path: Path) -> None:
     image = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), mode="P")
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     expected = np.array([[[10, 20, 30], [40, 50, 60]], [[70, 80, 90], [40, 50, 60]]])
-    assert torch.equal(images.read(saved(tmp_path / "a.png", image)), planes(expected))
+    assert torch.equal(image_files.read(saved(tmp_path / "a.png", image)), planes(expected))
     expected[:, 1] = 255  # entry 1 declared transparent
-    assert torch.equal(images.read(saved(tmp_path / "b.png", image, transparency=1)), planes(expected))
+    assert torch.equal(image_files.read(saved(tmp_path / "b.png", image, transparency=1)), planes(expected))
 
 
 def test_one_colour_declared_transparent(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png", Image.fromarray(RGB), transparency=(50, 100, 150))
     expected = RGB.copy()
     expected[0, 1] = 255
-    assert torch.equal(images.read(path), planes(expected))
+    assert torch.equal(image_files.read(path), planes(expected))
 
 
 def test_16_bit_gray_is_scaled_not_clipped(tmp_path: Path) -> None:
     expected = planes(WIDE, peak=65535)
-    assert torch.equal(images.read(png16(tmp_path / "a.png", WIDE, colour_type=0)), expected)
-    assert torch.equal(images.read(saved(tmp_path / "a.tif", Image.fromarray(WIDE))), expected)
+    assert torch.equal(image_files.read(png16(tmp_path / "a.png", WIDE, colour_type=0)), expected)
+    assert torch.equal(image_files.read(saved(tmp_path / "a.tif", Image.fromarray(WIDE))), expected)
     (tmp_path / "a.pgm").write_bytes(b"P5 3 2 65535\n" + WIDE.astype(">u2").tobytes())  # Pillow's mode I
-    assert torch.equal(images.read(tmp_path / "a.pgm"), expected)
+    assert torch.equal(image_files.read(tmp_path / "a.pgm"), expected)
 
 
 def test_16_bit_gray_with_a_transparent_level(tmp_path: Path) -> None:
     expected = planes(np.where(WIDE == 256, np.uint16(65535), WIDE), peak=65535)
-    assert torch.equal(images.read(png16(tmp_path / "a.png", WIDE, colour_type=0, transparent=256)), expected)
+    assert torch.equal(
+        image_files.read(png16(tmp_path / "a.png", WIDE, colour_type=0, transparent=256)), expected
+    )
 
 
 def test_16_bit_colour_keeps_at_least_the_upper_8_bits(tmp_path: Path) -> None:
     colour = np.stack([WIDE, WIDE[::-1], WIDE[:, ::-1]], axis=2)
-    read = images.read(png16(tmp_path / "a.png", colour, colour_type=2))
+    read = image_files.read(png16(tmp_path / "a.png", colour, colour_type=2))
     assert float((read - planes(colour, peak=65535)).abs().max()) < 1 / 255
     assert read.max() == 1
     assert read.min() == 0
@@ -125,7 +129,7 @@ def test_16_bit_colour_keeps_at_least_the_upper_8_bits(tmp_path: Path) -> None:
 
 def test_cmyk_is_converted(tmp_path: Path) -> None:
     inks = np.array([[[0, 0, 0, 0], [0, 0, 0, 255], [255, 0, 0, 0], [0, 255, 255, 0]]], np.uint8)
-    read = images.read(saved(tmp_path / "a.tif", Image.fromarray(inks, mode="CMYK")))
+    read = image_files.read(saved(tmp_path / "a.tif", Image.fromarray(inks, mode="CMYK")))
     assert torch.equal(read, planes(np.array([[[255] * 3, [0] * 3, [0, 255, 255], [255, 0, 0]]])))
 
 
@@ -146,7 +150,7 @@ def test_exif_orientation_is_applied(
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = saved(tmp_path / "a.png", Image.fromarray(RGB), exif=exif)
-    assert torch.equal(images.read(path), planes(upright(RGB)))
+    assert torch.equal(image_files.read(path), planes(upright(RGB)))
 
 
 def broken_jpeg(path: Path) -> None:
@@ -177,7 +181,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, make: Callable[[Path], Non
     path = tmp_path / "bad.png"
     make(path)
     with pytest.raises(FmpqError, match=message) as caught:
-        images.read(path)
+        image_files.read(path)
     assert str(path) in str(caught.value)
 
 
@@ -185,4 +189,4 @@ def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     path = saved(tmp_path / "bomb.png", Image.new("RGB", (10, 10)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 49)  # Pillow refuses more than twice this
     with pytest.raises(FmpqError, match=r"bomb\.png: .*exceeds limit"):
-        images.read(path)
+        image_files.read(path)

@@ -14,7 +14,7 @@ from compressai.models import ScaleHyperprior
 from safetensors import safe_open
 from torch import Tensor
 
-from fmpq_fx import images, samples
+from fmpq_fx import image_files, images, samples
 
 FILE = "scale-hyperprior-n64-m96-lmbda0.0130.safetensors"
 
@@ -119,4 +119,4 @@ def test_a_photograph_is_its_file_pixel_by_pixel() -> None:
     import skimage.data
 
     path = Path(skimage.data.__file__).parent / "rocket.jpg"
-    assert torch.equal(samples.photos()["rocket"], images.read(path))
+    assert torch.equal(samples.photos()["rocket"], image_files.read(path))

@@ -44,9 +44,12 @@ class _FakeQuantize(torch.autograd.Function):
         leak: float,
         grad_scale: float,
     ) -> Tensor:
-        rounded = torch.round(x / scale) + zero_point
-        y = (rounded.clamp(low, high) - zero_point) * scale
-        ctx.save_for_backward(x, scale, y, (rounded >= low) & (rounded <= high))
+        # In place where it can be: on large activations the time goes into memory, not arithmetic.
+        integers = (x / scale).round_().add_(zero_point)
+        clamped = integers.clamp(low, high)
+        inside = clamped == integers
+        y = clamped.sub_(zero_point).mul_(scale)
+        ctx.save_for_backward(x, scale, y, inside)
         ctx.leak, ctx.grad_scale = leak, grad_scale
         return y.to(x.dtype)
 
@@ -54,14 +57,17 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         x, scale, y, inside = ctx.saved_tensors
+        grad_inside = grad * inside
+        grad_outside = grad - grad_inside
         grad_scale = grad_zero = None
         if ctx.needs_input_grad[1]:
-            steps = torch.where(inside, y - x, y * (1 - ctx.leak)) / scale
-            grad_scale = (grad * steps).sum_to_size(scale.shape) * ctx.grad_scale
+            rounding = (y - x).mul_(grad_inside).sum_to_size(scale.shape)
+            ends = (y * grad_outside).sum_to_size(scale.shape) * (1 - ctx.leak)
+            grad_scale = (rounding + ends) / scale * ctx.grad_scale
         if ctx.needs_input_grad[2]:
-            outside = (grad * ~inside).sum_to_size(scale.shape)
-            grad_zero = outside * scale * (ctx.leak - 1) * ctx.grad_scale
-        return torch.where(inside, grad, grad * ctx.leak), grad_scale, grad_zero, None, None, None, None
+            grad_zero = grad_outside.sum_to_size(scale.shape) * scale * (ctx.leak - 1) * ctx.grad_scale
+        grad_x = torch.add(grad_inside, grad_outside, alpha=ctx.leak)
+        return grad_x, grad_scale, grad_zero, None, None, None, None
 
 
 class _ToInteger(torch.autograd.Function):
@@ -94,8 +100,8 @@ class _Quantizer(nn.Module):
 class WeightFakeQuant(_Quantizer):
     """Uniform symmetric fake quantization of a weight tensor, one learned step per output channel.
 
-    Integers lie in [-(2^(bits-1) - 1), 2^(bits-1) - 1], or in [0, 2^bits - 1] with ``signed=False``. The step
-    is kept as its logarithm, so that it stays positive whatever the optimizer does.
+    Integers lie in [-(2^(bits-1) - 1), 2^(bits-1) - 1], or in [0, 2^bits - 1] with ``signed=False``. The steps
+    are kept as their logarithms, (channels,), so that they stay positive whatever the optimizer does.
 
     Args:
         weight: the tensor to quantize; it sets the first steps, so that the largest magnitude of each channel
@@ -128,20 +134,26 @@ class WeightFakeQuant(_Quantizer):
         peak = weight.abs().amax(dims, keepdim=True) * clip
         # A channel of zeros is represented by any step; 1 keeps its logarithm finite.
         scale = torch.where(peak > 0, peak / self.high, torch.ones_like(peak))
-        self.log_scale = nn.Parameter(scale.log())
+        self.log_scale = nn.Parameter(scale.log().flatten())
+        self.broadcast = peak.shape
         # LSQ's gradient scale, per channel: the elements that share a step are those of one channel.
         self.grad_scale = 1 / math.sqrt(weight.numel() / peak.numel() * self.high)
-        self.register_buffer("zero_point", torch.zeros_like(peak), persistent=False)
+        self.register_buffer("zero_point", peak.new_zeros(1), persistent=False)
+
+    @property
+    def scale(self) -> Tensor:
+        """The steps, in a shape that broadcasts against the weight."""
+        return self.log_scale.exp().view(self.broadcast)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return ``weight`` rounded to its grid and dequantized, of the same shape."""
         return _FakeQuantize.apply(  # type: ignore[no-any-return]
-            weight, self.log_scale.exp(), self.zero_point, self.low, self.high, self.leak, self.grad_scale
+            weight, self.scale, self.zero_point, self.low, self.high, self.leak, self.grad_scale
         )
 
     def integers(self, weight: Tensor) -> Tensor:
         """Return the integers that stand for ``weight``, int32, of the same shape."""
-        return torch.round(weight / self.log_scale.exp()).clamp(self.low, self.high).to(torch.int32)
+        return torch.round(weight / self.scale).clamp(self.low, self.high).to(torch.int32)
 
     def extra_repr(self) -> str:
         """Say the range of integers."""
@@ -155,8 +167,9 @@ class ActivationFakeQuant(_Quantizer):
     into a fake-quantizer with integers in [0, 2^bits - 1]. The range always contains 0, so that the zeros of a
     padded convolution are represented exactly.
 
-    Where every value seen was a whole number and the range fits, the step is 1: rounded latents and images
-    coded in 8 bits then pass unchanged, which no other step of that range would do.
+    Where every value seen was a whole number and the range fits, the step is 1 for good: rounded latents then pass
+    unchanged, which no other step of that range would let them. In training mode, where latents carry noise that
+    stands for their rounding, they pass as they are: rounding them as well would double the error.
     """
 
     log_scale: nn.Parameter
@@ -177,6 +190,8 @@ class ActivationFakeQuant(_Quantizer):
         if self.observing:
             self._widen(x.detach())
             return x
+        if self.training and self.whole:
+            return x
         # LSQ's gradient scale for a whole tensor: one step for every element of a sample.
         grad_scale = 1 / math.sqrt(max(1, x[:1].numel()) * self.high)
         zero_point = _ToInteger.apply(self.zero_point, 0, self.high)
@@ -196,14 +211,20 @@ class ActivationFakeQuant(_Quantizer):
         self.range = (float(np.minimum(self.range[0], seen[0])), float(np.maximum(self.range[1], seen[1])))
         self.integral = self.integral and bool(torch.equal(x, x.round()))
 
+    @property
+    def whole(self) -> bool:
+        """Whether the integers are the input's own whole numbers."""
+        low, high = self.range
+        return not self.observing and self.integral and high - low <= self.high
+
     def freeze(self, low: float, high: float, integral: bool) -> None:
         """Quantize from now on, with steps that cover ``low`` … ``high`` (which contains 0)."""
         self.observing, self.range, self.integral = False, (low, high), integral
-        whole = integral and high - low <= self.high
-        scale = 1.0 if whole or high == low else (high - low) / self.high
+        scale = 1.0 if self.whole or high == low else (high - low) / self.high
         with torch.no_grad():
             self.log_scale.fill_(math.log(scale))
             self.zero_point.fill_(round(-low / scale))
+        self.requires_grad_(not self.whole)
 
     def extra_repr(self) -> str:
         """Say the state and the range."""

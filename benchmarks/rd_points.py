@@ -1,0 +1,85 @@
+"""Rate-distortion points of quantized models, measured on real bitstreams and kept in a JSON file as they come."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fmpq_fx import Evaluation
+from fmpq_fx.files import write_text
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What was done to a model."""
+
+    planner: str = "float"
+    target_cr: float = 1.0
+    activation_bits: int | None = None  # None is float
+    steps: int = 0  # of fine-tuning
+
+
+@dataclass(frozen=True)
+class Point:
+    """What that gave, means over the images."""
+
+    variant: Variant
+    lmbda: float  # of training, fine-tuning and the RD loss
+    weight_bits: float  # average
+    bpp: float  # real bits on the wire per pixel
+    estimated_bpp: float  # from likelihoods
+    psnr: float  # dB, of 8-bit images
+    ms_ssim: float
+    rd_loss: float  # mean of real bpp + lmbda * MSE of 8-bit images
+    deviation: int  # largest difference of a decoded image from the forward pass's, 8-bit levels
+
+    @classmethod
+    def of(cls, variant: Variant, lmbda: float, weight_bits: float, evaluation: Evaluation) -> "Point":
+        """Return the means of ``evaluation``."""
+        losses = [i.bpp + lmbda * 255**2 * 10 ** (-i.psnr / 10) for i in evaluation.images]
+        return cls(
+            variant,
+            lmbda,
+            weight_bits,
+            evaluation.bpp,
+            evaluation.estimated_bpp,
+            evaluation.psnr,
+            evaluation.ms_ssim,
+            math.fsum(losses) / len(losses),
+            evaluation.deviation,
+        )
+
+
+class Results:
+    """The points of one model at one lambda, in a file that is complete after every :meth:`add`.
+
+    Args:
+        path: the file; what is there is taken over.
+        about: what the points depend on. Points of something else are refused.
+    """
+
+    def __init__(self, path: Path, about: dict[str, str]):
+        self.path, self.about = path, about
+        self.points: dict[Variant, Point] = {}
+        if path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["about"] != about:
+                raise SystemExit(f"{path} holds results of {content['about']}, not of {about}; move it away")
+            self.points = {point.variant: point for point in map(_point, content["points"])}
+
+    def add(self, point: Point) -> None:
+        """Keep ``point`` and write the file."""
+        self.points[point.variant] = point
+        content = {"about": self.about, "points": [asdict(p) for p in self.points.values()]}
+        write_text(self.path, json.dumps(content, indent=1) + "\n")
+
+
+def _point(fields: dict[str, object]) -> Point:
+    return Point(**{**fields, "variant": Variant(**fields["variant"])})  # type: ignore[arg-type]
+
+
+def curve(points: Iterable[Point]) -> tuple[list[float], list[float]]:
+    """Return the bits per pixel and the PSNR of ``points``, by ascending rate."""
+    ordered = sorted(points, key=lambda p: p.bpp)
+    return [p.bpp for p in ordered], [p.psnr for p in ordered]

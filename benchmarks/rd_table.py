@@ -1,0 +1,114 @@
+"""Tables and the picture of rate-distortion points: Bjøntegaard deltas over the lambdas, RD losses at each."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from bjontegaard import bd_psnr, bd_rate
+from rd_points import Point, Variant, curve
+from tabulate import tabulate
+
+from fmpq_fx.files import replacing
+
+Points = Mapping[Variant, Point]
+
+METHOD = "akima"  # interpolation between the points of a curve
+FIT = 1.5  # part of the width of the float curve that the picture shows beyond its ends
+
+
+def _common(everything: Sequence[Points]) -> list[Variant]:
+    """Return the variants that were measured at every lambda: float first, then by planner, size and bits."""
+    common = set.intersection(*(set(points) for points in everything))
+    order = {"float": 0, "uniform": 1, "adaptive": 2, "optimal": 3}
+    return sorted(
+        common, key=lambda v: (order[v.planner], -v.target_cr, v.activation_bits is not None, v.steps)
+    )
+
+
+def _words(variant: Variant, points: Sequence[Point]) -> list[str]:
+    bits = f"W{sum(p.weight_bits for p in points) / len(points):.2f}A{variant.activation_bits or 32}"
+    cr = "" if variant.planner == "float" else f"{variant.target_cr:g}"
+    return [variant.planner, cr, bits, f"{variant.steps} steps" if variant.steps else "-"]
+
+
+def print_table(everything: Sequence[Points], steps: int) -> None:
+    """Print BD-rate and BD-PSNR of every variant over the lambdas."""
+    float_curve = curve(points[Variant()] for points in everything)
+    tuned_curve = curve(points[Variant(steps=steps)] for points in everything)
+    rows = []
+    for variant in _common(everything):
+        points = [at[variant] for at in everything]
+        mine = curve(points)
+        rows.append(
+            [
+                *_words(variant, points),
+                f"{bd_rate(*float_curve, *mine, METHOD):+.2f} %",
+                f"{bd_psnr(*float_curve, *mine, METHOD):+.3f} dB",
+                f"{bd_rate(*tuned_curve, *mine, METHOD):+.2f} %",
+                f"{max(abs(p.bpp / p.estimated_bpp - 1) for p in points):.2%}",
+                str(max(p.deviation for p in points)),
+            ]
+        )
+    headers = [
+        "planner",
+        "CR",
+        "bits",
+        "fine-tuned",
+        "BD-rate",
+        "BD-PSNR",
+        "BD-rate, float fine-tuned",
+        "real / estimate",
+        "deviation",
+    ]
+    print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 8)))
+
+
+def print_losses(everything: Sequence[Points], steps: int) -> None:
+    """Print the RD loss of every variant above that of the fine-tuned float model, per lambda."""
+    lmbdas = [next(iter(points.values())).lmbda for points in everything]
+    rows = []
+    for variant in _common(everything):
+        points = [at[variant] for at in everything]
+        tuned = [at[Variant(steps=steps)] for at in everything]
+        above = [
+            f"{100 * (p.rd_loss / base.rd_loss - 1):+.2f} %" for p, base in zip(points, tuned, strict=True)
+        ]
+        rows.append([*_words(variant, points), *above])
+    headers = ["planner", "CR", "bits", "fine-tuned", *(f"lambda {lmbda:g}" for lmbda in lmbdas)]
+    print("\nRD loss (real bits, 8-bit images) above the float model's, fine-tuned for the same steps:\n")
+    print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * (3 + len(lmbdas)))))
+
+
+def plot_curves(everything: Sequence[Points], steps: int, path: Path) -> None:
+    """Draw PSNR over bits per pixel: one panel per size, before and after fine-tuning, with 8-bit activations."""
+    variants = [v for v in _common(everything) if v.activation_bits]
+    sizes = sorted({v.target_cr for v in variants}, reverse=True)
+    if not sizes:
+        return
+    figure, panels = plt.subplots(
+        1, len(sizes), figsize=(4 * len(sizes), 4.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    colours = {"uniform": "tab:red", "adaptive": "tab:blue", "optimal": "tab:green"}
+    for panel, size in zip(panels[0], sizes, strict=True):
+        rates, psnrs = curve(points[Variant()] for points in everything)
+        panel.plot(rates, psnrs, "k.-", label="float32")
+        for variant in (v for v in variants if v.target_cr == size):
+            style = "o-" if variant.steps else "x:"
+            label = f"{variant.planner}{', fine-tuned' if variant.steps else ''}"
+            panel.plot(
+                *curve(points[variant] for points in everything),
+                style,
+                color=colours[variant.planner],
+                label=label,
+                markersize=4,
+            )
+        margin = 0.25 * (psnrs[-1] - psnrs[0])
+        panel.set_ylim(psnrs[0] - FIT * margin, psnrs[-1] + margin)
+        panel.set_title(f"{32 * size:g} bits per weight, A8 ({1 / size:.1f}x smaller)")
+        panel.set_xlabel("bits per pixel, real bitstreams")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("PSNR (dB)")
+    panels[0][-1].legend(fontsize="small")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)

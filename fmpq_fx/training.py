@@ -1,0 +1,126 @@
+"""The training loop, of quantized graphs and of float models alike: RD loss, validation, the best state kept.
+
+Crops and noise of a step are functions of the seed and the step's number alone, so that a run that was
+interrupted goes on from its checkpoint to the result of an uninterrupted one, bit for bit on the same machine.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fmpq_fx import training_images
+from fmpq_fx.files import check_folder
+from fmpq_fx.history import History, Settings
+from fmpq_fx.image_files import Source, sources
+from fmpq_fx.images import crops, describe
+from fmpq_fx.passes.memory import freed_memory_kept
+from fmpq_fx.training_images import RandomCrops
+from fmpq_fx.training_run import TrainingRun
+
+Images = str | os.PathLike[str] | Iterable[Tensor | Source]
+"""An image folder, or (3, H, W) or (B, 3, H, W) float tensors in [0, 1]."""
+
+
+def train(
+    model: nn.Module,
+    images: Images,
+    settings: Settings,
+    *,
+    validation: Images | None = None,
+    identity: str = "",
+    checkpoint: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> History:
+    """Train ``model``, in place, and leave it in the best state that was seen.
+
+    Args:
+        model: a rewritten graph, or any model whose forward returns CompressAI's dict. Its training mode is
+            restored.
+        images: to train on.
+        settings: how.
+        validation: images to validate on; None holds out a tenth of ``images``, at least one and at most eight.
+        identity: what model it is; a checkpoint of another is refused.
+        checkpoint: a file that is written at every validation, and continued from where it is there.
+        workers: processes that read images ahead; 0 reads in this one, None chooses.
+        progress: show a progress bar; None shows it on terminals only.
+
+    Raises:
+        FmpqError: the images or the checkpoint cannot be used.
+        KeyboardInterrupt: an interruption, after the best state so far was restored.
+    """
+    if checkpoint is not None:
+        check_folder(checkpoint)
+    parameter = next(model.parameters())
+    to_train_on, to_validate_on = _split(images, validation, settings.crop)
+    about = {
+        "model": identity,
+        "images": _digest(to_train_on, to_validate_on),
+        **{name: str(value) for name, value in dataclasses.asdict(settings).items()},
+    }
+    mode = model.training
+    run = TrainingRun(model, [x.to(parameter) for x in to_validate_on], settings)
+    devices = [parameter.device] if parameter.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), freed_memory_kept():
+            if checkpoint is not None and Path(checkpoint).exists():
+                run.load(Path(checkpoint), about)
+            else:
+                run.validate()
+            batches = training_images.batches(
+                RandomCrops(to_train_on, settings.crop, settings.seed),
+                settings.batch_size,
+                range(len(run.losses), settings.steps),
+                workers=workers,
+                pin_memory=bool(devices),
+            )
+            hide = None if progress is None else not progress
+            with tqdm(
+                batches,
+                desc="training",
+                unit="step",
+                total=settings.steps,
+                initial=len(run.losses),
+                disable=hide,
+            ) as bar:
+                for x in bar:
+                    bar.set_postfix(run.step(x.to(parameter, non_blocking=True)), refresh=False)
+                    if run.diverged:
+                        break
+                    if run.due:
+                        run.validate()
+                        if checkpoint is not None:
+                            run.save(Path(checkpoint), about)
+    finally:
+        model.load_state_dict(run.best)
+        model.train(mode)
+    return History(
+        settings,
+        f"{len(to_train_on)} image{'s' * (len(to_train_on) != 1)}",
+        describe(to_validate_on),
+        tuple(run.losses),
+        tuple(run.validation),
+        run.remarks,
+    )
+
+
+def _split(images: Images, validation: Images | None, crop: int) -> tuple[list[Source], list[Tensor]]:
+    """Return the images to train on, and the batches to validate on."""
+    usable = training_images.large_enough(sources(images), crop)
+    if validation is not None:
+        return usable, crops(validation)
+    usable, held_out = training_images.hold_out(usable)
+    return usable, crops(held_out)
+
+
+def _digest(images: Iterable[Source], batches: Iterable[Tensor]) -> str:
+    """Return how many images there are, and a text that changes with them."""
+    contents = [image.version for image in images]
+    contents += [repr(x.sum(dtype=torch.float64).item()) for x in batches]
+    return f"{len(contents)} images, {hashlib.sha256(chr(10).join(contents).encode()).hexdigest()[:12]}"
