@@ -2,11 +2,11 @@
 
     python benchmarks/pack_sample.py CHECKPOINT OUT
 
-CHECKPOINT is a file of `torch.save` with a dict of arch ("sh"), N, M, lmbda, steps and state_dict (of a
-compressai.models.ScaleHyperprior). OUT is a safetensors file: the weights of convolutions in float16, which
-moves the RD loss by less than 1e-4 of itself; all other parameters, which are few and sensitive, in float32.
-Constants and CDF tables are left out: a new model has the first, and its update() makes the second. The same
-checkpoint gives the same bytes.
+CHECKPOINT is what `train_models.py` writes: a dict of arch ("bmshj2018-hyperprior", or "sh" for short), N, M,
+lmbda, steps and state_dict (of a compressai.models.ScaleHyperprior). OUT is a safetensors file: the weights of
+convolutions in float16, which moves the RD loss by less than 1e-4 of itself; all other parameters, which are few
+and sensitive, in float32. Constants and CDF tables are left out: a new model has the first, and its update()
+makes the second. The same checkpoint gives the same bytes.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fmpq_fx.files import replacing
 
+ARCHS = ("bmshj2018-hyperprior", "sh")
 NOTE = "trained on BSDS500 (research use)"
 
 # How CompressAI up to 1.2.6 spells the parameters of its entropy bottleneck. Later versions rename these when
@@ -38,8 +39,10 @@ def pack(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
     Raises:
         ValueError: the checkpoint is of another model.
     """
-    if checkpoint["arch"] != "sh":
-        raise ValueError(f'the checkpoint is of a model of arch "{checkpoint["arch"]}"; expected "sh"')
+    if checkpoint["arch"] not in ARCHS:
+        raise ValueError(
+            f'the checkpoint is of a model of arch "{checkpoint["arch"]}"; expected {" or ".join(ARCHS)}'
+        )
     model = ScaleHyperprior(checkpoint["N"], checkpoint["M"])
     model.load_state_dict(checkpoint["state_dict"])
     tensors = {}

@@ -18,6 +18,7 @@ class Variant:
     target_cr: float = 1.0
     activation_bits: int | None = None  # None is float
     steps: int = 0  # of fine-tuning
+    loss: str = "rd"  # that it lowered
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,20 @@ class Results:
     def __init__(self, path: Path, about: dict[str, str]):
         self.path, self.about = path, about
         self.points: dict[Variant, Point] = {}
-        if path.exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["about"] != about:
-                raise SystemExit(f"{path} holds results of {content['about']}, not of {about}; move it away")
-            self.points = {point.variant: point for point in map(_point, content["points"])}
+        self._read()
+
+    def _read(self) -> None:
+        if self.path.exists():
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if content["about"] != self.about:
+                raise SystemExit(
+                    f"{self.path} holds results of {content['about']}, not of {self.about}; move it away"
+                )
+            self.points |= {point.variant: point for point in map(_point, content["points"])}
 
     def add(self, point: Point) -> None:
-        """Keep ``point`` and write the file."""
+        """Keep ``point`` and write the file, with what another benchmark has added meanwhile."""
+        self._read()
         self.points[point.variant] = point
         content = {"about": self.about, "points": [asdict(p) for p in self.points.values()]}
         write_text(self.path, json.dumps(content, indent=1) + "\n")

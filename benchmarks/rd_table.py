@@ -13,12 +13,13 @@ from fmpq_fx.files import replacing
 Points = Mapping[Variant, Point]
 
 METHOD = "akima"  # interpolation between the points of a curve
-FIT = 1.5  # part of the width of the float curve that the picture shows beyond its ends
+MARGIN = 0.25  # part of the float curve's span of PSNR that the picture shows beyond its upper end
+BELOW = 0.4  # and beyond its lower end
 
 
 def _common(everything: Sequence[Points]) -> list[Variant]:
     """Return the variants that were measured at every lambda: float first, then by planner, size and bits."""
-    common = set.intersection(*(set(points) for points in everything))
+    common = {v for v in set.intersection(*(set(points) for points in everything)) if v.loss == "rd"}
     order = {"float": 0, "uniform": 1, "adaptive": 2, "optimal": 3}
     return sorted(
         common, key=lambda v: (order[v.planner], -v.target_cr, v.activation_bits is not None, v.steps)
@@ -102,8 +103,8 @@ def plot_curves(everything: Sequence[Points], steps: int, path: Path) -> None:
                 label=label,
                 markersize=4,
             )
-        margin = 0.25 * (psnrs[-1] - psnrs[0])
-        panel.set_ylim(psnrs[0] - FIT * margin, psnrs[-1] + margin)
+        span = psnrs[-1] - psnrs[0]
+        panel.set_ylim(psnrs[0] - BELOW * span, psnrs[-1] + MARGIN * span)
         panel.set_title(f"{32 * size:g} bits per weight, A8 ({1 / size:.1f}x smaller)")
         panel.set_xlabel("bits per pixel, real bitstreams")
         panel.grid(alpha=0.3)

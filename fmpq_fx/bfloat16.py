@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from compressai.entropy_models import EntropyModel
+from compressai.latent_codecs import LatentCodec
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -18,10 +19,11 @@ def transforms_in_bfloat16(model: nn.Module, device: torch.device) -> Iterator[N
     """Within the block, the convolutions of ``model`` compute in bfloat16 and its entropy models in float32.
 
     A likelihood is a small difference of two cumulative probabilities, which the 8 bits of bfloat16's mantissa do
-    not hold, and a latent above 256 that was rounded in bfloat16 is not even an integer. So entropy models and
-    the rounding of latents get float32 and run outside of autocast.
+    not hold, and a latent above 256 that was rounded in bfloat16 is not even an integer. So entropy models, the
+    rounding of latents, and latent codecs as a whole, which round in their own way, get float32 and run outside of
+    autocast.
     """
-    exact = [m for m in model.modules() if isinstance(m, EntropyModel | QuantizeLatent)]
+    exact = [m for m in model.modules() if isinstance(m, EntropyModel | LatentCodec | QuantizeLatent)]
     kept = [vars(module).get("forward") for module in exact]
     try:
         for module in exact:

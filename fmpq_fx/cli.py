@@ -110,7 +110,6 @@ def _add_finetune(command: argparse.ArgumentParser) -> None:
         "--steps": "of training",
         "--batch-size": "crops in a step",
         "--crop": "their side, pixels",
-        "--lr": "learning rate of weights, biases and entropy models",
         "--quantizer-lr": "learning rate of the logarithms of steps",
         "--aux-lr": "learning rate of the entropy bottleneck's quantiles",
         "--max-norm": "what the norm of the gradient is clipped at",
@@ -120,6 +119,12 @@ def _add_finetune(command: argparse.ArgumentParser) -> None:
     for name, text in numbers.items():
         default = getattr(Settings, name[2:].replace("-", "_"))
         add(name, type=type(default), default=default, metavar="X", help=f"{text}; default {default:g}")
+    add(
+        "--lr",
+        type=float,
+        metavar="X",
+        help="learning rate of weights, biases and entropy models; default: by the plan",
+    )
     add("--bfloat16", action="store_true", help="compute the transforms in bfloat16")
     add("--workers", type=int, metavar="X", help="processes that read images ahead")
     add("--history", type=Path, metavar="F", help="write losses and validations (JSON)")
@@ -134,7 +139,7 @@ def _finetune(args: argparse.Namespace) -> None:
     }
     for path in filter(None, (args.out, args.history)):
         check_folder(path)
-    gm = load_state(args.state)
+    gm, spec = load_state(args.state), spec_of(args.state)
     checkpoint = args.out.with_name(args.out.name + ".training")
     try:
         history = finetune(gm, args.images, checkpoint=checkpoint, **options)
@@ -145,7 +150,7 @@ def _finetune(args: argparse.Namespace) -> None:
             )
         raise
     print(history)
-    save_state(gm, args.out, model=spec_of(args.state))
+    save_state(gm, args.out, model=spec)
     checkpoint.unlink(missing_ok=True)
     print(f"state: {args.out}")
     if args.history is not None:

@@ -16,11 +16,14 @@ T = TypeVar("T", bound="JsonFile")
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
-    """Check that the folder that ``path`` is to be written in exists.
+    """Check that the folder that ``path`` is to be written in exists, and that ``path`` is no folder itself.
 
     Raises:
-        FileNotFoundError: it does not.
+        FileNotFoundError: there is no such folder.
+        IsADirectoryError: ``path`` is a folder.
     """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
     folder = Path(path).parent
     if not folder.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {folder}; create it")

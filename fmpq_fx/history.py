@@ -1,6 +1,7 @@
 """What training did: its settings, its losses, and how good the model was along the way."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,11 @@ class Settings:
     loss: str = "rd"  # "rd": rate + lmbda * 255^2 * MSE; "mse": its second term alone
     batch_size: int = 4  # crops in a step
     crop: int = 192  # side of a crop, pixels; a multiple of 64
-    lr: float = 2e-4  # learning rate of weights, biases and entropy models
+    lr: float = 3e-5  # learning rate of weights, biases and entropy models
     quantizer_lr: float = 3e-4  # of the logarithms of steps
     aux_lr: float = 1e-3  # of the entropy bottleneck's quantiles
     constant: float = 0.0  # part of the steps before the learning rates fall, by a cosine, to 0
-    max_norm: float = 1.0  # of the gradient, which is scaled down to it
+    max_norm: float = 1.0  # of the gradient, which is scaled down to it; inf leaves it as it is
     bfloat16: bool = False  # compute the transforms in bfloat16
     validate_every: int = 50  # steps
     seed: int = 0  # of crops and noise
@@ -42,7 +43,7 @@ class Settings:
         )
         for name in positive:
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
+            if not (value > 0 and (math.isfinite(value) or name == "max_norm")):
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
@@ -80,6 +81,11 @@ class Validation:
         return self.rd_loss if kind == "rd" else self.mse
 
 
+def best_of(validation: Sequence[Validation], kind: str) -> Validation:
+    """Return the earliest of those with the lowest loss; one that is not a number is higher than any."""
+    return min(validation, key=lambda v: (math.isnan(v.loss(kind)), v.loss(kind)))
+
+
 @dataclass(frozen=True)
 class History(JsonFile):
     """What training did. The model is left as it was at ``best_step``."""
@@ -94,7 +100,7 @@ class History(JsonFile):
     @property
     def best(self) -> Validation:
         """The validation of the state that was kept."""
-        return min(self.validation, key=lambda v: (math.isnan(loss := v.loss(self.settings.loss)), loss))
+        return best_of(self.validation, self.settings.loss)
 
     @property
     def gain(self) -> float:
@@ -109,7 +115,7 @@ class History(JsonFile):
         headers = ("step", "bpp", "PSNR (dB)", "RD loss", "")
         table = tabulate(rows, headers, disable_numparse=True, colalign=("right",) * 4 + ("left",))
         images = f"trained on {self.trained_on}, validated on {self.validated_on}"
-        return "\n\n".join(filter(None, (table, images, self.remarks)))
+        return f"{table}\n\n{images}"
 
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> "History":

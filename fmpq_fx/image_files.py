@@ -1,5 +1,6 @@
 """Images as tensors: reading files of every kind, and checking tensors that are given as images."""
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -129,9 +130,21 @@ def sources(images: str | os.PathLike[str] | Iterable[Tensor | Source]) -> list[
     return found
 
 
+def fingerprint(images: Iterable[Source]) -> str:
+    """Return how many images there are, and a text that changes with them."""
+    versions = [image.version for image in images]
+    digest = hashlib.sha256("\n".join(versions).encode()).hexdigest()
+    return f"{len(versions)} images, {digest[:12]}"
+
+
 def _in_memory(image: Tensor, name: str) -> Source:
+    image = image.cpu()  # where worker processes and pinned memory can have it
     version = f"{tuple(image.shape)} of sum {image.sum(dtype=torch.float64).item()!r}"
-    return Source(name, image.detach, partial(tuple, image.shape[1:]), version)
+    return Source(name, image.detach, partial(_sides, image), version)
+
+
+def _sides(image: Tensor) -> tuple[int, int]:
+    return image.size(1), image.size(2)
 
 
 def _file(path: Path) -> Source:

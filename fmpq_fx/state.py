@@ -60,6 +60,8 @@ def save_state(gm: fx.GraphModule, path: str | os.PathLike[str], *, model: str) 
 def load_state(path: str | os.PathLike[str]) -> fx.GraphModule:
     """Return the graph that :func:`save_state` wrote to ``path``, on the CPU and in evaluation mode.
 
+    It has the dtype in which its model is made, float32 for models of the zoo.
+
     Raises:
         FmpqError: the file holds something else, or its model cannot be made.
     """

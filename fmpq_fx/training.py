@@ -1,11 +1,11 @@
 """The training loop, of quantized graphs and of float models alike: RD loss, validation, the best state kept.
 
 Crops and noise of a step are functions of the seed and the step's number alone, so that a run that was
-interrupted goes on from its checkpoint to the result of an uninterrupted one, bit for bit on the same machine.
+interrupted goes on from its checkpoint to the result of an uninterrupted one: bit for bit on a CPU with as many
+threads; a GPU's own arithmetic is not that repeatable.
 """
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fmpq_fx import training_images
+from fmpq_fx.errors import FmpqError
 from fmpq_fx.files import check_folder
 from fmpq_fx.history import History, Settings
-from fmpq_fx.image_files import Source, sources
+from fmpq_fx.image_files import Source, fingerprint, sources
 from fmpq_fx.images import crops, describe
 from fmpq_fx.passes.memory import freed_memory_kept
 from fmpq_fx.training_images import RandomCrops
@@ -38,16 +39,18 @@ def train(
     workers: int | None = None,
     progress: bool | None = None,
 ) -> History:
-    """Train ``model``, in place, and leave it in the best state that was seen.
+    """Train ``model``, in place, and leave it in the best state that was seen, without gradients.
 
     Args:
         model: a rewritten graph, or any model whose forward returns CompressAI's dict. Its training mode is
             restored.
         images: to train on.
         settings: how.
-        validation: images to validate on; None holds out a tenth of ``images``, at least one and at most eight.
-        identity: what model it is; a checkpoint of another is refused.
-        checkpoint: a file that is written at every validation, and continued from where it is there.
+        validation: images to validate on, by crops of 256 x 256 from the centre of each (or eight, where there are
+            fewer images); None holds out a tenth of ``images``, at least one and at most eight.
+        identity: what the model is, besides its weights; a checkpoint of another is refused.
+        checkpoint: a file that is written at every validation. Where it is there, training goes on from it; the
+            model must be as it was at the start, or as it was left. A finished run is not repeated.
         workers: processes that read images ahead; 0 reads in this one, None chooses.
         progress: show a progress bar; None shows it on terminals only.
 
@@ -58,10 +61,17 @@ def train(
     if checkpoint is not None:
         check_folder(checkpoint)
     parameter = next(model.parameters())
+    narrow = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
+    if narrow:
+        raise FmpqError(
+            f"the model is in {', '.join(map(str, narrow))}, which is too coarse to train in: train model.float(), "
+            "with bfloat16=True for speed"
+        )
     to_train_on, to_validate_on = _split(images, validation, settings.crop)
     about = {
         "model": identity,
-        "images": _digest(to_train_on, to_validate_on),
+        "images": fingerprint(to_train_on),
+        "validation": fingerprint(sources(to_validate_on)),
         **{name: str(value) for name, value in dataclasses.asdict(settings).items()},
     }
     mode = model.training
@@ -99,6 +109,7 @@ def train(
                             run.save(Path(checkpoint), about)
     finally:
         model.load_state_dict(run.best)
+        model.zero_grad()
         model.train(mode)
     return History(
         settings,
@@ -114,13 +125,7 @@ def _split(images: Images, validation: Images | None, crop: int) -> tuple[list[S
     """Return the images to train on, and the batches to validate on."""
     usable = training_images.large_enough(sources(images), crop)
     if validation is not None:
-        return usable, crops(validation)
+        to_validate_on = sources(validation)
+        return usable, crops(to_validate_on, count=max(training_images.HELD_OUT, len(to_validate_on)))
     usable, held_out = training_images.hold_out(usable)
     return usable, crops(held_out)
-
-
-def _digest(images: Iterable[Source], batches: Iterable[Tensor]) -> str:
-    """Return how many images there are, and a text that changes with them."""
-    contents = [image.version for image in images]
-    contents += [repr(x.sum(dtype=torch.float64).item()) for x in batches]
-    return f"{len(contents)} images, {hashlib.sha256(chr(10).join(contents).encode()).hexdigest()[:12]}"

@@ -85,7 +85,7 @@ class RandomCrops(Dataset[Tensor]):
         epoch, place = divmod(index, len(self.images))
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
         rng = np.random.default_rng([self.seed, epoch, place])
-        image = self._load(np.roll(order, -place))
+        image = self._load(np.roll(order, -place).tolist())
         top, left = (int(rng.integers(side - self.size + 1)) for side in image.shape[1:])
         crop = image[:, top : top + self.size, left : left + self.size]
         return (crop.flip(2) if rng.random() < 0.5 else crop).contiguous()

@@ -1,5 +1,6 @@
 """One run of training: the model, its optimizers, what was seen so far, and the checkpoint of all of it."""
 
+import hashlib
 import math
 import pickle
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fmpq_fx.bfloat16 import transforms_in_bfloat16
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.files import replacing
-from fmpq_fx.history import Settings, Validation
+from fmpq_fx.history import Settings, Validation, best_of
 from fmpq_fx.quant import ActivationFakeQuant, WeightFakeQuant
 from fmpq_fx.rd import rate_and_distortion
 
@@ -49,6 +50,7 @@ class TrainingRun:
         self.validation: list[Validation] = []
         self.diverged = False
         self.best = _copied(model.state_dict())
+        self.start = digest(self.best)
 
     @property
     def due(self) -> bool:
@@ -58,11 +60,9 @@ class TrainingRun:
     def step(self, x: Tensor) -> dict[str, str]:
         """Train on the images ``x``, and return figures to show; sets :attr:`diverged`."""
         settings = self.settings
-        torch.manual_seed(int(np.random.SeedSequence([settings.seed, len(self.losses)]).generate_state(1)[0]))
+        self._seed(x.device)
         self.model.train()
         self.optimizer.zero_grad()
-        # Convolutions on a CPU are faster on channels_last, and the results of all layers keep that format.
-        x = x.contiguous(memory_format=torch.channels_last)
         with transforms_in_bfloat16(self.model, x.device) if settings.bfloat16 else nullcontext():
             output = self.model(x)
         rate, distortion = rate_and_distortion(output, x, settings.lmbda)
@@ -79,6 +79,14 @@ class TrainingRun:
         mse = distortion.item() / (settings.lmbda * 255**2)
         psnr = -10 * math.log10(mse) if mse else math.inf
         return {"loss": f"{self.losses[-1]:.3f}", "bpp": f"{rate.item():.3f}", "PSNR": f"{psnr:.2f}"}
+
+    def _seed(self, device: torch.device) -> None:
+        """Make the noise of this step a function of the seed and the step's number, on ``device`` alone."""
+        (seed,) = np.random.SeedSequence([self.settings.seed, len(self.losses)]).generate_state(1).tolist()
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
 
     def _train_quantiles(self) -> None:
         if self.aux_optimizer is not None:
@@ -98,10 +106,9 @@ class TrainingRun:
             error += distortion.item() * count
         bpp, mse = bits / pixels, error / pixels / 255**2
         result = Validation(len(self.losses), bpp, mse, bpp + self.settings.lmbda * 255**2 * mse)
-        kind = self.settings.loss
-        if all(result.loss(kind) < earlier.loss(kind) for earlier in self.validation):
-            self.best = _copied(self.model.state_dict())
         self.validation.append(result)
+        if best_of(self.validation, self.settings.loss) is result:
+            self.best = _copied(self.model.state_dict())
 
     @property
     def remarks(self) -> str:
@@ -128,6 +135,7 @@ class TrainingRun:
 
     def _state(self) -> dict[str, Any]:
         return {
+            "start": self.start,
             "model": self.model.state_dict(),
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
@@ -141,21 +149,30 @@ class TrainingRun:
         """Go on from what :meth:`save` wrote to ``path``.
 
         Raises:
-            FmpqError: it is no checkpoint, or one of another run than that which ``about`` describes.
+            FmpqError: it is no checkpoint, or one of another run than that which ``about`` describes, or of other
+                weights: the model must be as it was before the first step, or as that run left it.
         """
         state = _read(path)
+        remedy = "remove the file to begin anew, or name another"
         for name, value in about.items():
             if state["about"].get(name) != value:
                 raise FmpqError(
                     f"the checkpoint {path} is of another run: {name} was {state['about'].get(name)!r} there and is "
-                    f"{value!r} now; remove the file to begin anew, or name another"
+                    f"{value!r} now; {remedy}"
                 )
-        self.model.load_state_dict(state["model"])
-        self.best = state["best"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.start not in (state["start"], digest(state["best"])):
+            raise FmpqError(f"the checkpoint {path} is of a model with other weights; {remedy}")
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.aux_optimizer is not None:
+                self.aux_optimizer.load_state_dict(state["aux_optimizer"])
+        except ValueError as error:  # parameters were frozen or freed meanwhile
+            raise FmpqError(
+                f"the checkpoint {path} is of another run: other parameters were trained; {remedy}"
+            ) from error
         self.scheduler.load_state_dict(state["scheduler"])
-        if self.aux_optimizer is not None:
-            self.aux_optimizer.load_state_dict(state["aux_optimizer"])
+        self.model.load_state_dict(state["model"])
+        self.start, self.best = state["start"], state["best"]
         self.losses = state["losses"]
         self.validation = [Validation(**v) for v in state["validation"]]
 
@@ -178,6 +195,15 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
         {"params": [p for p, rate in rates.items() if rate == lr and p.requires_grad], "lr": lr}
         for lr in sorted(set(rates.values()))
     ]
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """Return a text that changes with the names and the values of ``state``."""
+    sha = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        sha.update(name.encode())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

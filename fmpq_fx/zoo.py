@@ -70,7 +70,7 @@ def model_of_state(spec: str, state: dict[str, Any]) -> nn.Module:
 def _known(spec: str) -> str:
     if spec not in model_names():
         raise ValueError(
-            f"there is no model {spec!r}; pass 'sample', 'package.module:callable', or one of "
+            f"there is no model and no file {spec!r}; pass 'sample', 'package.module:callable', or one of "
             f"{', '.join(model_names())}"
         )
     return spec

@@ -20,11 +20,11 @@ class QuantizedGraphModule(fx.GraphModule):
         """Pickle the plan and the notes on the nodes beside what fx pickles."""
         rebuild, arguments = super().__reduce__()
         notes = [node.meta.get("fmpq") for node in self.graph.nodes]
-        return _rebuild, (rebuild, arguments, notes, self.meta["fmpq"], self.meta["model"])
+        return _rebuild, (rebuild, arguments, notes, self.meta)
 
 
 def _rebuild(
-    rebuild: Any, arguments: tuple[Any, ...], notes: list[Any], plan: Plan, model: nn.Module
+    rebuild: Any, arguments: tuple[Any, ...], notes: list[Any], meta: dict[str, Any]
 ) -> fx.GraphModule:
     plain: fx.GraphModule = rebuild(*arguments)
     gm = QuantizedGraphModule(plain, plain.graph, type(plain).__name__)
@@ -33,7 +33,8 @@ def _rebuild(
     for node, note in zip(gm.graph.nodes, notes, strict=True):
         if note is not None:
             node.meta["fmpq"] = note
-    _carry(gm, plan, model)
+    gm.meta.update(meta)
+    _carry(gm, meta["fmpq"], meta["model"])
     return gm
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fmpq_fx
 from fmpq_fx import Plan, Sensitivity
 from fmpq_fx.cli import main
+from fmpq_fx.passes.rewrite import quantized_layers
 from fmpq_fx.state import load_state
 from fmpq_fx.training_run import TrainingRun
 from fmpq_fx.zoo import load_model, model_names
@@ -75,7 +76,7 @@ def test_a_saved_table_is_reused(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["prepare", "nothing", "--target-cr", "0.25"], "there is no model 'nothing'"),
+        (["prepare", "nothing", "--target-cr", "0.25"], "there is no model and no file 'nothing'"),
         (["prepare", "mbt2018", "--target-cr", "0.25"], "pass --quality"),
         (["prepare", "elic2022-official", "--target-cr", "0.25"], "no pretrained weights"),
         (
@@ -204,7 +205,7 @@ def test_a_state_is_fine_tuned_evaluated_and_exported(
     assert "mean" in capsys.readouterr().out
     assert run("export", "checkpoint", tuned, "--out", exported) == 0
     model = load_model("bmshj2018-hyperprior", checkpoint=exported)
-    quantized = load_state(tuned).get_submodule("g_a.0")
+    quantized = quantized_layers(load_state(tuned))["g_a.0"]
     assert torch.equal(model.get_parameter("g_a.0.weight"), quantized.weight)
 
 

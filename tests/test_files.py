@@ -36,6 +36,11 @@ def test_a_written_file_replaces_the_old_one_and_others_may_read_it(tmp_path: Pa
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_folder_is_not_written_over(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=r"it is a folder; name a file in it"):
+        write_text(tmp_path, "")
+
+
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent; create it"):
         write_text(tmp_path / "absent" / "plan.json", "")

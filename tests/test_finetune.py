@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import small_model
 from torch import Tensor, fx, nn
+from traced_models import each_codec
 
 import fmpq_fx
-from fmpq_fx import FmpqError, History, finetune, prepare
+from fmpq_fx import FmpqError, History, Measured, finetune, prepare
 from fmpq_fx.bfloat16 import transforms_in_bfloat16
+from fmpq_fx.finetune import learning_rate
 from fmpq_fx.history import Settings
 from fmpq_fx.passes.rewrite import quantized_layers
 from fmpq_fx.rd import rd_loss
@@ -96,7 +98,7 @@ def test_the_training_mode_comes_back(gm: fx.GraphModule) -> None:
 def test_the_same_seed_gives_the_same_model_and_another_seed_another(
     prepared: fx.GraphModule,
 ) -> None:
-    models = []
+    models: list[fx.GraphModule] = []
     for seed in (0, 0, 1):
         gm = copy.deepcopy(prepared)
         torch.manual_seed(seed + len(models))  # of the caller; it must not matter
@@ -192,6 +194,31 @@ def test_a_checkpoint_of_another_plan_is_refused(gm: fx.GraphModule, tmp_path: P
     )
     with pytest.raises(FmpqError, match=r"another run: model was 'plan .*remove the file"):
         tuned(other, checkpoint=checkpoint)
+
+
+def test_a_checkpoint_of_other_weights_is_refused_and_one_of_the_state_it_left_goes_on(
+    prepared: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, gm, whole = tmp_path / "training.pt", copy.deepcopy(prepared), copy.deepcopy(prepared)
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingRun, "step", stopping_at(6, KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tuned(gm, checkpoint=checkpoint)
+    assert not same_state(gm, prepared), "step 4 was better than the start"
+    assert tuned(gm, checkpoint=checkpoint) == tuned(whole), "the cell of a notebook, run again"
+    assert same_state(gm, whole)
+    other = copy.deepcopy(prepared)
+    with torch.no_grad():
+        other.get_parameter("g_s.6.layer.weight").mul_(1.01)
+    before = copy.deepcopy(other)
+    with pytest.raises(FmpqError, match=r"of a model with other weights; remove the file"):
+        tuned(other, checkpoint=checkpoint)
+    frozen = copy.deepcopy(prepared)
+    frozen.get_parameter("g_a.0.layer.weight").requires_grad_(False)
+    with pytest.raises(FmpqError, match="other parameters were trained"):
+        tuned(frozen, checkpoint=checkpoint)
+    assert same_state(other, before)
+    assert same_state(frozen, prepared), "an error changes nothing"
 
 
 def test_what_is_no_checkpoint_is_refused_and_stays(gm: fx.GraphModule, tmp_path: Path) -> None:
@@ -301,7 +328,7 @@ def test_groups_hold_every_parameter_once(gm: fx.GraphModule) -> None:
     rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(rates)
     assert set(names.values()) - set(rates) == {"entropy_bottleneck.quantiles"}
-    assert rates["g_a.0.layer.weight"] == rates["entropy_bottleneck._matrix0"] == settings.lr
+    assert rates["g_a.0.layer.weight"] == rates["entropy_bottleneck.matrices.0"] == settings.lr
     assert rates["g_a.0.weight_quantizer.log_scale"] == settings.quantizer_lr
     assert rates["g_a.0.input_quantizer.zero_point"] == settings.quantizer_lr * 255
 
@@ -360,6 +387,37 @@ def test_training_in_bfloat16_lowers_the_loss_of_the_float32_model(gm: fx.GraphM
     assert all(p.dtype == torch.float32 for p in gm.parameters())
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+@each_codec
+def test_layers_inside_a_latent_codec_are_trained(make: Callable[[], nn.Module], bfloat16: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.stack(photos(2, side=64))
+    gm = prepare(make().eval(), 0.25, calibration=x, planner="uniform", bits=[8], lmbda=LMBDA)
+    before = copy.deepcopy(dict(gm.named_parameters()))
+    run = TrainingRun(gm, [x], Settings(LMBDA, bfloat16=bfloat16))
+    run.step(x)
+    assert not run.diverged
+    trained = {name for name, p in gm.named_parameters() if not torch.equal(p, before[name])}
+    inside = {name for name in trained if name.startswith("latent_codec") and name.endswith("layer.weight")}
+    assert len(inside) > 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_graph_in_half_precision_is_refused(gm: fx.GraphModule, dtype: torch.dtype) -> None:
+    with pytest.raises(FmpqError, match=r"too coarse to train in: train model.float\(\)"):
+        tuned(gm.to(dtype))
+
+
+def test_gradients_do_not_stay(gm: fx.GraphModule) -> None:
+    tuned(gm, steps=1)
+    assert all(p.grad is None for p in gm.parameters())
+
+
+def test_all_images_to_validate_on_count(gm: fx.GraphModule) -> None:
+    history = tuned(gm, steps=1, validation=photos(11, side=64))
+    assert history.validated_on == "11 crops of 64 x 64"
+
+
 def test_a_history_saves_loads_and_prints(gm: fx.GraphModule, tmp_path: Path) -> None:
     history = tuned(gm)
     history.save(tmp_path / "history.json")
@@ -367,7 +425,25 @@ def test_a_history_saves_loads_and_prints(gm: fx.GraphModule, tmp_path: Path) ->
     printed = str(history)
     assert f"{history.best.rd_loss:.4f}  kept" in printed
     assert "trained on 5 images, validated on 8 crops of 64 x 64" in printed
-    assert copy.deepcopy(gm).meta["history"] == history
+    torch.save(gm, tmp_path / "gm.pt")
+    pickled = torch.load(tmp_path / "gm.pt", weights_only=False)
+    assert copy.deepcopy(gm).meta["history"] == pickled.meta["history"] == history
+    table = " ".join(fmpq_fx.bit_table(gm).split())  # lines are wrapped
+    assert "12 steps with the RD loss" in table
+    assert f"{history.validation[0].rd_loss:.4f} -> {history.best.rd_loss:.4f}" in table
+
+
+def test_the_learning_rate_grows_with_the_damage(gm: fx.GraphModule) -> None:
+    plan = fmpq_fx.plan_of(gm)
+    rates = [
+        learning_rate(dataclasses.replace(plan, measured=Measured(1.0, 1 + damage / 2, 1 + damage)))
+        for damage in (-0.1, 0.001, 0.1, 0.2, 5.0)
+    ]
+    assert rates == pytest.approx([3e-5, 3e-5, 1e-4, 1e-4 * 2**0.5, 2e-4])
+    weights_only = dataclasses.replace(plan, activation_bits=None, measured=Measured(1.0, 1.1, 9.0))
+    assert learning_rate(weights_only) == pytest.approx(1e-4)
+    assert learning_rate(dataclasses.replace(plan, measured=None)) == 1e-4
+    assert tuned(gm, lr=None).settings.lr == learning_rate(plan)
 
 
 def test_trained_layers_stay_on_their_grids(gm: fx.GraphModule) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fmpq_fx.quant import QuantizedLayer, quantize_layer, quantized_class
 
-Rule = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Rule = Callable[..., Tensor]  # (layer, input, weight) -> output
 """What a layer computes, in torch's functions, from the float layer, its input, and the weight to use."""
 
 
@@ -33,15 +33,20 @@ def linear(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight, layer.bias)
 
 
-def gdn(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+def gdn(layer: nn.Module, x: Tensor, weight: Tensor, weighted: Tensor | None = None) -> Tensor:
+    """GDN, whose norm may see another input than the one that is normalized."""
     assert isinstance(layer, GDN)
-    norm = F.conv2d(x**2, weight[:, :, None, None], layer.beta_reparam(layer.beta))
+    norm = F.conv2d(
+        (x if weighted is None else weighted) ** 2, weight[:, :, None, None], layer.beta_reparam(layer.beta)
+    )
     return x * (torch.sqrt(norm) if layer.inverse else torch.rsqrt(norm))
 
 
-def gdn1(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+def gdn1(layer: nn.Module, x: Tensor, weight: Tensor, weighted: Tensor | None = None) -> Tensor:
     assert isinstance(layer, GDN1)
-    norm = F.conv2d(x.abs(), weight[:, :, None, None], layer.beta_reparam(layer.beta))
+    norm = F.conv2d(
+        (x if weighted is None else weighted).abs(), weight[:, :, None, None], layer.beta_reparam(layer.beta)
+    )
     return x * (norm if layer.inverse else 1.0 / norm)
 
 
@@ -130,7 +135,7 @@ def test_a_quantized_layer_is_the_float_one_with_quantized_weights(
 
 
 @each_layer
-def test_the_input_is_quantized_before_anything_else(make: Callable[[], nn.Module], rule: Rule) -> None:
+def test_what_the_weights_multiply_is_quantized(make: Callable[[], nn.Module], rule: Rule) -> None:
     layer = made(make)
     x = torch.randn(2, 4, 8, 8)
     quantized = quantize_layer(layer, 6, 5)
@@ -143,7 +148,10 @@ def test_the_input_is_quantized_before_anything_else(make: Callable[[], nn.Modul
     quantized.input_quantizer.freeze(-2.0, 2.5, False)
     step, zero = quantized.input_quantizer.log_scale.detach().exp(), round(2.0 / (4.5 / 31))
     on_grid = ((torch.round(x / step) + zero).clamp(0, 31) - zero) * step
-    assert torch.equal(quantized(x), rule(layer, on_grid, naively_quantized(quantized, 6)))
+    weight = naively_quantized(quantized, 6)
+    # GDN's gamma multiplies what is in the norm; what the norm divides stays as it is.
+    expected = rule(layer, x, weight, on_grid) if rule in (gdn, gdn1) else rule(layer, on_grid, weight)
+    assert torch.equal(quantized(x), expected)
     assert not torch.equal(quantized(x), float_input)
 
 

@@ -92,7 +92,8 @@ class _Quantizer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         def moved(t: Tensor) -> Tensor:
             result: Tensor = fn(t)
-            return result if result.dtype.itemsize >= t.dtype.itemsize else t.to(result.device)
+            wide = result.dtype.itemsize >= torch.float32.itemsize
+            return result if wide else t.to(result.device)
 
         return super()._apply(moved, recurse)
 

@@ -163,7 +163,11 @@ class QuantizedLinear(QuantizedLayer):
 
 
 class QuantizedGDN(QuantizedLayer):
-    """GDN with a quantized gamma: the gamma that multiplies, i.e. after its reparametrization, unsigned."""
+    """GDN with a quantized gamma: the gamma that multiplies, i.e. after its reparametrization, unsigned.
+
+    What is quantized of the input is what gamma multiplies, in the norm. The input that the norm then divides stays
+    as it is: no weight multiplies it, and its rounding would cost as much RD as that of a convolution's input.
+    """
 
     layer: GDN
     signed = False
@@ -182,8 +186,7 @@ class QuantizedGDN(QuantizedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (B, C, H, W): x / sqrt(beta + gamma * x^2), or the inverse (Ballé et al. 2016)."""
-        x = self.quantized_input(x)
-        norm = self._norm(x**2)
+        norm = self._norm(self.quantized_input(x) ** 2)
         return x * (norm.sqrt() if self.layer.inverse else norm.rsqrt())
 
 
@@ -194,8 +197,7 @@ class QuantizedGDN1(QuantizedGDN):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (B, C, H, W)."""
-        x = self.quantized_input(x)
-        norm = self._norm(x.abs())
+        norm = self._norm(self.quantized_input(x).abs())
         return x * (norm if self.layer.inverse else 1.0 / norm)
 
 

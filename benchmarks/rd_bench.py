@@ -1,0 +1,147 @@
+"""Measure variants of a model at one lambda: quantized or not, fine-tuned or not, on real bitstreams."""
+
+import argparse
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from rd_points import Point, Results, Variant
+from torch import nn
+
+from fmpq_fx import Sensitivity, analyze, evaluate, finetune, plan_of, prepare, rewrite, samples
+from fmpq_fx.history import Settings
+from fmpq_fx.image_files import fingerprint, sources
+from fmpq_fx.training import train
+from fmpq_fx.training_run import digest
+from fmpq_fx.zoo import load_model
+
+
+class Bench:
+    """The measurements of one model at one lambda.
+
+    Args:
+        args: the command line.
+        lmbda: what the model was trained with.
+        checkpoint: its weights; None is the sample model.
+    """
+
+    def __init__(self, args: argparse.Namespace, lmbda: float, checkpoint: Path | None):
+        self.args, self.lmbda, self.checkpoint = args, lmbda, checkpoint
+        self.name = f"{args.model}-{lmbda:.4f}"
+        about = {
+            "model": f"{args.model}, lambda {lmbda}, weights {digest(self.model().state_dict())[:12]}",
+            "calibration": fingerprint(sources(args.calibration)),
+            "training": f"{fingerprint(sources(args.train))}; {args.batch_size} crops of {args.crop} x {args.crop}",
+            "images": fingerprint(sources(args.images)),
+        }
+        self.results = Results(args.out / f"bd_rate-{self.name}.json", about)
+        self.key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+
+    def model(self) -> nn.Module:
+        """Return the float model."""
+        if self.checkpoint is None:
+            sample: nn.Module = samples.model(self.lmbda)
+            return sample
+        return load_model(self.args.model, checkpoint=self.checkpoint)
+
+    def sensitivity(self) -> Sensitivity:
+        """Return the model's table, measured once."""
+        path = self.args.cache / f"{self.name}-{self.key}-sensitivity.json"
+        if not path.exists():
+            table = analyze(self.model(), calibration=self.args.calibration, lmbda=self.lmbda)
+            table.save(path)
+        return Sensitivity.load(path)
+
+    def measure(self, variants: Iterable[Variant]) -> list[Point]:
+        """Return the points of ``variants``, which have one planner and size; what is missing is measured."""
+        variants = list(variants)
+        missing = [variant for variant in variants if variant not in self.results.points]
+        if missing and missing[0].planner == "float":
+            self._measure_float(missing)
+        elif missing:
+            self._measure_quantized(missing)
+        return [self.results.points[variant] for variant in variants]
+
+    def _measure_float(self, variants: list[Variant]) -> None:
+        for variant in variants:
+            model = self.model()
+            if variant.steps:
+                settings = Settings(
+                    self.lmbda, variant.steps, variant.loss, self.args.batch_size, self.args.crop
+                )
+                train(model, self.args.train, settings, checkpoint=self._training(variant))
+                model.update(force=True)  # type: ignore[operator]
+            self._evaluate(variant, model, 32)
+
+    def _measure_quantized(self, variants: list[Variant]) -> None:
+        model = self.model()
+        prepared = prepare(
+            model,
+            variants[0].target_cr,
+            calibration=self.args.calibration,
+            sensitivity=self.sensitivity(),
+            planner=variants[0].planner,
+        )
+        # Scales are chosen before activations are quantized, so that this is what prepare() makes without them.
+        weights_only = rewrite(model, dataclasses.replace(plan_of(prepared), activation_bits=None))
+        for variant in variants:
+            gm = copy.deepcopy(prepared if variant.activation_bits else weights_only)
+            if variant.steps:
+                finetune(
+                    gm,
+                    self.args.train,
+                    steps=variant.steps,
+                    loss=variant.loss,
+                    crop=self.args.crop,
+                    batch_size=self.args.batch_size,
+                    checkpoint=self._training(variant),
+                )
+            self._evaluate(variant, gm, plan_of(gm).average_bits)
+
+    def _training(self, variant: Variant) -> Path:
+        return (
+            Path(self.args.cache)
+            / f"{self.name}-{self.key}-{'-'.join(map(str, dataclasses.astuple(variant)))}.pt"
+        )
+
+    def _evaluate(self, variant: Variant, model: nn.Module, weight_bits: float) -> None:
+        self.results.add(Point.of(variant, self.lmbda, weight_bits, evaluate(model, self.args.images)))
+        self._training(variant).unlink(missing_ok=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what :class:`Bench` needs to know."""
+    add = parser.add_argument
+    add("--model", default="bmshj2018-hyperprior", help="a name of CompressAI's zoo")
+    add(
+        "--checkpoint",
+        nargs="+",
+        default=[],
+        metavar="LMBDA=FILE",
+        help="trained weights per lambda; default: the sample models of the package",
+    )
+    add("--lmbda", type=float, nargs="+", help="measure these lambdas alone; default: all there are")
+    add("--calibration", required=True, help="image folder to measure sensitivity on")
+    add("--train", required=True, help="image folder to fine-tune on")
+    add("--images", required=True, help="image folder to evaluate on")
+    add("--steps", type=int, default=300, help="of fine-tuning")
+    add("--crop", type=int, default=192, help="side of the training crops")
+    add("--batch-size", type=int, default=4)
+    add("--threads", type=int, help="of torch; default: its own choice")
+    add("--out", type=Path, default=Path("benchmarks/results"), help="folder for results and pictures")
+    add("--cache", type=Path, default=Path("out/bd_rate"), help="folder for tables and training checkpoints")
+
+
+def benches(args: argparse.Namespace) -> list[Bench]:
+    """Return a bench for each lambda of the command line, and set up what it says."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.cache.mkdir(parents=True, exist_ok=True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    files = {float(lmbda): Path(file) for lmbda, _, file in (text.partition("=") for text in args.checkpoint)}
+    lmbdas = args.lmbda or list(files) or list(samples.LMBDAS)
+    return [Bench(args, lmbda, files.get(lmbda)) for lmbda in lmbdas]
