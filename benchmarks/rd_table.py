@@ -1,6 +1,8 @@
 """Tables and the picture of rate-distortion points: Bjøntegaard deltas over the lambdas, RD losses at each."""
 
-from collections.abc import Mapping, Sequence
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,6 +13,7 @@ from tabulate import tabulate
 from fmpq_fx.files import replacing
 
 Points = Mapping[Variant, Point]
+Curve = tuple[list[float], list[float]]
 
 METHOD = "akima"  # interpolation between the points of a curve
 MARGIN = 0.25  # part of the float curve's span of PSNR that the picture shows beyond its upper end
@@ -43,9 +46,9 @@ def print_table(everything: Sequence[Points], steps: int) -> None:
         rows.append(
             [
                 *_words(variant, points),
-                f"{bd_rate(*float_curve, *mine, METHOD):+.2f} %",
-                f"{bd_psnr(*float_curve, *mine, METHOD):+.3f} dB",
-                f"{bd_rate(*tuned_curve, *mine, METHOD):+.2f} %",
+                _delta(bd_rate, float_curve, mine, "{:+.2f} %"),
+                _delta(bd_psnr, float_curve, mine, "{:+.3f} dB"),
+                _delta(bd_rate, tuned_curve, mine, "{:+.2f} %"),
                 f"{max(abs(p.bpp / p.estimated_bpp - 1) for p in points):.2%}",
                 str(max(p.deviation for p in points)),
             ]
@@ -62,6 +65,16 @@ def print_table(everything: Sequence[Points], steps: int) -> None:
         "deviation",
     ]
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 8)))
+    print("\n~: the curves overlap by less than three quarters of their PSNR, so that this is a rough figure")
+
+
+def _delta(measure: Callable[..., float], anchor: Curve, curve: Curve, form: str) -> str:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        delta = measure(*anchor, *curve, METHOD)
+    if math.isnan(delta):
+        return "no overlap"
+    return f"~ {form.format(delta)}" if caught else form.format(delta)
 
 
 def print_losses(everything: Sequence[Points], steps: int) -> None:
