@@ -122,7 +122,10 @@ def plot_curves(everything: Sequence[Points], steps: int, path: Path) -> None:
         panel.set_xlabel("bits per pixel, real bitstreams")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("PSNR (dB)")
-    panels[0][-1].legend(fontsize="small")
+    handles = {
+        label: h for panel in panels[0] for h, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    panels[0][-1].legend(handles.values(), handles.keys(), fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
     plt.close(figure)
