@@ -14,11 +14,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from figures import save
 from tabulate import tabulate
 from tqdm import tqdm
 
 from fmpq_fx import analyze, images, rewrite, samples
-from fmpq_fx.files import replacing, write_text
+from fmpq_fx.files import write_text
 from fmpq_fx.image_files import fingerprint, sources
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.incremental import mean_rd
@@ -104,9 +105,7 @@ def _report(results: list[dict[str, object]], args: argparse.Namespace) -> None:
     axes.set_ylabel("RD loss above float (%)")
     axes.grid(alpha=0.3)
     path = args.out / f"calibration-{args.model}.png"
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
+    save(figure, path)
     print(f"\nplans: {args.planner}, CR {args.target_cr:g}, weights only, no fine-tuning. Picture: {path}")
 
 

@@ -6,13 +6,14 @@ Every result is kept as soon as it is there, in the files of bd_rate.py, whose p
 """
 
 import argparse
+from pathlib import Path
 
 import matplotlib.pyplot as plt
+from figures import save
 from rd_bench import add_arguments, benches
 from rd_points import Point, Variant
 from tabulate import tabulate
 
-from fmpq_fx.files import replacing
 from fmpq_fx.passes.memory import freed_memory_kept
 
 COLOURS = {"before": "tab:gray", "rd": "tab:blue", "mse": "tab:red"}
@@ -62,7 +63,7 @@ def main() -> None:
     print(f"\nRD loss = real bits per pixel + lambda * MSE of 8-bit images. Picture: {path}")
 
 
-def _plot(points: list[Point], path: str) -> None:
+def _plot(points: list[Point], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for point in points:
         axes.plot(point.bpp, point.psnr, "o", color=COLOURS[_name(point.variant)])
@@ -72,9 +73,7 @@ def _plot(points: list[Point], path: str) -> None:
     axes.set_ylabel("PSNR (dB)")
     axes.grid(alpha=0.3)
     axes.margins(0.2)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 if __name__ == "__main__":

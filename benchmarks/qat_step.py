@@ -17,11 +17,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from figures import save
 from tabulate import tabulate
 from torch import nn
 
 from fmpq_fx import images, prepare, samples
-from fmpq_fx.files import replacing, write_text
+from fmpq_fx.files import write_text
 from fmpq_fx.history import Settings
 from fmpq_fx.passes.memory import freed_memory_kept
 from fmpq_fx.training_run import TrainingRun
@@ -34,7 +35,7 @@ WARM_UP = 3
 
 
 def _model(args: argparse.Namespace, variant: str) -> nn.Module:
-    model = samples.model() if args.model == "sample" else load_model(args.model, checkpoint=args.checkpoint)
+    model = load_model(args.model, checkpoint=args.checkpoint)
     bits = VARIANTS[variant]
     if bits is None:
         return model
@@ -124,9 +125,7 @@ def _report(
     axes.boxplot(list(seconds.values()), tick_labels=list(seconds))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("seconds of a step")
-    with replacing(args.out / f"qat_step-{args.model}.png") as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
+    save(figure, args.out / f"qat_step-{args.model}.png")
 
 
 if __name__ == "__main__":

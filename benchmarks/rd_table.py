@@ -7,10 +7,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from bjontegaard import bd_psnr, bd_rate
+from figures import save
 from rd_points import Point, Variant, curve
 from tabulate import tabulate
-
-from fmpq_fx.files import replacing
 
 Points = Mapping[Variant, Point]
 Curve = tuple[list[float], list[float]]
@@ -126,6 +125,4 @@ def plot_curves(everything: Sequence[Points], steps: int, path: Path) -> None:
         label: h for panel in panels[0] for h, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     panels[0][-1].legend(handles.values(), handles.keys(), fontsize="small")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
+    save(figure, path)

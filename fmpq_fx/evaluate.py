@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fmpq_fx import image_files
 from fmpq_fx.codec import convert
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.rd import total_bits
+from fmpq_fx.rd import PEAK, psnr, total_bits
 
 STRIDE = 64
 """Images are padded to multiples of this, as CompressAI's own evaluation does: six strides of 2."""
@@ -220,7 +220,7 @@ def _code(codec: Any, name: str, x: Tensor) -> ImageResult:
         height=height,
         bpp=8 * sum(len(strings[0]) for strings in coded["strings"]) / (height * width),
         estimated_bpp=sum(total_bits(p).item() for p in forward["likelihoods"].values()) / (height * width),
-        psnr=10 * math.log10(255**2 / mse) if mse else math.inf,
+        psnr=psnr(mse, PEAK),
         ms_ssim=ms_ssim(original, x_hat, data_range=255).item() if large else None,
         encode_seconds=middle - start,
         decode_seconds=end - middle,

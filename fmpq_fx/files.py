@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from fmpq_fx.errors import FmpqError
 
@@ -54,6 +57,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_tensors(path: str | os.PathLike[str], complaint: str) -> Any:
+    """Return what ``torch.save`` wrote to ``path``, on the CPU: tensors and plain values alone, no pickled code.
+
+    Raises:
+        FmpqError: it holds something else; ``complaint`` says what that means to the user.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise FmpqError(f"{complaint} ({error})") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from fmpq_fx.files import JsonFile
+from fmpq_fx.rd import psnr
 
 LOSSES = ("rd", "mse")
 
@@ -74,7 +75,7 @@ class Validation:
     @property
     def psnr(self) -> float:
         """PSNR of all images together, in dB."""
-        return -10 * math.log10(self.mse) if self.mse > 0 else math.inf
+        return psnr(self.mse)
 
     def loss(self, kind: str) -> float:
         """Return what training with the loss ``kind`` is to lower."""
@@ -88,7 +89,7 @@ def best_of(validation: Sequence[Validation], kind: str) -> Validation:
 
 @dataclass(frozen=True)
 class History(JsonFile):
-    """What training did. The model is left as it was at ``best_step``."""
+    """What training did. The model is left as it was at :attr:`best`."""
 
     settings: Settings
     trained_on: str  # the images, in words

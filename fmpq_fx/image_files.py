@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -128,6 +128,17 @@ def sources(images: str | os.PathLike[str] | Iterable[Tensor | Source]) -> list[
     if not found:
         raise ValueError("no images to cut crops from: the sequence is empty")
     return found
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """Return ``count`` of the numbers below ``total``, as far from each other and from the ends as can be."""
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def in_short(complaints: Sequence[str]) -> str:
+    """Return the first three of ``complaints`` and how many more there are."""
+    more = f"; and {len(complaints) - 3} more" if len(complaints) > 3 else ""
+    return "; ".join(complaints[:3]) + more
 
 
 def fingerprint(images: Iterable[Source]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fmpq_fx import samples
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.image_files import Source, checked, sources
+from fmpq_fx.image_files import Source, checked, evenly_spaced, in_short, sources
 
 # What `prepare` and `analyze` take as calibration; see `batches`.
 Calibration: TypeAlias = str | os.PathLike[str] | Tensor | Iterable[Tensor] | None
@@ -64,8 +64,7 @@ def crops(
         images = [images[i] for i in torch.randperm(len(images), generator=generator).tolist()]
     usable, complaints = _survey(images, count, size, multiple)
     if not usable:
-        more = f"; and {len(complaints) - 3} more" if len(complaints) > 3 else ""
-        raise FmpqError(f"none of the {len(images)} images can be used: {'; '.join(complaints[:3])}{more}")
+        raise FmpqError(f"none of the {len(images)} images can be used: {in_short(complaints)}")
     for complaint in complaints:
         warnings.warn(f"image skipped: {complaint}", stacklevel=2)
     shares = _shares([image.capacity(seed is not None) for image in usable], count)
@@ -114,7 +113,7 @@ class _Usable:
 def _survey(images: list[Source], count: int, size: int, multiple: int) -> tuple[list[_Usable], list[str]]:
     """Return up to ``count`` usable ones of ``images``, evenly spaced, and why others it tried are not."""
     total, wanted = len(images), min(count, len(images))
-    chosen = [(2 * i + 1) * total // (2 * wanted) for i in range(wanted)]
+    chosen = evenly_spaced(total, wanted)
     spares = sorted(set(range(total)).difference(chosen))
     usable: list[_Usable] = []
     complaints: list[str] = []

@@ -4,7 +4,9 @@ Rate and lambda follow CompressAI: rate is in bits per pixel from the model's li
 mean squared error of images in [0, 1], brought to the 0 … 255 scale by 255^2.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +23,49 @@ def total_bits(likelihoods: Tensor) -> Tensor:
 def squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
     """Return sum((x_hat - x)^2) of two tensors of equal shape, a float64 scalar."""
     return (x_hat - x).square().sum(dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class RDSums:
+    """What the RD loss over some images is made of."""
+
+    bits: float = 0.0  # information content of all latents, bits
+    squared_error: float = 0.0  # sum of squared errors of images in [0, 1]
+    pixels: int = 0  # B * H * W
+    elements: int = 0  # B * 3 * H * W
+
+    @property
+    def rate(self) -> float:
+        """Bits per pixel."""
+        return self.bits / self.pixels
+
+    @property
+    def mse(self) -> float:
+        """Mean squared error of images in [0, 1]."""
+        return self.squared_error / self.elements
+
+    def rd(self, lmbda: float) -> float:
+        """Return the RD loss, rate + lmbda * 255^2 * MSE."""
+        return self.rate + lmbda * PEAK**2 * self.mse
+
+    def __add__(self, other: "RDSums") -> "RDSums":
+        return RDSums(
+            self.bits + other.bits,
+            self.squared_error + other.squared_error,
+            self.pixels + other.pixels,
+            self.elements + other.elements,
+        )
+
+
+def rd_sums(output: Mapping[str, Any], x: Tensor) -> RDSums:
+    """Return the sums of a model's ``output`` for the images ``x``, (B, 3, H, W) in [0, 1]."""
+    bits = sum(total_bits(p).item() for p in output["likelihoods"].values())
+    return RDSums(bits, squared_error(output["x_hat"], x).item(), x.numel() // x.size(1), x.numel())
+
+
+def psnr(mse: float, peak: float = 1.0) -> float:
+    """Return 10 * log10(peak^2 / mse) in dB, infinite where there is no error."""
+    return 10 * math.log10(peak**2 / mse) if mse else math.inf
 
 
 def rate_and_distortion(output: Mapping[str, Any], x: Tensor, lmbda: float) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,10 @@ far), and ``quantizers.SITE.NAME``, the steps and zero points of every site. Its
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -65,7 +68,8 @@ def load_state(path: str | os.PathLike[str]) -> fx.GraphModule:
     Raises:
         FmpqError: the file holds something else, or its model cannot be made.
     """
-    about, tensors = _read(Path(path))
+    with _opened(Path(path)) as (about, stored):
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no dict)
     try:
         spec, plan = about["model"], Plan.from_json(about["plan"])
         model = model_of_state(spec, _under("model.", tensors))
@@ -89,22 +93,26 @@ def spec_of(path: str | os.PathLike[str]) -> str:
     Raises:
         FmpqError: the file holds something else.
     """
-    return _read(Path(path))[0]["model"]
+    with _opened(Path(path)) as (about, _):
+        return about["model"]
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[dict[str, str], Any]]:
+    """Yield what the state file ``path`` says of itself, and the file to read tensors from."""
     if not path.is_file():
         raise FmpqError(f"there is no file {path}; 'fmpq-fx prepare … --out {path}' writes one")
     try:
         with safe_open(path, framework="pt") as stored:
             about = json.loads((stored.metadata() or {}).get("state", "{}"))
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no dict)
+            if about.get("format") != FORMAT:
+                given = about.get("format", "no format of ours")
+                raise FmpqError(
+                    f"{path} has {given!r}, expected {FORMAT!r}, as 'fmpq-fx prepare … --out' writes it"
+                )
+            yield about, stored
     except SafetensorError as error:
         raise FmpqError(f"{path} is not a file that 'fmpq-fx prepare … --out' wrote: {error}") from error
-    if about.get("format") != FORMAT:
-        given = about.get("format", "no format of ours")
-        raise FmpqError(f"{path} has {given!r}, expected {FORMAT!r}, as 'fmpq-fx prepare … --out' writes it")
-    return about, tensors
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

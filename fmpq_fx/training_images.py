@@ -3,7 +3,6 @@
 import os
 import warnings
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.image_files import Source
+from fmpq_fx.image_files import Source, evenly_spaced, in_short
 
 HELD_OUT = 8
 """At most so many images are held out where no validation images are given; a tenth of fewer than 80."""
@@ -35,7 +34,7 @@ def large_enough(images: Sequence[Source], size: int) -> list[Source]:
             usable.append(image)
         else:
             complaints.append(f"{image.name} is {width} x {height}, smaller than the crop")
-    listed = "; ".join(complaints[:3]) + (f"; and {len(complaints) - 3} more" if len(complaints) > 3 else "")
+    listed = in_short(complaints)
     if not usable:
         raise FmpqError(
             f"none of the {len(images)} images can be used for crops of {size} x {size}: {listed}; pass larger images "
@@ -58,7 +57,7 @@ def hold_out(images: Sequence[Source]) -> tuple[list[Source], list[Source]]:
             "two, or images to validate on (validation=...)"
         )
     count = max(1, min(HELD_OUT, len(images) // 10))
-    chosen = {(2 * i + 1) * len(images) // (2 * count) for i in range(count)}
+    chosen = evenly_spaced(len(images), count)
     return (
         [image for i, image in enumerate(images) if i not in chosen],
         [image for i, image in enumerate(images) if i in chosen],
@@ -116,5 +115,6 @@ def batches(
     numbers = [list(range(step * batch_size, (step + 1) * batch_size)) for step in steps]
     # The workers' own seed, which nothing here uses, is not to be drawn from the caller's random numbers.
     generator = torch.Generator().manual_seed(crops.seed)
-    load = partial(DataLoader[Tensor], crops, batch_sampler=numbers, num_workers=workers, generator=generator)
-    return load(pin_memory=pin_memory)
+    return DataLoader(
+        crops, batch_sampler=numbers, num_workers=workers, pin_memory=pin_memory, generator=generator
+    )

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import pickle
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,10 +16,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fmpq_fx.bfloat16 import transforms_in_bfloat16
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.files import replacing
+from fmpq_fx.files import read_tensors, replacing
 from fmpq_fx.history import Settings, Validation, best_of
 from fmpq_fx.quant import ActivationFakeQuant, WeightFakeQuant
-from fmpq_fx.rd import rate_and_distortion
+from fmpq_fx.rd import PEAK, RDSums, psnr, rate_and_distortion, rd_sums
 
 FORMAT = "fmpq_fx training, version 1"
 
@@ -76,9 +75,8 @@ class TrainingRun:
         self.optimizer.step()
         self.scheduler.step()
         self._train_quantiles()
-        mse = distortion.item() / (settings.lmbda * 255**2)
-        psnr = -10 * math.log10(mse) if mse else math.inf
-        return {"loss": f"{self.losses[-1]:.3f}", "bpp": f"{rate.item():.3f}", "PSNR": f"{psnr:.2f}"}
+        db = psnr(distortion.item() / (settings.lmbda * PEAK**2))
+        return {"loss": f"{self.losses[-1]:.3f}", "bpp": f"{rate.item():.3f}", "PSNR": f"{db:.2f}"}
 
     def _seed(self, device: torch.device) -> None:
         """Make the noise of this step a function of the seed and the step's number, on ``device`` alone."""
@@ -98,14 +96,8 @@ class TrainingRun:
     def validate(self) -> None:
         """Measure the model as it is, in evaluation mode and full precision, and keep it if it is the best."""
         self.model.eval()
-        bits = error = pixels = 0.0
-        for x in self.batches:
-            rate, distortion = rate_and_distortion(self.model(x), x, 1.0)
-            count = x.numel() / 3
-            bits, pixels = bits + rate.item() * count, pixels + count
-            error += distortion.item() * count
-        bpp, mse = bits / pixels, error / pixels / 255**2
-        result = Validation(len(self.losses), bpp, mse, bpp + self.settings.lmbda * 255**2 * mse)
+        sums = sum((rd_sums(self.model(x), x) for x in self.batches), RDSums())
+        result = Validation(len(self.losses), sums.rate, sums.mse, sums.rd(self.settings.lmbda))
         self.validation.append(result)
         if best_of(self.validation, self.settings.loss) is result:
             self.best = _copied(self.model.state_dict())
@@ -211,12 +203,7 @@ def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise FmpqError(
-            f"{path} is no checkpoint of training: {error}; remove it, or name another"
-        ) from error
+    state: Any = read_tensors(path, f"{path} is no checkpoint of training; remove it, or name another")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise FmpqError(f"{path} is no checkpoint of this version's training; remove it, or name another")
     return state

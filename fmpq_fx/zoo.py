@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from fmpq_fx import samples
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.files import read_tensors
 
 
 def model_names() -> list[str]:
@@ -107,12 +107,7 @@ def _pretrained(spec: str, quality: int | None) -> nn.Module:
 def _state_dict(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FmpqError(f"there is no checkpoint {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise FmpqError(
-            f"{path} is not a checkpoint of tensors alone, as torch.save writes it: {error}"
-        ) from error
+    content = read_tensors(path, f"{path} is not a checkpoint of tensors alone, as torch.save writes it")
     for key in ("state_dict", "network"):
         if isinstance(content, dict) and key in content:
             content = content[key]

@@ -8,7 +8,6 @@ hyperprior the hyper decoder does not touch the image at all. The values are tho
 from collections import ChainMap
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from fmpq_fx.passes.memory import freed_memory_kept
 from fmpq_fx.passes.trace import run
-from fmpq_fx.rd import PEAK, squared_error, total_bits
+from fmpq_fx.rd import RDSums, squared_error, total_bits
 
 K = TypeVar("K", bound=Hashable)
 
@@ -105,38 +104,6 @@ def substituted(root: nn.Module, name: str, module: nn.Module) -> Iterator[None]
         yield
     finally:
         replace_module(root, module, old)
-
-
-@dataclass(frozen=True)
-class RDSums:
-    """What the RD loss over all calibration images is made of."""
-
-    bits: float = 0.0  # information content of all latents, bits
-    squared_error: float = 0.0  # sum of squared errors of images in [0, 1]
-    pixels: int = 0  # B * H * W
-    elements: int = 0  # B * 3 * H * W
-
-    @property
-    def rate(self) -> float:
-        """Bits per pixel."""
-        return self.bits / self.pixels
-
-    @property
-    def mse(self) -> float:
-        """Mean squared error of images in [0, 1]."""
-        return self.squared_error / self.elements
-
-    def rd(self, lmbda: float) -> float:
-        """Return the RD loss, rate + lmbda * 255^2 * MSE."""
-        return self.rate + lmbda * PEAK**2 * self.mse
-
-    def __add__(self, other: "RDSums") -> "RDSums":
-        return RDSums(
-            self.bits + other.bits,
-            self.squared_error + other.squared_error,
-            self.pixels + other.pixels,
-            self.elements + other.elements,
-        )
 
 
 class IncrementalRD:

@@ -11,11 +11,11 @@ from numbers import Integral, Real
 from torch import Tensor, fx
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.incremental import RDSums, rd_of_changes
+from fmpq_fx.passes.incremental import rd_of_changes
 from fmpq_fx.passes.sites import annotate, find_sites, float_remainder
 from fmpq_fx.passes.tables import Sensitivity
 from fmpq_fx.quant import quantize_layer
-from fmpq_fx.rd import PEAK
+from fmpq_fx.rd import PEAK, RDSums
 
 CANDIDATE_BITS = range(2, 11)
 """The default candidates, 2 … 10 bits."""

@@ -1,0 +1,15 @@
+"""Save the benchmarks' pictures."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from fmpq_fx.files import replacing
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write ``figure`` to ``path``, all of it or nothing, and close it."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)
