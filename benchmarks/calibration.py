@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from fmpq_fx import analyze, images, rewrite, samples
 from fmpq_fx.files import write_text
+from fmpq_fx.fingerprint import digest
 from fmpq_fx.image_files import fingerprint, sources
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.incremental import mean_rd
 from fmpq_fx.passes.plan import make_plan
 from fmpq_fx.passes.trace import trace
-from fmpq_fx.training_run import digest
 from fmpq_fx.zoo import load_model
 
 

@@ -13,10 +13,10 @@ from rd_points import Point, Results, Variant
 from torch import nn
 
 from fmpq_fx import Sensitivity, analyze, evaluate, finetune, plan_of, prepare, rewrite, samples
+from fmpq_fx.fingerprint import digest
 from fmpq_fx.history import Settings
 from fmpq_fx.image_files import fingerprint, sources
 from fmpq_fx.training import train
-from fmpq_fx.training_run import digest
 from fmpq_fx.zoo import load_model
 
 

@@ -13,6 +13,7 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.evaluate import Evaluation, evaluate
 from fmpq_fx.finetune import finetune
 from fmpq_fx.history import History
+from fmpq_fx.model_file import load, load_codec, save
 from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.passes.tables import Measured, Plan, Sensitivity, Site
 from fmpq_fx.picture import plot_plan
@@ -33,9 +34,12 @@ __all__ = [
     "evaluate",
     "export_checkpoint",
     "finetune",
+    "load",
+    "load_codec",
     "plan_of",
     "plot_plan",
     "prepare",
     "rewrite",
     "samples",
+    "save",
 ]

@@ -4,9 +4,9 @@ import copy
 import os
 
 import torch
-from compressai.layers import GDN
 from torch import Tensor, fx, nn
 
+from fmpq_fx import fingerprint
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.files import replacing
 from fmpq_fx.passes.incremental import replace_module
@@ -24,7 +24,8 @@ def convert(gm: fx.GraphModule) -> nn.Module:
     Returns:
         a model of the user's own class, in evaluation mode, on the device of ``gm``. Its forward computes what
         ``gm`` does. Where the class can code (CompressAI's can), ``update()`` was called, so that
-        ``compress()`` and ``decompress()`` work with the tables of the weights as they are now.
+        ``compress()`` and ``decompress()`` work with the tables of the weights as they are now; a graph that
+        :func:`fmpq_fx.load` returned, whose entropy models were not trained since, keeps the tables of its file.
 
         CompressAI's autoregressive coding loops read the weight of the context prediction without calling the
         layer: they get the quantized weight, but the layer's input stays float there.
@@ -38,7 +39,8 @@ def convert(gm: fx.GraphModule) -> nn.Module:
     for site, layer in quantized_layers(twin).items():
         replace_module(model, model.get_submodule(site), layer)
     update = getattr(model, "update", None)
-    if callable(update):
+    # Tables of a file are kept: here, their float arithmetic might come out otherwise than where it was written.
+    if callable(update) and gm.meta.get("tables_of") != fingerprint.of_entropy_models(model):
         update(force=True)
     return model
 
@@ -70,13 +72,19 @@ def export_checkpoint(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
 
 def _float_state(layer: QuantizedLayer, site: str) -> dict[str, Tensor]:
     """Return the state dict of the float layer inside ``layer``, with the dequantized weight in it."""
-    state: dict[str, Tensor] = layer.layer.state_dict()
-    weight = layer.weight.detach()
-    if isinstance(layer.layer, GDN):
-        return {**state, "gamma": layer.layer.gamma_reparam.init(weight)}
-    if "weight" not in state:
+    check_weight(layer, site)
+    return {**layer.layer.state_dict(), layer.weight_name: layer.parameter_of(layer.weight.detach())}
+
+
+def check_weight(layer: QuantizedLayer, site: str) -> None:
+    """Check that the weight of a site is a parameter, so that a quantized one can take its place.
+
+    Raises:
+        FmpqError: it is computed from other parameters.
+    """
+    names = dict(layer.layer.named_parameters())
+    if layer.weight_name not in names:
         raise FmpqError(
-            f"the weight of {site!r} is computed from others ({', '.join(state)}), so that a quantized one has no "
-            "place in a checkpoint of that class; remove the parametrization before prepare()"
+            f"the weight of {site!r} is computed from others ({', '.join(names)}), so that a quantized one has no "
+            "place in a file of that class; remove the parametrization before prepare()"
         )
-    return {**state, "weight": weight}

@@ -101,7 +101,7 @@ class JsonFile(ABC):
             if fields.pop("format") != cls.__name__:
                 raise ValueError("another format")
             return cls._from_fields(fields)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FmpqError(
                 f"this is not the JSON of a {cls.__name__} ({type(error).__name__}: {error}); "
                 f"pass a file that {cls.__name__}.save() wrote"

@@ -27,11 +27,10 @@ from fmpq_fx.history import History
 from fmpq_fx.passes.rewrite import plan_of, quantized_layers
 from fmpq_fx.passes.tables import Plan
 from fmpq_fx.prepare import rewrite
+from fmpq_fx.quant import QUANTIZERS
 from fmpq_fx.zoo import model_of_state
 
 FORMAT = "fmpq_fx state 1"
-
-_QUANTIZERS = ("weight_quantizer.", "input_quantizer.")
 
 
 def save_state(gm: fx.GraphModule, path: str | os.PathLike[str], *, model: str) -> None:
@@ -52,7 +51,7 @@ def save_state(gm: fx.GraphModule, path: str | os.PathLike[str], *, model: str) 
     tensors = {f"model.{name}": value for name, value in gm.meta["model"].state_dict().items()}
     for site, layer in quantized_layers(gm).items():
         for name, value in layer.state_dict().items():
-            if name.startswith(_QUANTIZERS):
+            if name.startswith(QUANTIZERS):
                 tensors[f"quantizers.{site}.{name}"] = value
     # Clones, because safetensors refuses tensors that share memory, and models may.
     stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
@@ -76,7 +75,7 @@ def load_state(path: str | os.PathLike[str]) -> fx.GraphModule:
         gm = rewrite(model.eval(), plan)
         for site, layer in quantized_layers(gm).items():
             state = _under(f"quantizers.{site}.", tensors)
-            expected = {name for name in layer.state_dict() if name.startswith(_QUANTIZERS)}
+            expected = {name for name in layer.state_dict() if name.startswith(QUANTIZERS)}
             if set(state) != expected:
                 raise KeyError(f"steps of {site}")
             layer.load_state_dict(state, strict=False)

@@ -1,6 +1,5 @@
 """One run of training: the model, its optimizers, what was seen so far, and the checkpoint of all of it."""
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fmpq_fx.bfloat16 import transforms_in_bfloat16
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.files import read_tensors, replacing
+from fmpq_fx.fingerprint import digest
 from fmpq_fx.history import Settings, Validation, best_of
 from fmpq_fx.quant import ActivationFakeQuant, WeightFakeQuant
 from fmpq_fx.rd import PEAK, RDSums, psnr, rate_and_distortion, rd_sums
@@ -187,15 +187,6 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
         {"params": [p for p, rate in rates.items() if rate == lr and p.requires_grad], "lr": lr}
         for lr in sorted(set(rates.values()))
     ]
-
-
-def digest(state: Mapping[str, Tensor]) -> str:
-    """Return a text that changes with the names and the values of ``state``."""
-    sha = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        sha.update(name.encode())
-        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -67,6 +67,11 @@ def model_of_state(spec: str, state: dict[str, Any]) -> nn.Module:
     return _from_state_dict(_known(spec), state)
 
 
+def zoo_name(model: nn.Module) -> str | None:
+    """Return a name under which :func:`model_of_state` makes a model of the class of ``model``, or None."""
+    return next((name for name in model_names() if MODELS.get(name) is type(model)), None)
+
+
 def _known(spec: str) -> str:
     if spec not in model_names():
         raise ValueError(

@@ -59,22 +59,26 @@ def quantize(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         FmpqError: the plan is of another model.
     """
     _check_same_sites(gm, plan)
-    for site in plan.sites:
-        bits = plan.bits[site.name]
-        if bits is None:
-            continue
-        layer = gm.get_submodule(site.name)
-        clip = plan.clips.get(site.name, 1.0)
-        quantized = quantize_layer(layer, bits, plan.activation_bits, clip=clip).train(layer.training)
-        if quantized.input_quantizer is not None and site.name in plan.ranges:
-            low, high = plan.ranges[site.name]
-            quantized.input_quantizer.freeze(low, high, site.name in plan.integral)
-        replace_module(gm, layer, quantized)
+    for site, bits in plan.bits.items():
+        if bits is not None:
+            quantize_site(gm, plan, site, bits)
     result = QuantizedGraphModule(gm, gm.graph, type(gm).__name__)
     result.train(gm.training)
     _carry(result, plan, gm.meta["model"])
     result.graph.lint()
     return result
+
+
+def quantize_site(model: nn.Module, plan: Plan, site: str, bits: int) -> QuantizedLayer:
+    """Replace one site of ``model``, a graph or a model of any class, by its quantized layer and return that."""
+    layer = model.get_submodule(site)
+    clip = plan.clips.get(site, 1.0)
+    quantized = quantize_layer(layer, bits, plan.activation_bits, clip=clip).train(layer.training)
+    if quantized.input_quantizer is not None and site in plan.ranges:
+        low, high = plan.ranges[site]
+        quantized.input_quantizer.freeze(low, high, site in plan.integral)
+    replace_module(model, layer, quantized)
+    return quantized
 
 
 def _check_same_sites(gm: fx.GraphModule, plan: Plan) -> None:

@@ -2,9 +2,10 @@
 
 from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant
 from fmpq_fx.quant.latents import QuantizeLatent
-from fmpq_fx.quant.layers import QuantizedLayer, quantize_layer, quantized_class
+from fmpq_fx.quant.layers import QUANTIZERS, QuantizedLayer, quantize_layer, quantized_class
 
 __all__ = [
+    "QUANTIZERS",
     "ActivationFakeQuant",
     "QuantizeLatent",
     "QuantizedLayer",

@@ -4,11 +4,15 @@ One registry leads from float layers to quantized ones. The float layer stays in
 and bias, so that fine-tuning trains it and dequantization can always start from it again.
 """
 
+import torch
 import torch.nn.functional as F
 from compressai.layers import GDN, GDN1, MaskedConv2d
 from torch import Tensor, nn
 
 from fmpq_fx.quant.fake_quant import LEAK, ActivationFakeQuant, WeightFakeQuant
+
+QUANTIZERS = ("weight_quantizer.", "input_quantizer.")
+"""How the names of what belongs to the quantizers start in the state dict of a :class:`QuantizedLayer`."""
 
 
 class QuantizedLayer(nn.Module):
@@ -23,6 +27,7 @@ class QuantizedLayer(nn.Module):
     """
 
     signed = True
+    weight_name = "weight"  # the float layer's parameter that is quantized
     float_names: tuple[str, ...] = ("bias",)  # parameters of the float layer that are not quantized
 
     def __init__(
@@ -74,6 +79,26 @@ class QuantizedLayer(nn.Module):
     def shared_dims(self, weight: Tensor) -> tuple[int, ...]:
         """Return the dimensions that share a step: all but the output channels, which come first."""
         return tuple(range(1, weight.ndim))
+
+    @property
+    def integers(self) -> Tensor:
+        """The integers that stand for the weight, int32, (out, in, places): a place in the kernel is one number."""
+        integers = self.weight_quantizer.integers(self.float_weight())
+        return integers.flatten(2) if integers.ndim > 2 else integers.unsqueeze(2)
+
+    @torch.no_grad()
+    def set_integers(self, integers: Tensor) -> None:
+        """Make the float layer's weight the dequantized ``integers``, of the shape of :attr:`integers`."""
+        weight = integers.view(self.float_weight().shape) * self.weight_quantizer.scale
+        self.set_weight(weight)
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Make ``weight``, of the shape of :attr:`weight`, the float layer's."""
+        self.layer.get_parameter(self.weight_name).copy_(self.parameter_of(weight))
+
+    def parameter_of(self, weight: Tensor) -> Tensor:
+        """Return the value of the float layer's parameter :attr:`weight_name` with which its weight is ``weight``."""
+        return weight
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return ``x`` on the grid of its quantizer, or ``x`` where activations stay float."""
@@ -137,6 +162,19 @@ class QuantizedConvTranspose2d(QuantizedLayer):
         """Return all dimensions but the group and the output channel in it."""
         return (1, 3, 4)
 
+    @property
+    def integers(self) -> Tensor:
+        """The integers that stand for the weight, int32, (out, in, places), the output channels group by group."""
+        integers = self.weight_quantizer.integers(self.float_weight())
+        return integers.transpose(1, 2).flatten(0, 1).flatten(2)
+
+    @torch.no_grad()
+    def set_integers(self, integers: Tensor) -> None:
+        """Make the float layer's weight the dequantized ``integers``, of the shape of :attr:`integers`."""
+        groups, inputs, outputs, *kernel = self.float_weight().shape
+        apart = integers.view(groups, outputs, inputs, *kernel).transpose(1, 2)
+        self.set_weight((apart * self.weight_quantizer.scale).flatten(0, 1))
+
     def forward(self, x: Tensor) -> Tensor:
         """Upsample ``x`` (B, C, H, W)."""
         layer = self.layer
@@ -171,6 +209,7 @@ class QuantizedGDN(QuantizedLayer):
 
     layer: GDN
     signed = False
+    weight_name = "gamma"
     float_names = ("beta",)
 
     @staticmethod
@@ -178,6 +217,11 @@ class QuantizedGDN(QuantizedLayer):
         """Return gamma after its reparametrization, (C, C), not negative."""
         gamma: Tensor = layer.gamma_reparam(layer.gamma)  # type: ignore[operator]
         return gamma
+
+    def parameter_of(self, weight: Tensor) -> Tensor:
+        """Return gamma before its reparametrization, which changes it by rounding errors of float32."""
+        before: Tensor = self.layer.gamma_reparam.init(weight)
+        return before
 
     def _norm(self, powers: Tensor) -> Tensor:
         channels = powers.size(1)

@@ -1,0 +1,44 @@
+"""Texts that tell whether two models are the same, by their values."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from compressai.entropy_models import EntropyModel
+from torch import Tensor, nn
+
+from fmpq_fx.passes.rewrite import quantized_layers
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """Return a text that changes with the names and the values of ``state``."""
+    sha = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        sha.update(name.encode())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def of_entropy_models(model: nn.Module) -> str:
+    """Return a digest of what CompressAI's ``update()`` computes the CDF tables of ``model`` from."""
+    parts = {name: module for name, module in model.named_modules() if isinstance(module, EntropyModel)}
+    return digest(
+        {
+            f"{name}.{key}": value
+            for name, module in parts.items()
+            for key, value in module.state_dict().items()
+            if key.rpartition(".")[2] not in ("_quantized_cdf", "_cdf_length", "_offset")
+        }
+    )
+
+
+def of_codec(codec: nn.Module) -> str:
+    """Return a digest of what ``codec`` computes with: of a quantized layer, its integers instead of its weight."""
+    layers = quantized_layers(codec)
+    state = {
+        name: value
+        for name, value in codec.state_dict().items()
+        if not any(name == f"{site}.layer.{layer.weight_name}" for site, layer in layers.items())
+    }
+    integers = {f"{site}.integers": layer.integers for site, layer in layers.items()}
+    return digest({**state, **integers})
