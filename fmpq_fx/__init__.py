@@ -11,6 +11,7 @@ from fmpq_fx import _compressai, samples  # noqa: F401  (_compressai comes first
 from fmpq_fx.codec import convert, export_checkpoint
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.evaluate import Evaluation, evaluate
+from fmpq_fx.file_report import FileReport, file_report
 from fmpq_fx.finetune import finetune
 from fmpq_fx.history import History
 from fmpq_fx.model_file import load, load_codec, save
@@ -22,6 +23,7 @@ from fmpq_fx.report import bit_table
 
 __all__ = [
     "Evaluation",
+    "FileReport",
     "FmpqError",
     "History",
     "Measured",
@@ -33,6 +35,7 @@ __all__ = [
     "convert",
     "evaluate",
     "export_checkpoint",
+    "file_report",
     "finetune",
     "load",
     "load_codec",

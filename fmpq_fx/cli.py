@@ -19,7 +19,7 @@ from fmpq_fx.passes.planners import PLANNERS
 from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.passes.tables import Sensitivity
 from fmpq_fx.picture import check_plot_path, plot_plan
-from fmpq_fx.prepare import prepare
+from fmpq_fx.prepare import SIZES, prepare
 from fmpq_fx.report import bit_table
 from fmpq_fx.state import load_state, save_state, spec_of
 from fmpq_fx.zoo import load_model
@@ -187,6 +187,12 @@ def _add_prepare(command: argparse.ArgumentParser) -> None:
     add("--images", type=Path, metavar="DIR", help="calibration images; default: scikit-image's photographs")
     add("--lmbda", type=float, metavar="L", help="weight of the distortion; default: as heavy as the rate")
     add("--planner", choices=list(PLANNERS), default="adaptive")
+    add(
+        "--size",
+        choices=SIZES,
+        default="nominal",
+        help="what --target-cr counts: nominal bytes, or bytes as the model file codes them",
+    )
     add("--bits", type=_bits, metavar="2-10", help="candidate bit-widths, as 2-10 or 4,6,8; default 2-10")
     add(
         "--activation-bits",
@@ -231,6 +237,7 @@ def _prepare(args: argparse.Namespace) -> None:
         bits=args.bits,
         activation_bits=args.activation_bits,
         planner=args.planner,
+        size=args.size,
         fixed=dict(args.fixed),
         sensitivity=Sensitivity.load(args.sensitivity) if reuse else None,
     )

@@ -75,6 +75,7 @@ def save(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
         "plan": json.loads(plan.to_json()),
         "history": _shortened(gm.meta.get("history")),
         "layouts": {site: list(values.shape) for site, values in integers.items()},
+        "signed": {site: layer.signed for site, layer in layers.items()},
         "weights": {name: list(value.shape) for name, value in weights.items()},
         "quantizers": tensor_packing.described(quantizers),
         "model": tensor_packing.described(others),
@@ -103,12 +104,12 @@ def load(path: str | os.PathLike[str], *, model: Model | None = None) -> fx.Grap
         FmpqError: the file is damaged, of a newer version or something else, or its model cannot be made.
     """
     held = container.read(path)
-    with _blaming(path):
+    with blaming(path):
         codec, words = _codec(held, model)
         layers = quantized_layers(codec)
         for layer in layers.values():
             replace_module(codec, layer, layer.layer)
-        gm = rewrite(codec, _plan(words))
+        gm = rewrite(codec, plan_in(words))
         for site, layer in layers.items():
             gm.get_submodule(site).load_state_dict(layer.state_dict())
         gm.meta["tables_of"] = fingerprint.of_entropy_models(codec)
@@ -124,12 +125,12 @@ def load_codec(path: str | os.PathLike[str], *, model: Model | None = None) -> n
     arguments and what is raised are as for :func:`load`; nothing is traced, so that this is faster.
     """
     held = container.read(path)
-    with _blaming(path):
+    with blaming(path):
         return _codec(held, model)[0]
 
 
 @contextmanager
-def _blaming(path: str | os.PathLike[str]) -> Iterator[None]:
+def blaming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Name ``path`` in whatever goes wrong in the block, since a forged file may make anything go wrong."""
     try:
         yield
@@ -208,7 +209,7 @@ def _imagined(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _codec(held: container.Container, model: Model | None) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model of the file with its quantized layers, and the words of the file."""
     words = json.loads(container.unpacked(held.data["words"]))
-    plan, identity = _plan(words), held.about["model"]
+    plan, identity = plan_in(words), held.about["model"]
     dtype = tensor_packing.dtype_of(identity["dtype"])
     _check_sizes(words, held.size)
     state = tensor_packing.unpacked(held.data["model"], words["model"])
@@ -236,7 +237,12 @@ def _codec(held: container.Container, model: Model | None) -> tuple[nn.Module, d
     return codec, words
 
 
-def _plan(words: dict[str, Any]) -> Plan:
+def plan_in(words: dict[str, Any]) -> Plan:
+    """Return the plan among the words of a file.
+
+    Raises:
+        FmpqError: it is none, or has impossible bits.
+    """
     plan = Plan.from_json(json.dumps(words["plan"]))
     for site, bits in plan.bits.items():
         if bits is not None and bits not in WIDTHS:

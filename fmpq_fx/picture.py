@@ -95,7 +95,7 @@ def _draw_bits(axes: Axes, shares: Axes, plan: Plan, font: float) -> None:
     top = 1.15 * max([plan.average_bits, *(b for b in plan.bits.values() if b is not None)])
     for i, site in enumerate(plan.sites):
         b, color = plan.bits[site.name], colors[site.name][1]
-        shares.bar(i, 100 * site.bytes_at(b) / plan.nominal_bytes, color=color)
+        shares.bar(i, 100 * plan.bytes_of(site) / plan.size_bytes, color=color)
         if b is None:
             axes.bar(i, top, color="white", edgecolor=color, hatch="///")
             text = axes.text(i, top / 2, "float", rotation=90)

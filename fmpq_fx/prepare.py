@@ -11,15 +11,18 @@ from fmpq_fx import images
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images import Calibration
 from fmpq_fx.passes.calibrate import calibrate
+from fmpq_fx.passes.coded_sizes import measure_coded_sizes
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.incremental import mean_rd
-from fmpq_fx.passes.plan import make_plan
+from fmpq_fx.passes.plan import make_plan, widths_by_site
 from fmpq_fx.passes.rewrite import plan_of, quantize
 from fmpq_fx.passes.scales import choose_scales
 from fmpq_fx.passes.sensitivity import checked_bits, measure_sensitivity
 from fmpq_fx.passes.sites import annotate, find_sites
 from fmpq_fx.passes.tables import Measured, Plan, Sensitivity
 from fmpq_fx.passes.trace import check_trace, trace
+
+SIZES = ("nominal", "coded")
 
 
 def prepare(
@@ -31,6 +34,7 @@ def prepare(
     bits: Iterable[int] | None = None,
     activation_bits: int | None = 8,
     planner: str = "adaptive",
+    size: str = "nominal",
     fixed: Mapping[str, int | None] | None = None,
     sensitivity: Sensitivity | None = None,
     progress: bool | None = None,
@@ -49,6 +53,9 @@ def prepare(
         bits: candidate bit-widths of the weights; None is 2 … 10, or those of ``sensitivity``.
         activation_bits: of every site's input; None keeps activations float.
         planner: "adaptive" (FMPQ's search for beta), "optimal" (knapsack) or "uniform" (the baseline).
+        size: what counts as the weights' size: "nominal", parameters * bits / 8, or "coded", the bytes that the
+            model file's entropy coder takes for them (see :func:`fmpq_fx.save`), which are fewer. Weight scales
+            are then min-max, since finer ones would cost bytes.
         fixed: site names or globs whose bits are given: {"g_s.6": 8, "h_*": 4, "g_a.0": None}; None keeps float32.
         sensitivity: what :func:`analyze` returned for this model, to plan for several targets from one
             measurement; ``lmbda`` is then left out, or that of the table.
@@ -64,8 +71,15 @@ def prepare(
             the quantized model is not finite.
     """
     bits = None if bits is None else checked_bits(bits)
+    if size not in SIZES:
+        raise ValueError(f"size is {size!r}; pass one of {', '.join(map(repr, SIZES))}")
     batches = _batches_for(model, calibration)
     gm = _traced(model, batches)
+    draft = sensitivity or _unmeasured(gm, bits)
+    coded = None
+    if size == "coded":
+        given = widths_by_site(fixed, find_sites(gm))
+        coded = measure_coded_sizes(gm, bits or draft.bits, given, progress=progress)
     make = partial(
         make_plan,
         target_cr=target_cr,
@@ -73,14 +87,16 @@ def prepare(
         bits=bits,
         fixed=fixed,
         activation_bits=activation_bits,
+        coded=coded,
     )
-    make(sensitivity or _unmeasured(gm, bits))  # tells of mistakes before the long measurement
+    make(draft)  # tells of mistakes before the long measurement
     table = _measured_or_given(gm, batches, sensitivity, lmbda, bits, progress)
     plan = make(table)
 
     float_rd = mean_rd(gm, batches, table.lmbda)
     quantized = quantize(gm, plan)
-    choose_scales(quantized, batches, progress=progress)
+    if size == "nominal":
+        choose_scales(quantized, batches, progress=progress)
     weights_rd = mean_rd(quantized, batches, table.lmbda)
     calibrate(quantized, batches, progress=progress)
     measured = Measured(float_rd, weights_rd, mean_rd(quantized, batches, table.lmbda))

@@ -19,7 +19,8 @@ def bit_table(gm: fx.GraphModule) -> str:
     """Return the bits of every site of ``gm`` as a table, with what the plan aimed at and what it costs.
 
     A row is a site, in the order of the graph. Zeta is monotone and in % of the float model's RD loss, "-"
-    where it was not measured; bytes are nominal, parameters * bits / 8; share is in % of all sites' bytes.
+    where it was not measured; bytes are nominal, parameters * bits / 8, or coded, as the plan counts them; share
+    is in % of all sites' bytes.
     Below: size, what stays float, the search, and the RD loss, rate + lambda * 255^2 * MSE in bits per pixel.
 
     Raises:
@@ -31,11 +32,12 @@ def bit_table(gm: fx.GraphModule) -> str:
     for site in plan.sites:
         b, name = plan.bits[site.name], site.name + " *" * (site.name in opaque)
         width, zeta = "float" if b is None else str(b), plan.zeta_of(site.name)
-        rows.append((name, site.kind, *_numbers(plan, site.params, width, zeta, site.bytes_at(b))))
+        rows.append((name, site.kind, *_numbers(plan, site.params, width, zeta, plan.bytes_of(site))))
     params, average = sum(site.params for site in plan.sites), f"{plan.average_bits:.1f}"
-    total = _numbers(plan, params, average, plan.predicted, plan.nominal_bytes)
+    total = _numbers(plan, params, average, plan.predicted, plan.size_bytes)
     rows += [SEPARATING_LINE, (_count(len(plan.sites), "site"), "", *total)]
-    header = ("node", "kind", "parameters", "bits", "zeta %", "bytes", "share %")
+    size = "bytes" if plan.coded is None else "coded bytes"
+    header = ("node", "kind", "parameters", "bits", "zeta %", size, "share %")
     aligned = ("left", "left", *["right"] * 5)
     table = tabulate(rows, header, "simple", disable_numparse=True, colalign=aligned)
     if opaque:
@@ -45,7 +47,7 @@ def bit_table(gm: fx.GraphModule) -> str:
 
 
 def _numbers(plan: Plan, params: int, width: str, zeta: float, size: float) -> tuple[str, ...]:
-    return f"{params:,}", width, _zeta(zeta), f"{size:,.0f}", f"{100 * size / plan.nominal_bytes:.1f}"
+    return f"{params:,}", width, _zeta(zeta), f"{size:,.0f}", f"{100 * size / plan.size_bytes:.1f}"
 
 
 def _opaque_modules(gm: fx.GraphModule, plan: Plan) -> dict[str, str]:
@@ -160,9 +162,12 @@ def factor(cr: float) -> str:
 
 
 def sizes(plan: Plan) -> str:
-    """Say the nominal size, and that in float32 for comparison."""
-    size, full = (_size(count, plan.nominal_bytes) for count in (plan.nominal_bytes, plan.float_bytes))
-    return f"{size} instead of {full} (float32)"
+    """Say the size that the plan counts, and that in float32 for comparison."""
+    size, full = (_size(count, plan.size_bytes) for count in (plan.size_bytes, plan.float_bytes))
+    if plan.coded is None:
+        return f"{size} instead of {full} (float32)"
+    nominal = _size(plan.nominal_bytes, plan.size_bytes)
+    return f"{size} coded (nominal {nominal}) instead of {full} (float32)"
 
 
 def _size(count: float, beside: float = math.inf) -> str:

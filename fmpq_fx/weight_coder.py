@@ -83,17 +83,8 @@ def decode(data: bytes, shape: tuple[int, ...], low: int, high: int) -> Integers
     Raises:
         FmpqError: ``data`` is not the coded form of weights of that shape and range.
     """
-    raw = _raw_bits(low, high)
-    reader = _Reader(data)
-    step = reader.take(1)[0]
-    if step not in (0, *STEPS):
-        raise FmpqError(f"a class is {step} eighths of an octave wide")
-    classes = np.zeros(shape, np.int64)
-    if step:
-        factors = [np.frombuffer(reader.take(count), np.int8) for count in shape]
-        classes = _classes(factors, step)
-    size = (high - low >> raw) + 1
-    frequencies = [_read_frequencies(reader, size) for _ in range(int(classes.max()) + 1)]
+    raw, reader = _raw_bits(low, high), _Reader(data)
+    classes, frequencies = _read_model(reader, shape, (high - low >> raw) + 1)
     count = classes.size
     lowest = _unpacked(reader.take(-(-count * raw // 8)), count, raw)
     # The coder does not look where its string ends. Here no symbol takes more than its 16 bits (there is no
@@ -104,6 +95,13 @@ def decode(data: bytes, shape: tuple[int, ...], low: int, high: int) -> Integers
     if weights.max() > high:
         raise FmpqError(f"a weight of {weights.max()}, above {high}")
     return weights.reshape(shape)
+
+
+def side_bytes(data: bytes, shape: tuple[int, ...], low: int, high: int) -> int:
+    """Return how many of the bytes that :func:`decode` takes tell it the model of the symbols."""
+    reader = _Reader(data)
+    _read_model(reader, shape, (high - low >> _raw_bits(low, high)) + 1)
+    return reader.position
 
 
 @dataclass(frozen=True)
@@ -221,6 +219,17 @@ def _cumulative(frequencies: list[Integers]) -> tuple[list[list[int]], list[int]
     """
     tables = [[0, *np.add.accumulate(f).tolist(), 2**PRECISION] for f in frequencies]
     return tables, [len(table) for table in tables], [0] * len(tables)
+
+
+def _read_model(reader: "_Reader", shape: tuple[int, ...], size: int) -> tuple[Integers, list[Integers]]:
+    """Return the class of every symbol, and the frequencies of each class."""
+    step = reader.take(1)[0]
+    if step not in (0, *STEPS):
+        raise FmpqError(f"a class is {step} eighths of an octave wide")
+    classes = np.zeros(shape, np.int64)
+    if step:
+        classes = _classes([np.frombuffer(reader.take(count), np.int8) for count in shape], step)
+    return classes, [_read_frequencies(reader, size) for _ in range(int(classes.max()) + 1)]
 
 
 def _read_frequencies(reader: "_Reader", size: int) -> Integers:

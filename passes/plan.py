@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from numbers import Integral, Real
 
 from fmpq_fx.passes.planners import PLANNERS
-from fmpq_fx.passes.tables import FLOAT_BITS, Plan, Sensitivity, Table
+from fmpq_fx.passes.tables import FLOAT_BITS, Plan, Sensitivity, Site, Table
 
 WINDOW = 0.01
 """How far below the target CR the adaptive search may end (Hossain, Duan, Zhu, arXiv 2506.01221)."""
@@ -24,6 +24,7 @@ def make_plan(
     bits: Iterable[int] | None = None,
     fixed: Mapping[str, int | None] | None = None,
     activation_bits: int | None = 8,
+    coded: Table | None = None,
 ) -> Plan:
     """Give every site its bits, so that all weights take at most ``target_cr`` of their float32 bytes.
 
@@ -33,14 +34,15 @@ def make_plan(
 
     Args:
         sensitivity: what each candidate width costs each site; the planner sees its monotone zeta.
-        target_cr: nominal bytes / float32 bytes over all sites, the fixed ones included. A number above 1 is
-            read as the factor: 4 means 0.25.
+        target_cr: bytes / float32 bytes over all sites, the fixed ones included. A number above 1 is read as
+            the factor: 4 means 0.25.
         planner: "adaptive" (FMPQ's search for beta, to within 0.01 below the target), "optimal" (least sum of
             zeta) or "uniform" (one width for all).
         bits: candidate widths, all of them measured; None means all that were.
         fixed: widths by site name or glob, which are not the planner's to choose: 2 to 16 bits, measured or
             not, or None for float32. A name wins over a glob, a later glob over an earlier one.
         activation_bits: 2 to 16 for the input of every site, or None for float. It takes no model size.
+        coded: bytes of each site at each of its widths, to plan with instead of the nominal ones.
 
     Raises:
         ValueError: an argument is out of its range. For a target that no plan reaches the message names
@@ -52,9 +54,9 @@ def make_plan(
     if planner not in PLANNERS:
         raise ValueError(f"there is no planner {planner!r}; pass one of {', '.join(map(repr, PLANNERS))}")
     candidates = _candidates(bits, sensitivity.bits)
-    given = _by_site({} if fixed is None else fixed, [site.name for site in sensitivity.sites])
+    given = widths_by_site(fixed, sensitivity.sites)
 
-    zeta, cost = _tables(sensitivity, candidates, given)
+    zeta, cost = _tables(sensitivity, candidates, given, coded)
     float_bytes = sum(site.bytes_at(None) for site in sensitivity.sites)
     budget, target = _budget(target, float_bytes)
     low, high = (sum(end(values.values()) for values in cost.values()) for end in (min, max))
@@ -75,13 +77,17 @@ def make_plan(
         beta=found.beta,
         history=tuple((beta, size / float_bytes) for beta, size in found.history),
         remarks=found.remarks,
+        coded=coded,
     )
 
 
 def _tables(
-    sensitivity: Sensitivity, candidates: tuple[int, ...], given: Mapping[str, int | None]
+    sensitivity: Sensitivity,
+    candidates: tuple[int, ...],
+    given: Mapping[str, int | None],
+    coded: Table | None,
 ) -> tuple[Table, Table]:
-    """Return zeta and the nominal bytes of what the planner may choose from, in the order of the sites."""
+    """Return zeta and the bytes of what the planner may choose from, in the order of the sites."""
     zeta: Table = {}
     cost: Table = {}
     for site in sensitivity.sites:
@@ -91,7 +97,8 @@ def _tables(
             zeta[site.name] = {FLOAT_BITS if width is None else width: 0.0}
         else:
             zeta[site.name] = {b: sensitivity.zeta[site.name][b] for b in candidates}
-        cost[site.name] = {b: site.bytes_at(b) for b in zeta[site.name]}
+        sizes = {} if coded is None else coded[site.name]  # nothing is coded of a site that stays float
+        cost[site.name] = {b: sizes.get(b, site.bytes_at(b)) for b in zeta[site.name]}
     return zeta, cost
 
 
@@ -149,13 +156,14 @@ def _candidates(bits: Iterable[int] | None, measured: tuple[int, ...]) -> tuple[
     return tuple(sorted({int(b) for b in chosen}))
 
 
-def _by_site(fixed: Mapping[str, int | None], names: list[str]) -> dict[str, int | None]:
+def widths_by_site(fixed: Mapping[str, int | None] | None, sites: Iterable[Site]) -> dict[str, int | None]:
     """Resolve names and globs to {site: bits}: a name wins over a glob, a later glob over an earlier one.
 
     Raises:
         TypeError: ``fixed`` is not a mapping.
         ValueError: a key matches no site, or a width is out of range.
     """
+    fixed, names = {} if fixed is None else fixed, [site.name for site in sites]
     if not isinstance(fixed, Mapping):
         raise TypeError(
             f"fixed is {fixed!r}; pass a mapping of site names or globs to bits, such as {{'h_*': 8}}"

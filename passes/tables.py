@@ -127,6 +127,7 @@ class Plan(JsonFile):
     beta: float | None = None  # the tolerance of the plan; None where the planner has none
     history: tuple[tuple[float, float], ...] = ()  # every evaluation of the search: (beta, CR)
     remarks: str = ""  # what the user should know of how the plan came about
+    coded: Table | None = None  # bytes per site and width as the model file codes them; None: size is nominal
     clips: dict[str, float] = field(default_factory=dict)  # weight range kept per site, 1.0 is min-max
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # calibrated input range per site
     integral: tuple[str, ...] = ()  # sites whose inputs were whole numbers
@@ -152,15 +153,25 @@ class Plan(JsonFile):
         """Sum over sites of params * bits / 8."""
         return total_bytes(self.sites, self.bits)
 
+    def bytes_of(self, site: Site) -> float:
+        """Bytes of a site at its bits, of the kind that the plan counts: nominal, or coded."""
+        bits = self.bits[site.name]
+        return site.bytes_at(bits) if self.coded is None or bits is None else self.coded[site.name][bits]
+
+    @property
+    def size_bytes(self) -> float:
+        """Bytes of all sites, of the kind that the plan counts: nominal, or coded, as before any fine-tuning."""
+        return sum(map(self.bytes_of, self.sites))
+
     @property
     def cr(self) -> float:
-        """Nominal bytes / float32 bytes of the same sites. Lower is smaller."""
-        return self.nominal_bytes / self.float_bytes
+        """:attr:`size_bytes` / float32 bytes of the same sites. Lower is smaller."""
+        return self.size_bytes / self.float_bytes
 
     @property
     def average_bits(self) -> float:
-        """Bits per weight, averaged over all weights of all sites."""
-        return FLOAT_BITS * self.cr
+        """Bits per weight, averaged over all weights of all sites, before entropy coding."""
+        return FLOAT_BITS * (self.nominal_bytes / self.float_bytes)
 
     def zeta_of(self, site: str) -> float:
         """Monotone zeta of ``site`` at its bits: 0 where it stays float, NaN where it was not measured."""
@@ -180,6 +191,7 @@ class Plan(JsonFile):
         fields["history"] = tuple((float(beta), float(cr)) for beta, cr in fields["history"])
         fields["ranges"] = {site: (float(low), float(high)) for site, (low, high) in fields["ranges"].items()}
         fields["integral"] = tuple(fields["integral"])
+        fields["coded"] = None if fields["coded"] is None else _table(fields["coded"])
         measured = fields["measured"]
         fields["measured"] = None if measured is None else Measured(**measured)
         if set(fields["bits"]) != {site.name for site in fields["sites"]}:

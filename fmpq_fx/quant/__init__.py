@@ -1,6 +1,6 @@
 """What a layer is once it is quantized: fake quantization and the layers built on it. It knows no graph."""
 
-from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant
+from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant, integer_range
 from fmpq_fx.quant.latents import QuantizeLatent
 from fmpq_fx.quant.layers import QUANTIZERS, QuantizedLayer, quantize_layer, quantized_class
 
@@ -10,6 +10,7 @@ __all__ = [
     "QuantizeLatent",
     "QuantizedLayer",
     "WeightFakeQuant",
+    "integer_range",
     "quantize_layer",
     "quantized_class",
 ]

@@ -15,6 +15,12 @@ LEAK = 0.05
 """Default slope of the leaky clip outside the range."""
 
 
+def integer_range(bits: int, signed: bool) -> tuple[int, int]:
+    """Return the least and the largest integer of weights of ``bits``: symmetric about 0, or from 0 up."""
+    high = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+    return (-high if signed else 0), high
+
+
 class _FakeQuantize(torch.autograd.Function):
     """``(clamp(round(x / scale) + zero_point, low, high) - zero_point) * scale``, element by element.
 
@@ -128,8 +134,7 @@ class WeightFakeQuant(_Quantizer):
     ):
         super().__init__()
         self.bits = bits
-        self.high = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
-        self.low = -self.high if signed else 0
+        self.low, self.high = integer_range(bits, signed)
         self.leak = leak
         weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         peak = weight.abs().amax(dims, keepdim=True) * clip
