@@ -15,6 +15,7 @@ from rd_table import plot_curves, print_losses, print_table
 from tqdm import tqdm
 
 from fmpq_fx.passes.memory import freed_memory_kept
+from fmpq_fx.prepare import SIZES
 
 
 def main() -> None:
@@ -27,6 +28,7 @@ def main() -> None:
     add("--planners", nargs="+", default=["adaptive", "uniform", "optimal"])
     add("--target-cr", type=float, nargs="+", default=[0.25, 0.1875, 0.15625, 0.125])
     add("--activation-bits", type=int, nargs="+", default=[0, 8], help="0 is float")
+    add("--size", choices=SIZES, default="nominal", help="what the target CR counts")
     add("--report", action="store_true", help="measure nothing, print what is there")
     args = parser.parse_args()
     given = benches(args)
@@ -37,7 +39,7 @@ def main() -> None:
             jobs = [(p, cr, bench) for p in args.planners for cr in args.target_cr for bench in given]
             for planner, cr, bench in tqdm(jobs, desc="plans", unit="plan", disable=None):
                 bench.measure(
-                    Variant(planner, cr, bits or None, steps)
+                    Variant(planner, cr, bits or None, steps, size=args.size)
                     for bits in args.activation_bits
                     for steps in (0, args.steps)
                 )

@@ -5,14 +5,26 @@ import copy
 import dataclasses
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from rd_points import Point, Results, Variant
-from torch import nn
+from torch import fx, nn
 
-from fmpq_fx import Sensitivity, analyze, evaluate, finetune, plan_of, prepare, rewrite, samples
+from fmpq_fx import (
+    Sensitivity,
+    analyze,
+    evaluate,
+    file_report,
+    finetune,
+    plan_of,
+    prepare,
+    rewrite,
+    samples,
+    save,
+)
 from fmpq_fx.fingerprint import digest
 from fmpq_fx.history import Settings
 from fmpq_fx.image_files import fingerprint, sources
@@ -75,7 +87,7 @@ class Bench:
                 )
                 train(model, self.args.train, settings, checkpoint=self._training(variant))
                 model.update(force=True)  # type: ignore[operator]
-            self._evaluate(variant, model, 32)
+            self._evaluate(variant, model, 32, None)
 
     def _measure_quantized(self, variants: list[Variant]) -> None:
         model = self.model()
@@ -85,6 +97,7 @@ class Bench:
             calibration=self.args.calibration,
             sensitivity=self.sensitivity(),
             planner=variants[0].planner,
+            size=variants[0].size,
         )
         # Scales are chosen before activations are quantized, so that this is what prepare() makes without them.
         weights_only = rewrite(model, dataclasses.replace(plan_of(prepared), activation_bits=None))
@@ -100,7 +113,7 @@ class Bench:
                     batch_size=self.args.batch_size,
                     checkpoint=self._training(variant),
                 )
-            self._evaluate(variant, gm, plan_of(gm).average_bits)
+            self._evaluate(variant, gm, plan_of(gm).average_bits, _coded_cr(gm))
 
     def _training(self, variant: Variant) -> Path:
         return (
@@ -108,9 +121,20 @@ class Bench:
             / f"{self.name}-{self.key}-{'-'.join(map(str, dataclasses.astuple(variant)))}.pt"
         )
 
-    def _evaluate(self, variant: Variant, model: nn.Module, weight_bits: float) -> None:
-        self.results.add(Point.of(variant, self.lmbda, weight_bits, evaluate(model, self.args.images)))
+    def _evaluate(
+        self, variant: Variant, model: nn.Module, weight_bits: float, coded_cr: float | None
+    ) -> None:
+        results = evaluate(model, self.args.images)
+        self.results.add(Point.of(variant, self.lmbda, weight_bits, coded_cr, results))
         self._training(variant).unlink(missing_ok=True)
+
+
+def _coded_cr(gm: fx.GraphModule) -> float:
+    """Return the CR that the model file of ``gm`` really has."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.fmpq"
+        save(gm, path)
+        return file_report(path).coded_cr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

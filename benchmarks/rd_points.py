@@ -19,6 +19,7 @@ class Variant:
     activation_bits: int | None = None  # None is float
     steps: int = 0  # of fine-tuning
     loss: str = "rd"  # that it lowered
+    size: str = "nominal"  # what target_cr counts, or "coded"
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,17 @@ class Point:
     ms_ssim: float
     rd_loss: float  # mean of real bpp + lmbda * MSE of 8-bit images
     deviation: int  # largest difference of a decoded image from the forward pass's, 8-bit levels
+    coded_cr: float | None = None  # coded weight bytes / float32 bytes, as evaluated; None: not measured
 
     @classmethod
-    def of(cls, variant: Variant, lmbda: float, weight_bits: float, evaluation: Evaluation) -> "Point":
+    def of(
+        cls,
+        variant: Variant,
+        lmbda: float,
+        weight_bits: float,
+        coded_cr: float | None,
+        evaluation: Evaluation,
+    ) -> "Point":
         """Return the means of ``evaluation``."""
         losses = [i.bpp + lmbda * 255**2 * 10 ** (-i.psnr / 10) for i in evaluation.images]
         return cls(
@@ -49,6 +58,7 @@ class Point:
             evaluation.ms_ssim,
             math.fsum(losses) / len(losses),
             evaluation.deviation,
+            coded_cr,
         )
 
 

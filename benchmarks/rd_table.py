@@ -24,14 +24,22 @@ def _common(everything: Sequence[Points]) -> list[Variant]:
     common = {v for v in set.intersection(*(set(points) for points in everything)) if v.loss == "rd"}
     order = {"float": 0, "uniform": 1, "adaptive": 2, "optimal": 3}
     return sorted(
-        common, key=lambda v: (order[v.planner], -v.target_cr, v.activation_bits is not None, v.steps)
+        common,
+        key=lambda v: (
+            v.size != "nominal",
+            order[v.planner],
+            -v.target_cr,
+            v.activation_bits is not None,
+            v.steps,
+        ),
     )
 
 
 def _words(variant: Variant, points: Sequence[Point]) -> list[str]:
     bits = f"W{sum(p.weight_bits for p in points) / len(points):.2f}A{variant.activation_bits or 32}"
     cr = "" if variant.planner == "float" else f"{variant.target_cr:g}"
-    return [variant.planner, cr, bits, f"{variant.steps} steps" if variant.steps else "-"]
+    planner = variant.planner + (", coded" if variant.size == "coded" else "")
+    return [planner, cr, bits, f"{variant.steps} steps" if variant.steps else "-"]
 
 
 def print_table(everything: Sequence[Points], steps: int) -> None:
@@ -50,6 +58,7 @@ def print_table(everything: Sequence[Points], steps: int) -> None:
                 _delta(bd_rate, tuned_curve, mine, "{:+.2f} %"),
                 f"{max(abs(p.bpp / p.estimated_bpp - 1) for p in points):.2%}",
                 str(max(p.deviation for p in points)),
+                _real_cr(points),
             ]
         )
     headers = [
@@ -62,9 +71,18 @@ def print_table(everything: Sequence[Points], steps: int) -> None:
         "BD-rate, float fine-tuned",
         "real / estimate",
         "deviation",
+        "CR of the file's weights",
     ]
-    print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 8)))
+    print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 9)))
     print("\n~: the curves overlap by less than three quarters of their PSNR, so that this is a rough figure")
+
+
+def _real_cr(points: Sequence[Point]) -> str:
+    """Return the mean over the lambdas and the range of the bytes that the weights take in the model file."""
+    known = [p.coded_cr for p in points if p.coded_cr is not None]
+    if len(known) < len(points):
+        return "-"
+    return f"{sum(known) / len(known):.4f} ({min(known):.4f} … {max(known):.4f})"
 
 
 def _delta(measure: Callable[..., float], anchor: Curve, curve: Curve, form: str) -> str:
@@ -94,7 +112,7 @@ def print_losses(everything: Sequence[Points], steps: int) -> None:
 
 def plot_curves(everything: Sequence[Points], steps: int, path: Path) -> None:
     """Draw PSNR over bits per pixel: one panel per size, before and after fine-tuning, with 8-bit activations."""
-    variants = [v for v in _common(everything) if v.activation_bits]
+    variants = [v for v in _common(everything) if v.activation_bits and v.size == "nominal"]
     sizes = sorted({v.target_cr for v in variants}, reverse=True)
     if not sizes:
         return
