@@ -14,6 +14,7 @@ from fmpq_fx.evaluate import Evaluation, evaluate
 from fmpq_fx.file_report import FileReport, file_report
 from fmpq_fx.finetune import finetune
 from fmpq_fx.history import History
+from fmpq_fx.image_coding import decode, encode
 from fmpq_fx.model_file import load, load_codec, save
 from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.passes.tables import Measured, Plan, Sensitivity, Site
@@ -33,6 +34,8 @@ __all__ = [
     "analyze",
     "bit_table",
     "convert",
+    "decode",
+    "encode",
     "evaluate",
     "export_checkpoint",
     "file_report",

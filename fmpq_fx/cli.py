@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from torch import nn
-
-from fmpq_fx.codec import export_checkpoint
+from fmpq_fx import cli_files as files
 from fmpq_fx.demo import demo
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.evaluate import evaluate
-from fmpq_fx.files import check_folder, write_text
+from fmpq_fx.files import check_folder
 from fmpq_fx.finetune import finetune
 from fmpq_fx.history import LOSSES, Settings
 from fmpq_fx.passes.planners import PLANNERS
@@ -49,53 +46,21 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("prepare", help="quantize a model to a size and print its bit-width table")
     )
     _add_finetune(commands.add_parser("finetune", help="train a quantized model at its bits"))
-    _add_evaluate(commands.add_parser("evaluate", help="code images for real and measure rate and quality"))
-    _add_export(commands.add_parser("export", help="write a quantized model for other programs"))
+    files.add_evaluate(
+        commands.add_parser("evaluate", help="code images for real and measure rate and quality")
+    )
+    files.add_export(commands.add_parser("export", help="write a quantized model to ship it"))
+    files.add_inspect(commands.add_parser("inspect", help="print where the bytes of a model file are"))
+    files.add_encode(commands.add_parser("encode", help="encode images with a model file"))
+    files.add_decode(
+        commands.add_parser("decode", help="decode images with the model file they were encoded with")
+    )
     command = commands.add_parser(
         "demo", help="quantize the trained sample model and compare with uniform bits"
     )
     command.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder for the picture")
     command.set_defaults(run=lambda args: demo(args.out))
     return parser
-
-
-def _add_model(command: argparse.ArgumentParser, others: str = "") -> None:
-    add = command.add_argument
-    add(
-        "model",
-        metavar="MODEL",
-        help=f"{others}'sample', a name of CompressAI's zoo, or package.module:callable",
-    )
-    add("--quality", type=int, metavar="Q", help="of CompressAI's pretrained weights, 1 to 8")
-    add("--checkpoint", type=Path, metavar="F", help="trained weights of the model")
-
-
-def _add_evaluate(command: argparse.ArgumentParser) -> None:
-    _add_model(command, "a STATE file, ")
-    command.add_argument("images", type=Path, metavar="DIR", help="folder of images, of any size")
-    command.add_argument("--json", type=Path, metavar="F", help="write the results per image and their means")
-    command.set_defaults(run=_evaluate)
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    if args.json is not None:
-        check_folder(args.json)
-    results = evaluate(_model(args), args.images)
-    print(results)
-    if args.json is not None:
-        write_text(args.json, results.to_json())
-        print(f"results: {args.json}")
-
-
-def _model(args: argparse.Namespace) -> nn.Module:
-    """Return the model or the state that the command names."""
-    if Path(args.model).is_file():
-        if args.quality is not None or args.checkpoint is not None:
-            raise ValueError(
-                f"{args.model} is a file, which has its weights; leave --quality and --checkpoint out"
-            )
-        return load_state(args.model)
-    return load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
 
 
 def _add_finetune(command: argparse.ArgumentParser) -> None:
@@ -158,25 +123,9 @@ def _finetune(args: argparse.Namespace) -> None:
         print(f"history: {args.history}")
 
 
-def _add_export(command: argparse.ArgumentParser) -> None:
-    kinds = command.add_subparsers(required=True, metavar="KIND")
-    checkpoint = kinds.add_parser(
-        "checkpoint", help="dequantized weights, which a stock CompressAI loads; activations are float there"
-    )
-    checkpoint.add_argument("state", type=Path, metavar="STATE", help="what 'prepare' or 'finetune' wrote")
-    checkpoint.add_argument("--out", type=Path, required=True, metavar="F", help="the checkpoint (.pth.tar)")
-    checkpoint.set_defaults(run=_export_checkpoint)
-
-
-def _export_checkpoint(args: argparse.Namespace) -> None:
-    check_folder(args.out)
-    export_checkpoint(load_state(args.state), args.out)
-    print(f"checkpoint: {args.out}")
-
-
 def _add_prepare(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    _add_model(command)
+    files.add_model(command)
     add(
         "--target-cr",
         type=float,

@@ -22,10 +22,8 @@ from tqdm import tqdm
 from fmpq_fx import image_files
 from fmpq_fx.codec import convert
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.image_coding import STRIDE, checked_codec
 from fmpq_fx.rd import PEAK, psnr, total_bits
-
-STRIDE = 64
-"""Images are padded to multiples of this, as CompressAI's own evaluation does: six strides of 2."""
 
 MS_SSIM_LEAST = 161
 """The shortest side that has the five scales of MS-SSIM."""
@@ -180,11 +178,7 @@ def _codec(model: nn.Module) -> Any:
         update = getattr(codec, "update", None)
         if callable(update):
             update()  # makes the tables of a model that has none, and leaves others alone
-    if not callable(getattr(codec, "compress", None)) or not callable(getattr(codec, "decompress", None)):
-        raise FmpqError(
-            f"{type(codec).__name__} has no compress() and decompress(), so there are no bitstreams to measure"
-        )
-    return codec
+    return checked_codec(codec)
 
 
 def _named(images: str | os.PathLike[str] | Mapping[str, Tensor]) -> Iterator[tuple[str, Any]]:

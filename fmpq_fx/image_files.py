@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.files import replacing
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -39,6 +40,30 @@ def read(path: str | os.PathLike[str]) -> Tensor:
     with _reading(path), Image.open(path) as image:
         pixels = _rgb(ImageOps.exif_transpose(image))
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """Return ``path`` if :func:`write` knows the format that its suffix names.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise ValueError(f"cannot write {path}: expected one of {', '.join(SUFFIXES)} at its end")
+    return Path(path)
+
+
+def write(image: Tensor, path: str | os.PathLike[str]) -> None:
+    """Write ``image``, (3, H, W) in [0, 1], to ``path`` with 8 bits per value, all of it or nothing.
+
+    Raises:
+        ValueError: the suffix names no format of images.
+        FileNotFoundError: there is no such folder.
+    """
+    check_writable(path)
+    pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary)
 
 
 @contextmanager

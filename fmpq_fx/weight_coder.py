@@ -27,6 +27,7 @@ import numpy as np
 from compressai.ans import RansDecoder, RansEncoder
 from numpy.typing import NDArray
 
+from fmpq_fx.byte_reader import ByteReader
 from fmpq_fx.errors import FmpqError
 
 Integers = NDArray[np.int64]
@@ -83,7 +84,7 @@ def decode(data: bytes, shape: tuple[int, ...], low: int, high: int) -> Integers
     Raises:
         FmpqError: ``data`` is not the coded form of weights of that shape and range.
     """
-    raw, reader = _raw_bits(low, high), _Reader(data)
+    raw, reader = _raw_bits(low, high), ByteReader(data)
     classes, frequencies = _read_model(reader, shape, (high - low >> raw) + 1)
     count = classes.size
     lowest = _unpacked(reader.take(-(-count * raw // 8)), count, raw)
@@ -99,7 +100,7 @@ def decode(data: bytes, shape: tuple[int, ...], low: int, high: int) -> Integers
 
 def side_bytes(data: bytes, shape: tuple[int, ...], low: int, high: int) -> int:
     """Return how many of the bytes that :func:`decode` takes tell it the model of the symbols."""
-    reader = _Reader(data)
+    reader = ByteReader(data)
     _read_model(reader, shape, (high - low >> _raw_bits(low, high)) + 1)
     return reader.position
 
@@ -221,7 +222,7 @@ def _cumulative(frequencies: list[Integers]) -> tuple[list[list[int]], list[int]
     return tables, [len(table) for table in tables], [0] * len(tables)
 
 
-def _read_model(reader: "_Reader", shape: tuple[int, ...], size: int) -> tuple[Integers, list[Integers]]:
+def _read_model(reader: ByteReader, shape: tuple[int, ...], size: int) -> tuple[Integers, list[Integers]]:
     """Return the class of every symbol, and the frequencies of each class."""
     step = reader.take(1)[0]
     if step not in (0, *STEPS):
@@ -232,7 +233,7 @@ def _read_model(reader: "_Reader", shape: tuple[int, ...], size: int) -> tuple[I
     return classes, [_read_frequencies(reader, size) for _ in range(int(classes.max()) + 1)]
 
 
-def _read_frequencies(reader: "_Reader", size: int) -> Integers:
+def _read_frequencies(reader: ByteReader, size: int) -> Integers:
     number = reader.take(1)[0]
     if number == COUNTED:
         return _frequencies(_from_levels(np.frombuffer(reader.take(size), np.uint8)))
@@ -265,20 +266,3 @@ def _unpacked(data: bytes, count: int, bits: int) -> Integers:
     places = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits).reshape(count, bits)
     values: Integers = places.astype(np.int64) @ (1 << np.arange(bits))
     return values
-
-
-class _Reader:
-    """Takes bytes from the front, and says so where there are too few."""
-
-    def __init__(self, data: bytes):
-        self.data, self.position = data, 0
-
-    def take(self, count: int) -> bytes:
-        taken = self.data[self.position : self.position + count]
-        if len(taken) < count:
-            raise FmpqError(f"{count} bytes expected at {self.position}, {len(taken)} left")
-        self.position += count
-        return taken
-
-    def rest(self) -> bytes:
-        return self.take(len(self.data) - self.position)

@@ -81,10 +81,26 @@ def _known(spec: str) -> str:
     return spec
 
 
-def _call(spec: str) -> nn.Module:
-    module_name, _, name = spec.partition(":")
+def load_object(spec: str) -> Any:
+    """Return what "package.module:name" names.
+
+    Raises:
+        ValueError: ``spec`` has another form.
+        FmpqError: there is no such thing.
+    """
+    module_name, colon, name = spec.partition(":")
+    if not colon:
+        raise ValueError(f"expected package.module:callable, got {spec!r}")
     try:
-        model = getattr(importlib.import_module(module_name), name)()
+        return getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # the user's code may raise anything
+        raise FmpqError(f"cannot get {spec!r}: {type(error).__name__}: {error}") from error
+
+
+def _call(spec: str) -> nn.Module:
+    make = load_object(spec)
+    try:
+        model = make()
     except Exception as error:  # the user's code may raise anything
         raise FmpqError(f"cannot get a model from {spec!r}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):

@@ -1,0 +1,327 @@
+"""The entropy coder of weights: lossless, smaller than what knows no weights, and safe whatever it is given."""
+
+import bz2
+import gzip
+import hashlib
+import lzma
+import struct
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from test_layers import CASES, effective, made, output_channels
+from torch import Tensor, equal, nn
+
+from fmpq_fx import FmpqError, weight_coder
+from fmpq_fx.quant import integer_range, quantize_layer
+from fmpq_fx.weight_coder import coded_bytes, decode, encode, side_bytes
+
+Integers = NDArray[np.int64]
+Shape = tuple[int, ...]
+
+SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 25))
+RANGES = st.builds(integer_range, st.integers(2, 16), st.booleans())
+
+KINDS: dict[str, Callable[[np.random.Generator, Shape, int, int], Integers]] = {
+    "any": lambda rng, shape, low, high: rng.integers(low, high + 1, shape),
+    "ends": lambda rng, shape, low, high: rng.choice(np.array([low, high]), shape),
+    "zeros": lambda rng, shape, low, high: np.zeros(shape, np.int64),
+    "constant": lambda rng, shape, low, high: np.full(shape, rng.integers(low, high + 1)),
+    "one that is not zero": lambda rng, shape, low, high: one(rng.choice(np.array([low, high])), shape),
+    "spread": lambda rng, shape, low, high: laplacian(rng, shape, low, high, 4.0),
+}
+
+
+def one(value: int, shape: Shape) -> Integers:
+    weights = np.zeros(shape, np.int64)
+    weights[-1, -1, -1] = value
+    return weights
+
+
+def laplacian(rng: np.random.Generator, shape: Shape, low: int, high: int, octaves: float) -> Integers:
+    """Draw weights as layers have them, with a spread per channel that varies by that many octaves (deviation)."""
+    outputs, inputs, places = (np.exp2(rng.normal(0, octaves, count)) for count in shape)
+    spread = outputs[:, None, None] * inputs[:, None] * places ** (1 / 4)
+    values = rng.laplace(0, 1, shape) * spread / np.median(spread)
+    return np.clip(np.rint(values * high / 8), low, high).astype(np.int64)
+
+
+@st.composite
+def weights_in_range(draw: st.DrawFn) -> tuple[Integers, int, int]:
+    low, high = draw(RANGES)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return KINDS[draw(st.sampled_from(sorted(KINDS)))](rng, draw(SHAPES), low, high), low, high
+
+
+class WatchedDecoder:
+    """What CompressAI's decoder does, in Python, but where that reads on past its string, this fails the test."""
+
+    def decode_with_indexes(
+        self, string: bytes, classes: list[int], tables: list[list[int]], lengths: list[int], first: list[int]
+    ) -> list[int]:
+        words = struct.unpack_from(f"<{len(string) // 4}I", string)
+        state, position = words[0] | words[1] << 32, 2
+        symbols = []
+        for c in classes:
+            place = state & 0xFFFF
+            symbol = bisect_right(tables[c], place) - 1
+            assert symbol < lengths[c] - 2, "an escape, after which it reads as far as it is told to"
+            begin, end = tables[c][symbol : symbol + 2]
+            state = (end - begin) * (state >> 16) + place - begin
+            if state < 1 << 31:
+                assert position < len(words), "it reads past its string"
+                state, position = state << 32 | words[position], position + 1
+            symbols.append(symbol + first[c])
+        return symbols
+
+
+def assert_safe(data: bytes, shape: Shape, low: int, high: int) -> None:
+    """Check that ``data`` is refused, or gives weights of that shape and range, and that no other memory is read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_coder, "RansDecoder", WatchedDecoder)
+        try:
+            weights = decode(data, shape, low, high)
+        except FmpqError:
+            return
+    assert weights.shape == shape
+    assert low <= weights.min() <= weights.max() <= high
+    assert np.array_equal(decode(data, shape, low, high), weights), "the two decoders differ"
+
+
+@given(weights_in_range())
+@settings(deadline=None, max_examples=400)
+def test_what_was_coded_comes_back(drawn: tuple[Integers, int, int]) -> None:
+    weights, low, high = drawn
+    coded = encode(weights, low, high)
+    data = bytes(coded)
+    found = decode(data, weights.shape, low, high)
+    assert found.dtype == np.int64
+    assert np.array_equal(found, weights)
+    assert data == coded.side + coded.raw + coded.symbols
+    assert coded_bytes(weights, low, high) == len(data)
+    assert side_bytes(data, weights.shape, low, high) == len(coded.side)
+    noise_bits = max(0, (high - low).bit_length() - 10)
+    assert len(coded.raw) == -(-weights.size * noise_bits // 8)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8, 10, 11, 16])
+def test_a_layer_of_ordinary_size_comes_back(bits: int, signed: bool) -> None:
+    low, high = integer_range(bits, signed)
+    rng = np.random.default_rng(bits)
+    for octaves in (0.0, 1.0, 6.0):
+        weights = laplacian(rng, (24, 16, 9), low, high, octaves)
+        assert np.array_equal(decode(bytes(encode(weights, low, high)), weights.shape, low, high), weights)
+        view = weights.transpose(1, 0, 2)[:, ::-1]  # neither contiguous nor in order
+        assert np.array_equal(decode(bytes(encode(view, low, high)), view.shape, low, high), view)
+
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "zlib": lambda data: zlib.compress(data, 9),
+    "gzip": lambda data: gzip.compress(data, 9),
+    "lzma": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+    "bz2": bz2.compress,
+}
+
+
+@pytest.mark.parametrize("compress", COMPRESSORS.values(), ids=COMPRESSORS)
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_weights_take_fewer_bytes_than_with_a_compressor_for_anything(
+    bits: int, compress: Callable[[bytes], bytes]
+) -> None:
+    low, high = integer_range(bits, True)
+    weights = laplacian(np.random.default_rng(bits), (64, 64, 25), low, high, 0.7)
+    # A byte each, and, at 4 bits, two in a byte as well.
+    contents = [weights.astype(np.int8).tobytes()]
+    if bits == 4:
+        halves = (weights - low).astype(np.uint8).reshape(-1, 2)
+        contents.append((halves[:, 0] << 4 | halves[:, 1]).tobytes())
+    assert coded_bytes(weights, low, high) < 0.95 * min(len(compress(content)) for content in contents)
+
+
+def entropy(weights: Integers) -> float:
+    """Return the bytes that ``weights`` take if each costs what the histogram of all of them says."""
+    _, counts = np.unique(weights, return_counts=True)
+    return float(-counts @ np.log2(counts / weights.size)) / 8
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("signed", [True, False])
+def test_weights_of_one_distribution_take_their_entropy(bits: int, signed: bool) -> None:
+    low, high = integer_range(bits, signed)
+    weights = laplacian(np.random.default_rng(bits), (48, 48, 25), low, high, 0.0)
+    weights = weights if signed else np.abs(weights)
+    assert entropy(weights) - 1 < coded_bytes(weights, low, high) < 1.01 * entropy(weights) + 64
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["output channels", "input channels", "places"])
+def test_a_spread_that_depends_on_the_channel_or_the_place_saves_bytes(bits: int, axis: int) -> None:
+    low, high = integer_range(bits, True)
+    rng = np.random.default_rng(axis)
+    shape = tuple(2000 if d == axis else 4 for d in range(3)) if axis < 2 else (40, 40, 25)
+    scale = np.exp2(rng.normal(0, 1, shape[axis]) + bits - 6)
+    spread = np.expand_dims(scale, tuple(d for d in range(3) if d != axis))
+    weights = np.clip(np.rint(rng.laplace(0, 1, shape) * spread), low, high).astype(np.int64)
+    # 16 weights in a channel pay for its factor; the 1600 of a place do so many times over.
+    assert coded_bytes(weights, low, high) < (0.96 if axis < 2 else 0.93) * entropy(weights)
+
+
+def test_a_layer_of_zeros_takes_next_to_nothing() -> None:
+    assert coded_bytes(np.zeros((100, 100, 10), np.int64), -7, 7) < 32
+
+
+@pytest.mark.parametrize("pair", [(-127, 127), (0, 1), (-5, 90)])
+def test_two_values_however_far_apart_cost_a_bit_each(pair: tuple[int, int]) -> None:
+    weights = np.random.default_rng(0).choice(np.array(pair), (40, 40, 10))
+    assert coded_bytes(weights, -127, 127) < 1.02 * weights.size / 8 + 300
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (np.full((2, 3, 4), 8), r"\(2, 3, 4\).*\[-7, 7\]"),
+        (np.full((2, 3, 4), -8), r"\[-7, 7\]"),
+        (np.zeros((2, 3), np.int64), r"\(2, 3\) are not \(out, in, places\)"),
+        (np.zeros((2, 3, 4, 1), np.int64), r"\(2, 3, 4, 1\) are not"),
+    ],
+)
+def test_weights_out_of_range_or_of_another_layout_are_refused(weights: Integers, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        encode(weights, -7, 7)
+
+
+SIZES = sorted({(high - low >> max(0, (high - low).bit_length() - 10)) + 1
+                for bits in range(2, 17) for low, high in (integer_range(bits, True), integer_range(bits, False))})  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_table_is_one_that_the_coder_can_use(size: int) -> None:
+    bank = weight_coder._bank(size)
+    assert len(bank) < weight_coder.COUNTED, "a number in the bank is a byte, and 255 is taken"
+    assert (bank.sum(1) == 2**16).all()
+    assert bank.min() >= 1, "a symbol that cannot be coded"
+    tables, lengths, first = weight_coder._cumulative(list(bank))
+    assert {len(table) for table in tables} == set(lengths) == {size + 2}
+    assert {tuple(table[-2:]) for table in tables} == {(2**16, 2**16)}, "the escape has a width"
+    assert set(first) == {0}
+
+
+@given(st.binary(min_size=1, max_size=1024))
+@settings(deadline=None)
+def test_whatever_was_counted_makes_a_table_that_the_coder_can_use(content: bytes) -> None:
+    levels = np.frombuffer(content, np.uint8)
+    if (levels == 255).all():
+        with pytest.raises(FmpqError, match="no symbol ever occurs"):
+            weight_coder._frequencies(weight_coder._from_levels(levels))
+        return
+    frequencies = weight_coder._frequencies(weight_coder._from_levels(levels))
+    assert frequencies.sum() == 2**16
+    assert frequencies.min() >= 1
+
+
+GOLDEN_BANKS = {3: "", 15: "", 16: "", 255: "", 1023: "", 1024: ""}
+
+
+@pytest.mark.parametrize("size", GOLDEN_BANKS)
+def test_the_bank_is_the_one_that_files_were_written_with(size: int) -> None:
+    # If this value has to change, all files written before become unreadable: raise container.VERSION.
+    content = weight_coder._bank(size).astype("<i8").tobytes()
+    assert hashlib.sha256(content).hexdigest()[:16] == GOLDEN_BANKS[size]
+
+
+# What encode() may choose, by hand: the side information, weights' shape and range, and the SHA-256 of what the string
+# 0, 1, 2 … 255, and so on, is decoded to. Again, a changed value makes files unreadable.
+GOLDEN_STRINGS: dict[str, tuple[bytes, Shape, tuple[int, int], str]] = {
+    "a single class": (bytes([0, 9]), (4, 5, 9), (-7, 7), ""),
+    "unsigned": (bytes([0, 30]), (4, 5, 1), (0, 15), ""),
+    "counted": (bytes([0, 255, 0, 9, 255]), (4, 5, 9), (-1, 1), ""),
+    "classes": (bytes([8, 0, 8, 250, 3, 0, 0, 20, 7, 12, 17]), (3, 2, 2), (-31, 31), ""),
+    "lowest bits": (bytes([0, 40]), (4, 5, 2), (-32767, 32767), ""),
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN_STRINGS)
+def test_a_coded_form_is_read_as_ever(case: str) -> None:
+    side, shape, (low, high), expected = GOLDEN_STRINGS[case]
+    weights = decode(side + bytes(range(256)) * 2, shape, low, high)
+    assert side_bytes(side, shape, low, high) == len(side)
+    assert len(np.unique(weights)) > 2
+    assert hashlib.sha256(weights.astype("<i8").tobytes()).hexdigest()[:16] == expected
+
+
+def test_a_small_array_is_coded_as_ever() -> None:
+    weights = np.array([[[-7, 0, 1], [0, 7, 0]], [[2, -1, 0], [0, 0, 3]]])
+    assert bytes(encode(weights, -7, 7)).hex() == ""
+
+
+@pytest.mark.parametrize("bits", [2, 5, 12])
+def test_a_string_that_ends_early_is_refused_or_safe(bits: int) -> None:
+    low, high = integer_range(bits, True)
+    weights = laplacian(np.random.default_rng(0), (6, 5, 9), low, high, 3.0)
+    data = bytes(encode(weights, low, high))
+    for length in range(len(data)):
+        assert_safe(data[:length], weights.shape, low, high)
+
+
+@given(weights_in_range(), st.data())
+@settings(deadline=None, max_examples=100)
+def test_changed_bytes_are_refused_or_safe(drawn: tuple[Integers, int, int], data: st.DataObject) -> None:
+    weights, low, high = drawn
+    content = bytearray(bytes(encode(weights, low, high)))
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+        content[place] = data.draw(st.integers(0, 255))
+    assert_safe(bytes(content), weights.shape, low, high)
+
+
+@given(st.sampled_from([0, 0, 2, 4, 8, 255]), st.binary(max_size=80), SHAPES, RANGES)
+@settings(deadline=None, max_examples=200)
+def test_random_bytes_are_refused_or_safe(
+    step: int, content: bytes, shape: Shape, range_: tuple[int, int]
+) -> None:
+    assert_safe(bytes([step]) + content, shape, *range_)
+
+
+@given(weights_in_range(), st.binary(max_size=24))
+@settings(deadline=None, max_examples=100)
+def test_any_string_after_true_side_information_is_refused_or_safe(
+    drawn: tuple[Integers, int, int], string: bytes
+) -> None:
+    weights, low, high = drawn
+    coded = encode(weights, low, high)
+    assert_safe(coded.side + coded.raw + string, weights.shape, low, high)
+
+
+@pytest.mark.parametrize("string", [b"", bytes(8), bytes(7) + b"\x80", b"\xff" * 3], ids=repr)
+def test_a_layer_whose_string_is_no_string_is_refused_or_safe(string: bytes) -> None:
+    # From a state that no encoder leaves behind, zeros keep the coder reading, four bytes per weight.
+    assert_safe(bytes([0, 0]) + string, (20, 20, 25), -7, 7)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "conv with weight norm"])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_integers_are_laid_out_by_output_channel_and_bring_the_weight_back(case: str, bits: int) -> None:
+    layer = made(CASES[case][0])
+    quantized = quantize_layer(layer, bits)
+    integers, before = quantized.integers, quantized.weight.detach().clone()
+    assert isinstance(layer, nn.Module)
+    rows = output_channels(layer, effective(layer))
+    places = effective(layer)[0, 0].numel()
+    assert integers.shape == (len(rows), rows[0].numel() // places, places), "(out, in, places)"
+    steps = quantized.weight_quantizer.scale.detach().flatten()
+    for integer, row, step in zip(integers, rows, steps, strict=True):
+        quantizer = quantized.weight_quantizer
+        on_grid = (row / step).round().clamp(quantizer.low, quantizer.high)
+        assert equal(integer.flatten().float(), on_grid.flatten())
+
+    parameter: Tensor = layer.get_parameter(quantized.weight_name).data
+    parameter.fill_(0.1)
+    assert not equal(quantized.weight, before)
+    quantized.set_integers(integers)
+    assert equal(quantized.weight, before)
+    assert equal(quantized.integers, integers)
