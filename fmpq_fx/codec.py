@@ -2,6 +2,8 @@
 
 import copy
 import os
+import warnings
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -9,29 +11,43 @@ from torch import Tensor, fx, nn
 from fmpq_fx import fingerprint
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.files import replacing
+from fmpq_fx.passes.entropy_path import EntropyPath, entropy_path
 from fmpq_fx.passes.incremental import replace_module
+from fmpq_fx.passes.integerize import integerize
 from fmpq_fx.passes.rewrite import plan_of, quantized_layers
 from fmpq_fx.quant import QuantizedLayer
 
+Exact = bool | Literal["require"]
 
-def convert(gm: fx.GraphModule) -> nn.Module:
+
+def convert(gm: fx.GraphModule, *, exact: Exact = True) -> nn.Module:
     """Return the model that ``gm`` was made from, with its quantized layers in place of the float ones.
+
+    The networks that choose the CDFs of its latents compute in exact integer arithmetic there, so that what it codes
+    decodes on every machine: any device, number of threads, memory layout, batch, library, in float32 or float64.
 
     Args:
         gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned, trained further or not. It is not
             modified, and shares nothing with what is returned.
+        exact: where something on the way to the CDFs has no exact form, True keeps all of it in floating point and
+            warns, "require" raises. False keeps it in floating point: that codec decodes reliably only in the same
+            process on the same machine.
 
     Returns:
         a model of the user's own class, in evaluation mode, on the device of ``gm``. Its forward computes what
-        ``gm`` does. Where the class can code (CompressAI's can), ``update()`` was called, so that
-        ``compress()`` and ``decompress()`` work with the tables of the weights as they are now; a graph that
-        :func:`fmpq_fx.load` returned, whose entropy models were not trained since, keeps the tables of its file.
+        ``gm`` does, up to the rounding of fixed-point numbers on the way to the CDFs. Where the class can code
+        (CompressAI's can), ``update()`` was called, so that ``compress()`` and ``decompress()`` work with the tables
+        of the weights as they are now; a graph that :func:`fmpq_fx.load` returned, whose entropy models were not
+        trained since, keeps the tables of its file.
 
-        CompressAI's autoregressive coding loops read the weight of the context prediction without calling the
-        layer: they get the quantized weight, but the layer's input stays float there.
+        The coding loops of autoregressive models are replaced by exact ones. With ``exact=False`` they are
+        CompressAI's, which read the weight of the context prediction without calling the layer: they get the
+        quantized weight, but the layer's input stays float there.
 
     Raises:
-        FmpqError: ``gm`` carries no plan, or its model cannot be copied.
+        FmpqError: ``gm`` carries no plan, its model cannot be copied, or ``exact="require"`` and something has no
+            exact form.
+        ValueError: ``exact`` is none of the three.
     """
     plan_of(gm)
     twin = copy.deepcopy(gm).eval()
@@ -42,7 +58,28 @@ def convert(gm: fx.GraphModule) -> nn.Module:
     # Tables of a file are kept: here, their float arithmetic might come out otherwise than where it was written.
     if callable(update) and gm.meta.get("tables_of") != fingerprint.of_entropy_models(model):
         update(force=True)
-    return model
+    return with_exact_path(model, entropy_path(gm), exact)
+
+
+def with_exact_path(model: nn.Module, path: EntropyPath, exact: Exact) -> nn.Module:
+    """Return the quantized ``model`` with its entropy ``path`` in exact arithmetic, as ``exact`` says."""
+    if exact not in (True, False, "require"):
+        raise ValueError(f'exact is {exact!r}; pass True, False or "require"')
+    if not exact:
+        return model
+    try:
+        return integerize(model, path)
+    except FmpqError as error:
+        if exact == "require":
+            raise FmpqError(
+                f"the CDFs of {type(model).__name__} cannot be chosen exactly: {error}"
+            ) from error
+        warnings.warn(
+            f"{type(model).__name__} keeps floating point on the way to its CDFs, so that its bitstreams may not "
+            f"decode on other machines: {error}",
+            stacklevel=3,
+        )
+        return model
 
 
 def export_checkpoint(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
@@ -60,7 +97,7 @@ def export_checkpoint(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
         FmpqError: ``gm`` carries no plan.
         FileNotFoundError: there is no such folder.
     """
-    model = convert(gm)
+    model = convert(gm, exact=False)
     layers = quantized_layers(model)
     inside = tuple(f"{site}." for site in layers)
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(inside)}

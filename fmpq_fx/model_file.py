@@ -7,13 +7,15 @@ It is a safetensors file (see :mod:`fmpq_fx.container` for its version and check
 ``quantizers``      packed: steps of the weights and of the inputs, and zero points
 ``model``           packed: what stays float, biases, GDN's betas, the entropy models, as in the state dict
 ``tables``          packed: the CDF tables of the entropy models
-``words``           packed JSON: the plan, the history of fine-tuning, names, types and shapes of all tensors
+``words``           packed JSON: the plan, the history of fine-tuning, names, types and shapes of all tensors, and
+                    which modules choose the CDFs (what these compute with follows from the rest, exactly)
 ==================  =============================================================================================
 
 Its metadata say which model it is: the class, and its name in CompressAI's zoo where that makes it again.
 """
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -28,9 +30,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
 from fmpq_fx import container, fingerprint, tensor_packing, weight_coder
-from fmpq_fx.codec import check_weight, convert
+from fmpq_fx.codec import Exact, check_weight, convert, with_exact_path
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.history import History
+from fmpq_fx.passes.entropy_path import EntropyPath, entropy_path
 from fmpq_fx.passes.incremental import replace_module
 from fmpq_fx.passes.plan import WIDTHS
 from fmpq_fx.passes.rewrite import plan_of, quantize_site, quantized_layers
@@ -60,7 +63,7 @@ def save(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: there is no such folder.
     """
     plan = plan_of(gm)
-    model = convert(gm)  # has the CDF tables of the weights as they are now
+    model = convert(gm, exact=False)  # has the CDF tables of the weights as they are now
     layers = _checked_layers(model, plan)
     integers = {site: layer.integers for site, layer in layers.items()}
     quantizers = _quantizer_states(layers)
@@ -74,6 +77,7 @@ def save(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     words = {
         "plan": json.loads(plan.to_json()),
         "history": _shortened(gm.meta.get("history")),
+        "entropy_path": dataclasses.asdict(entropy_path(gm)),
         "layouts": {site: list(values.shape) for site, values in integers.items()},
         "signed": {site: layer.signed for site, layer in layers.items()},
         "weights": {name: list(value.shape) for name, value in weights.items()},
@@ -118,15 +122,17 @@ def load(path: str | os.PathLike[str], *, model: Model | None = None) -> fx.Grap
         return gm
 
 
-def load_codec(path: str | os.PathLike[str], *, model: Model | None = None) -> nn.Module:
+def load_codec(path: str | os.PathLike[str], *, model: Model | None = None, exact: Exact = True) -> nn.Module:
     """Return the codec that is in the file ``path``: the model's own class, quantized, ready to code.
 
     It is what :func:`fmpq_fx.convert` returns for the saved graph. Its CDF tables are those of the file. The
-    arguments and what is raised are as for :func:`load`; nothing is traced, so that this is faster.
+    arguments and what is raised are as for :func:`load`, and for ``exact`` as for ``convert``; nothing is traced, so
+    that this is faster.
     """
     held = container.read(path)
     with blaming(path):
-        return _codec(held, model)[0]
+        codec, words = _codec(held, model)
+        return with_exact_path(codec, EntropyPath(**words["entropy_path"]), exact)
 
 
 @contextmanager

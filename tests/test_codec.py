@@ -46,7 +46,9 @@ def prepared(name: str, x: Tensor, activation_bits: int | None = 8) -> Any:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_converted_model_computes_what_the_graph_does(name: str, x: Tensor) -> None:
     gm = prepared(name, x)
-    codec = fmpq_fx.convert(gm)
+    codec = fmpq_fx.convert(
+        gm, exact=False
+    )  # what rounding to fixed point does is seen in test_integerize.py
     assert type(codec) is type(MODELS[name]())
     with torch.no_grad():
         assert torch.equal(codec(x)["x_hat"], gm(x)["x_hat"])
@@ -69,7 +71,7 @@ def test_it_codes_and_decodes(name: str, x: Tensor) -> None:
 
 def test_the_coding_loops_of_autoregressive_models_use_the_quantized_context_weight(x: Tensor) -> None:
     gm = prepared("mbt2018", x)
-    codec: Any = fmpq_fx.convert(gm)
+    codec: Any = fmpq_fx.convert(gm, exact=False)
     used = codec.context_prediction.weight * codec.context_prediction.mask
     layer = quantized_layers(gm)["context_prediction"]
     integers = layer.weight_quantizer.integers(layer.float_weight())
@@ -78,13 +80,13 @@ def test_the_coding_loops_of_autoregressive_models_use_the_quantized_context_wei
 
 def test_training_the_graph_reaches_what_is_converted_next_and_not_what_was(x: Tensor) -> None:
     gm = prepared("bmshj2018-hyperprior", x)
-    before = fmpq_fx.convert(gm)
+    before = fmpq_fx.convert(gm, exact=False)
     with torch.no_grad():
         expected = gm(x)["x_hat"]
         for parameter in gm.parameters():
             parameter.mul_(1.05)
         assert torch.equal(before(x)["x_hat"], expected)
-        after = fmpq_fx.convert(gm)
+        after = fmpq_fx.convert(gm, exact=False)
         assert not torch.equal(gm(x)["x_hat"], expected)
         assert torch.equal(after(x)["x_hat"], gm(x)["x_hat"])
 
@@ -96,7 +98,7 @@ def test_a_graph_that_was_saved_converts_as_well(x: Tensor, tmp_path: Path) -> N
     with torch.no_grad():
         for parameter in loaded.parameters():
             parameter.mul_(1.05)
-        assert torch.equal(fmpq_fx.convert(loaded)(x)["x_hat"], loaded(x)["x_hat"])
+        assert torch.equal(fmpq_fx.convert(loaded, exact=False)(x)["x_hat"], loaded(x)["x_hat"])
 
 
 @pytest.mark.parametrize("name", ["bmshj2018-factorized", "mbt2018-mean", "mbt2018", "cheng2020-anchor"])

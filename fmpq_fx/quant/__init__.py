@@ -1,5 +1,6 @@
 """What a layer is once it is quantized: fake quantization and the layers built on it. It knows no graph."""
 
+from fmpq_fx.quant.exact import ExactLayer, ExactLeakyReLU
 from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant, integer_range
 from fmpq_fx.quant.latents import QuantizeLatent
 from fmpq_fx.quant.layers import QUANTIZERS, QuantizedLayer, quantize_layer, quantized_class
@@ -7,6 +8,8 @@ from fmpq_fx.quant.layers import QUANTIZERS, QuantizedLayer, quantize_layer, qua
 __all__ = [
     "QUANTIZERS",
     "ActivationFakeQuant",
+    "ExactLayer",
+    "ExactLeakyReLU",
     "QuantizeLatent",
     "QuantizedLayer",
     "WeightFakeQuant",

@@ -83,8 +83,11 @@ class QuantizedLayer(nn.Module):
     @property
     def integers(self) -> Tensor:
         """The integers that stand for the weight, int32, (out, in, places): a place in the kernel is one number."""
-        integers = self.weight_quantizer.integers(self.float_weight())
-        return integers.flatten(2) if integers.ndim > 2 else integers.unsqueeze(2)
+        return self.by_output(self.weight_quantizer.integers(self.float_weight()))
+
+    def by_output(self, values: Tensor) -> Tensor:
+        """Return ``values``, of the shape of :meth:`float_weight`, as (out, in, places)."""
+        return values.flatten(2) if values.ndim > 2 else values.unsqueeze(2)
 
     @torch.no_grad()
     def set_integers(self, integers: Tensor) -> None:
@@ -162,11 +165,9 @@ class QuantizedConvTranspose2d(QuantizedLayer):
         """Return all dimensions but the group and the output channel in it."""
         return (1, 3, 4)
 
-    @property
-    def integers(self) -> Tensor:
-        """The integers that stand for the weight, int32, (out, in, places), the output channels group by group."""
-        integers = self.weight_quantizer.integers(self.float_weight())
-        return integers.transpose(1, 2).flatten(0, 1).flatten(2)
+    def by_output(self, values: Tensor) -> Tensor:
+        """Return ``values``, of the shape of :meth:`float_weight`, as (out, in, places), the outputs group by group."""
+        return values.transpose(1, 2).flatten(0, 1).flatten(2)
 
     @torch.no_grad()
     def set_integers(self, integers: Tensor) -> None:

@@ -1,0 +1,110 @@
+"""Convolutions as products of one matrix with another: sums of products in any order, and nothing else.
+
+A convolution of a library may be one by Winograd or FFT, which multiplies sums and fractions of what it is given.
+With a matrix product, every number between is a sum of some of the products, so integers are summed exactly as
+long as the sum of all magnitudes can be represented.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvProduct:
+    """A convolution, by ``unfold`` and a matrix (groups, out / groups, in / groups * places)."""
+
+    trailing = 2  # dimensions after that of the channels
+
+    def __init__(self, layer: nn.Conv2d):
+        self.groups = layer.groups
+        self.kernel = layer.kernel_size
+        self.stride, self.dilation = layer.stride, layer.dilation
+        # Left, right, top, bottom; torch keeps them for every way of padding, those that it is told by name too.
+        self.padding = list(layer._reversed_padding_repeated_twice)
+        self.padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether an output depends on the inputs of its own place alone."""
+        return self.kernel == (1, 1) == self.stride and not any(self.padding)
+
+    def matrix(self, integers: Tensor) -> Tensor:
+        """Return the matrix of ``integers`` (out, in / groups, places)."""
+        return integers.reshape(self.groups, -1, integers[0].numel())
+
+    def sums(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Return the sums for ``x`` (B, C, H, W)."""
+        if any(self.padding):
+            x = F.pad(x, self.padding, self.padding_mode)
+        height, width = (
+            (side - dilation * (kernel - 1) - 1) // stride + 1
+            for side, dilation, kernel, stride in zip(
+                x.shape[2:], self.dilation, self.kernel, self.stride, strict=True
+            )
+        )
+        columns = x if self.pointwise else F.unfold(x, self.kernel, self.dilation, 0, self.stride)
+        columns = columns.reshape(len(x), self.groups, matrix.size(2), -1)
+        sums: Tensor = torch.matmul(matrix, columns)
+        return sums.reshape(len(x), -1, height, width)
+
+
+class ConvTransposeProduct:
+    """A transposed convolution, by a matrix (groups, out / groups * places, in / groups) and ``fold``."""
+
+    trailing = 2
+    pointwise = False
+
+    def __init__(self, layer: nn.ConvTranspose2d):
+        self.groups = layer.groups
+        self.kernel = layer.kernel_size
+        self.stride, self.dilation = layer.stride, layer.dilation
+        self.padding, self.output_padding = layer.padding, layer.output_padding
+
+    def matrix(self, integers: Tensor) -> Tensor:
+        """Return the matrix of ``integers`` (out, in / groups, places), the outputs group by group."""
+        apart = integers.unflatten(0, (self.groups, -1))
+        rows: Tensor = apart.transpose(2, 3).flatten(1, 2).contiguous()
+        return rows
+
+    def sums(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Return the sums for ``x`` (B, C, H, W)."""
+        size = [
+            (x.size(2 + i) - 1) * self.stride[i]
+            - 2 * int(self.padding[i])
+            + self.dilation[i] * (self.kernel[i] - 1)
+            + self.output_padding[i]
+            + 1
+            for i in range(2)
+        ]
+        columns = torch.matmul(matrix, x.reshape(len(x), self.groups, matrix.size(2), -1)).flatten(1, 2)
+        return F.fold(columns, size, self.kernel, self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
+
+
+class LinearProduct:
+    """A linear layer, by a matrix (out, in)."""
+
+    trailing = 0
+    pointwise = False
+
+    def __init__(self, layer: nn.Linear):
+        del layer  # the matrix is all there is
+
+    def matrix(self, integers: Tensor) -> Tensor:
+        """Return the matrix of ``integers`` (out, in, 1)."""
+        return integers.flatten(1)
+
+    def sums(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Return the sums for ``x`` (…, in)."""
+        return torch.matmul(x, matrix.T)
+
+
+Product = ConvProduct | ConvTransposeProduct | LinearProduct
+
+
+def product_of(layer: nn.Module) -> Product | None:
+    """Return how the float ``layer`` multiplies, or None where it is none of these."""
+    if isinstance(layer, nn.Conv2d):
+        return ConvProduct(layer)
+    if isinstance(layer, nn.ConvTranspose2d):
+        return ConvTransposeProduct(layer)
+    return LinearProduct(layer) if isinstance(layer, nn.Linear) else None

@@ -1,0 +1,88 @@
+"""Small quantized models whose latents, scales and means are lively, without measuring anything for their plans."""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import compressai.models as zoo
+import torch
+from compressai.entropy_models import EntropyBottleneck
+from torch import Tensor, fx, nn
+from traced_models import PLAIN, WITH_CODEC
+
+import fmpq_fx
+from fmpq_fx.passes.functionalize import functionalize
+from fmpq_fx.passes.plan import make_plan
+from fmpq_fx.passes.rewrite import plan_of, quantize, quantized_layers
+from fmpq_fx.passes.sites import find_sites
+from fmpq_fx.passes.tables import Sensitivity
+from fmpq_fx.passes.trace import trace
+
+NAMES = ("scale hyperprior", "mean-scale hyperprior", "mbt2018", "cheng2020-anchor", "cheng2020-attention")
+CODED = {name: PLAIN[name] for name in NAMES} | WITH_CODEC
+CODED["mbt2018"] = lambda: zoo.JointAutoregressiveHierarchicalPriors(12, 12)  # whose compress() wants N = M
+
+
+@functools.cache
+def lively(name: str) -> tuple[nn.Module, Tensor]:
+    """Return a model and two images (2, 3, 128, 128) that it makes latents of some size from."""
+    torch.manual_seed(0)
+    model: Any = CODED[name]().eval()
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and not path.startswith(("g_a", "g_s")):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.normal_(layer.bias)  # type: ignore[arg-type]
+        if isinstance(layer, EntropyBottleneck):  # medians that are no fixed-point numbers
+            layer.quantiles.data[:, 0, 1] = 0.3 * torch.randn(layer.channels)
+    x = nn.functional.interpolate(torch.rand(2, 3, 16, 16), size=128, mode="bicubic")
+    with torch.no_grad():
+        for _ in range(5):
+            louder = model.g_a[-1].weight if isinstance(model.g_a[-1], nn.Conv2d) else x
+            louder.mul_(4 / model.g_a(x).std())
+    return model, x
+
+
+@functools.cache
+def quantized(name: str, activation_bits: int | None = 8, bits: int = 6) -> Any:
+    """Return the graph of a lively model at ``bits``, its activations calibrated on the first image."""
+    model, x = lively(name)
+    gm = functionalize(trace(model))
+    sites = find_sites(gm)
+    zeros = {site.name: {bits: 0.0} for site in sites}
+    table = Sensitivity(sites, 0.01, 0.0, 0.0, zeros, zeros, {}, "")
+    plan = make_plan(table, target_cr=bits / 32, planner="uniform", activation_bits=activation_bits)
+    gm = quantize(gm, plan)
+    if activation_bits is not None:
+        _observe(gm, x[:1])
+    return gm
+
+
+def _observe(gm: fx.GraphModule, x: Tensor) -> None:
+    with torch.no_grad():
+        gm(x)
+    quantizers: Any = {site: layer.input_quantizer for site, layer in quantized_layers(gm).items()}
+    for quantizer in quantizers.values():
+        quantizer.freeze(*quantizer.range, quantizer.integral)
+    gm.meta["fmpq"] = replace(
+        plan_of(gm),
+        ranges={site: quantizer.range for site, quantizer in quantizers.items()},
+        integral=tuple(site for site, quantizer in quantizers.items() if quantizer.integral),
+    )
+
+
+@functools.cache
+def codec(name: str, activation_bits: int | None = 8) -> Any:
+    """Return the exact codec of a lively model; it is shared, so copy it before changing it."""
+    return fmpq_fx.convert(quantized(name, activation_bits), exact="require")
+
+
+def latents(codec: Any, coded: Any) -> Tensor:
+    """Return what the decoder hands to the synthesis transform, float64."""
+    seen: list[Tensor] = []
+    handle = codec.g_s.register_forward_pre_hook(lambda module, args: seen.append(args[0].double()))
+    try:
+        with torch.no_grad():
+            codec.decompress(coded["strings"], coded["shape"])
+    finally:
+        handle.remove()
+    return seen[0]
