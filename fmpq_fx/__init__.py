@@ -11,6 +11,7 @@ from fmpq_fx import _compressai, samples  # noqa: F401  (_compressai comes first
 from fmpq_fx.codec import convert, export_checkpoint
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.evaluate import Evaluation, evaluate
+from fmpq_fx.exact_report import exact_table
 from fmpq_fx.file_report import FileReport, file_report
 from fmpq_fx.finetune import finetune
 from fmpq_fx.history import History
@@ -37,6 +38,7 @@ __all__ = [
     "decode",
     "encode",
     "evaluate",
+    "exact_table",
     "export_checkpoint",
     "file_report",
     "finetune",

@@ -1,4 +1,6 @@
-"""The compiler passes, in the order in which :func:`fmpq_fx.prepare` runs them.
+"""The compiler passes, in the order in which they run.
+
+:func:`fmpq_fx.prepare` runs all but the last two, which :func:`fmpq_fx.convert` runs.
 
 ==================  ===========================================  =====================================
 pass                takes and returns                            what it does
@@ -11,6 +13,8 @@ pass                takes and returns                            what it does
 ``rewrite``         GraphModule, Plan -> GraphModule             swaps in quantized layers
 ``scales``          GraphModule, images -> GraphModule           chooses where weights are clipped
 ``calibrate``       GraphModule, images -> GraphModule           sets the ranges of activations
+``entropy_path``    GraphModule -> EntropyPath                   finds what chooses the CDFs of the latents
+``integerize``      model, EntropyPath -> model                  lowers that to exact integer arithmetic
 ==================  ===========================================  =====================================
 
 What a pass finds out it writes on the graph, in ``node.meta["fmpq"]``, and in the :class:`tables.Plan`

@@ -25,12 +25,13 @@ def integerize(model: nn.Module, path: EntropyPath) -> nn.Module:
     """
     if path.obstacles:
         raise FmpqError("; ".join(path.obstacles))
+    device = next(model.parameters()).device
     exact: dict[int, tuple[nn.Module, nn.Module]] = {}  # by the module replaced: it may have several names
     for names, make in ((path.layers, ExactLayer), (path.activations, ExactLeakyReLU)):
         for name in names:
             old = model.get_submodule(name)
             try:
-                exact[id(old)] = old, make(old)  # type: ignore[arg-type]
+                exact[id(old)] = old, make(old).to(device)  # type: ignore[arg-type]
             except FmpqError as error:
                 raise FmpqError(f"{name!r} has no exact form: {error}") from error
     for old, new in exact.values():

@@ -45,7 +45,11 @@ def lively(name: str) -> tuple[nn.Module, Tensor]:
 @functools.cache
 def quantized(name: str, activation_bits: int | None = 8, bits: int = 6) -> Any:
     """Return the graph of a lively model at ``bits``, its activations calibrated on the first image."""
-    model, x = lively(name)
+    return graph_of(*lively(name), activation_bits, bits)
+
+
+def graph_of(model: nn.Module, x: Tensor, activation_bits: int | None = 8, bits: int = 6) -> Any:
+    """Return the graph of ``model`` at ``bits``, its activations calibrated on the first image of ``x``."""
     gm = functionalize(trace(model))
     sites = find_sites(gm)
     zeros = {site.name: {bits: 0.0} for site in sites}

@@ -103,9 +103,9 @@ class Rescaling(IntegerModule):
             rest = shift - piece
             offset = round(max(-MOST, min(MOST, bias)) * 2**rest) + (2**rest >> 1)
             columns.append((multiplier, offset, math.ldexp(1.0, -rest)))
-        constants = torch.tensor(columns, dtype=torch.float64).T
-        for name, values in zip(("multiplier", "offset", "unit"), constants, strict=True):
-            self.register_buffer(name, values.clone().view(-1, *[1] * trailing))
+        for name, values in zip(("multiplier", "offset", "unit"), zip(*columns, strict=True), strict=True):
+            constants = torch.tensor(values, dtype=torch.float64)
+            self.register_buffer(name, constants.view(-1, *[1] * trailing))
 
     multiplier: Tensor
     offset: Tensor
