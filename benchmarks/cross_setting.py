@@ -1,0 +1,184 @@
+"""What fails to decode under another setting than it was encoded under: the float model, and ours in integers.
+
+An image fails where the decoder gets another symbol than the encoder had; for ours, where a latent differs in any
+bit. Then what exactness costs: bits on the wire against the same plan with a float entropy path, and the time to
+encode and decode against the float model in CompressAI's own code.
+
+    python benchmarks/cross_setting.py --calibration ../data/bsds500/val --images ../data/kodak --lmbda 0.013
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bench_models import UNTRAINED
+from compressai.ops import compute_padding
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fmpq_fx import convert, exact_table, image_files, images, prepare
+from fmpq_fx.image_coding import STRIDE
+from fmpq_fx.zoo import load_model
+
+SETTINGS = ("1 thread", "2 threads", "no oneDNN", "channels_last", "float64")
+
+
+class Latents(nn.Module):
+    """Stands for the synthesis transform and keeps what it is given: pictures are not what is compared."""
+
+    def forward(self, y_hat: Tensor) -> Tensor:
+        """Return ``y_hat`` as it is."""
+        self.seen = y_hat.double()
+        return y_hat.clone()
+
+
+@contextmanager
+def setting(which: str, codec: Any) -> Iterator[Any]:
+    """Give a copy of ``codec`` as it is to be used in the block."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    twin = copy.deepcopy(codec)
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_num_threads(2 if which == "2 threads" else 1)
+        if which == "no oneDNN":
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        if which == "float64":
+            torch.set_default_dtype(torch.float64)
+            twin = twin.double()
+        if which == "channels_last":
+            twin = twin.to(memory_format=torch.channels_last)
+        yield twin
+
+
+def encode_all(codec: Any, which: str, pictures: list[Tensor]) -> list[Any]:
+    """Return what ``codec`` makes of each of ``pictures`` (1, 3, H, W) under a setting."""
+    with setting(which, codec) as encoder:
+        moved = (x.to(next(encoder.parameters()).dtype) for x in pictures)
+        layout = torch.channels_last if which == "channels_last" else torch.contiguous_format
+        return [encoder.compress(x.contiguous(memory_format=layout)) for x in moved]
+
+
+def decode_all(codec: Any, which: str, coded: list[Any]) -> list[Tensor]:
+    """Return the latents of each of ``coded`` as the decoder has them under a setting."""
+    with setting(which, codec) as decoder:
+        decoder.g_s = Latents()
+        found = []
+        for each in coded:
+            decoder.decompress(each["strings"], each["shape"])
+            found.append(decoder.g_s.seen)
+        return found
+
+
+def failures(codec: Any, pictures: list[Tensor], tolerance: float, name: str) -> list[list[str]]:
+    """Return a row per encoder's setting: how many pictures fail under each decoder's."""
+    rows = []
+    for encoder in tqdm(SETTINGS, desc=name, leave=False):
+        coded = encode_all(codec, encoder, pictures)
+        expected = decode_all(codec, encoder, coded)
+        counts = [
+            sum(
+                bool((ours - theirs).abs().max() > tolerance)
+                for ours, theirs in zip(expected, decode_all(codec, decoder, coded), strict=True)
+            )
+            for decoder in SETTINGS
+        ]
+        rows.append([name, encoder, *map(str, counts)])
+    return rows
+
+
+def coded_bytes(codec: Any, pictures: list[Tensor]) -> int:
+    """Return the bytes of all strings of ``pictures``."""
+    return sum(len(s) for x in pictures for group in codec.compress(x)["strings"] for s in group)
+
+
+def seconds(codecs: dict[str, Any], pictures: list[Tensor]) -> dict[str, tuple[float, float]]:
+    """Return the median seconds to encode and to decode a picture, by codec, taken in turn on one thread."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in codecs}
+    for x in tqdm(pictures, desc="time", leave=False):
+        for name, codec in codecs.items():
+            start = time.perf_counter()
+            coded = codec.compress(x)
+            middle = time.perf_counter()
+            codec.decompress(coded["strings"], coded["shape"])
+            taken[name].append((middle - start, time.perf_counter() - middle))
+    return {
+        name: (statistics.median(e for e, _ in times), statistics.median(d for _, d in times))
+        for name, times in taken.items()
+    }
+
+
+def padded(path: Path) -> Tensor:
+    """Return the picture (1, 3, H, W), padded as for coding."""
+    x = image_files.read(path).unsqueeze(0)
+    pad, _ = compute_padding(*x.shape[-2:], min_div=STRIDE)
+    return F.pad(x, pad)
+
+
+def main() -> None:
+    """Print failures per pair of settings, bytes, times, and what each layer sums in."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="sample", help="'sample' or a name of CompressAI's zoo")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="trained weights; without, others than 'sample' are random"
+    )
+    parser.add_argument("--calibration", help="image folder; default: scikit-image's photographs")
+    parser.add_argument("--images", required=True, type=Path, help="image folder")
+    parser.add_argument("--count", type=int, help="of the images; default: all")
+    parser.add_argument("--lmbda", type=float, default=0.013)
+    parser.add_argument("--target-cr", type=float, default=0.1875)
+    parser.add_argument("--planner", default="adaptive")
+    parser.add_argument("--bits", type=int, nargs="+", help="candidates; default: 2 to 10")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    untrained = args.checkpoint is None and args.model in UNTRAINED
+    model: Any = UNTRAINED[args.model]() if untrained else load_model(args.model, checkpoint=args.checkpoint)
+    model = model.eval()
+    model.update()
+    gm = prepare(
+        model,
+        args.target_cr,
+        calibration=images.batches(args.calibration),
+        lmbda=args.lmbda,
+        bits=args.bits,
+        planner=args.planner,
+    )
+    pictures = [padded(path) for path in image_files.find(args.images)[: args.count]]
+    with torch.no_grad():
+        ours, inexact = convert(gm, exact="require"), convert(gm, exact=False)
+        print(exact_table(ours), "\n")
+        rows = failures(model, pictures, 0.5, "float model") + failures(ours, pictures, 0.0, "ours")
+        headers = ["", "encoded with", *(f"decoded with {which}" for which in SETTINGS)]
+        print(f"images of {len(pictures)} that fail:")
+        print(
+            tabulate(
+                rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * len(SETTINGS))
+            )
+        )
+        sizes = [coded_bytes(codec, pictures) for codec in (ours, inexact)]
+        print(
+            f"\nbytes: {sizes[0]}, with a float entropy path {sizes[1]}: {100 * (sizes[0] / sizes[1] - 1):+.3f} %"
+        )
+        times = seconds({"float model": model, "plan, float path": inexact, "plan, exact": ours}, pictures)
+    base = times["float model"]
+    rows = [
+        [name, *(f"{t:.3f}" for t in pair), *(f"{t / b:.2f}" for t, b in zip(pair, base, strict=True))]
+        for name, pair in times.items()
+    ]
+    headers = ["", "encode (s)", "decode (s)", "encode / float", "decode / float"]
+    print("\n" + tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 4)))
+
+
+if __name__ == "__main__":
+    main()
