@@ -234,7 +234,7 @@ def _enter(draft: _Draft, name: str, codec: LatentCodec) -> None:
         if isinstance(module, LatentCodec):
             if type(module) not in _NETWORKS:
                 draft.stop(
-                    path, f"({type(module).__name__}) is a latent codec of another kind than CompressAI's"
+                    path, f"({type(module).__name__}) is a latent codec whose way of coding is not known"
                 )
                 continue
             for key in _NETWORKS[type(module)]:

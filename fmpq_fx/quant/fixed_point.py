@@ -38,9 +38,11 @@ def to_integers(x: Tensor) -> Tensor:
 
 
 def from_integers(integers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the numbers that ``integers``, float64, stand for, saturated, in ``dtype`` or at least in float32."""
-    numbers = integers.clamp(-MOST, MOST).mul_(2.0**-FRACTION_BITS)
-    return numbers.to(torch.promote_types(dtype, torch.float32))
+    """Return the numbers that ``integers``, float64, stand for, saturated, in ``dtype``.
+
+    Types smaller than float32 hold less of them: everywhere the same, but not what the others hold.
+    """
+    return integers.clamp(-MOST, MOST).mul_(2.0**-FRACTION_BITS).to(dtype)
 
 
 def exp(logarithms: Tensor) -> list[Fraction]:
