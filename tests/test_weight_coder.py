@@ -42,13 +42,11 @@ def laplacian(rng: np.random.Generator, shape: Shape, low: int, high: int, octav
     """Draw weights as layers have them, with a spread per channel that varies by that many octaves (deviation)."""
     outputs, inputs, places = (np.exp2(rng.normal(0, octaves, count)) for count in shape)
     spread = outputs[:, None, None] * inputs[:, None] * places ** (1 / 4)
-    values = rng.laplace(0, 1, shape) * spread / np.median(spread)
-    return on_grid(values * high / 8, low, high)
+    return on_grid(rng.laplace(0, high / 8, shape) * spread / np.median(spread), low, high)
 
 
 def on_grid(values: NDArray[np.float64], low: int, high: int) -> Integers:
-    integers: Integers = np.clip(np.rint(values), low, high).astype(np.int64)
-    return integers
+    return np.clip(np.rint(values), low, high).astype(np.int64)
 
 
 @st.composite
@@ -64,8 +62,7 @@ class WatchedEncoder:
     def encode_with_indexes(self, symbols: list[int], *tables: Any) -> bytes:
         # The buffer has a word for every symbol; a state of two words goes in there, and a word for every two symbols.
         assert len(symbols) > 2, "it writes in front of its buffer"
-        string: bytes = RansEncoder().encode_with_indexes(symbols, *tables)
-        return string
+        return RansEncoder().encode_with_indexes(symbols, *tables)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,8 +119,7 @@ def test_what_was_coded_comes_back(drawn: Drawn) -> None:
     assert data == coded.side + coded.raw + coded.symbols
     assert coded_bytes(weights, low, high) == len(data)
     assert side_bytes(data, weights.shape, low, high) == len(coded.side)
-    noise_bits = max(0, (high - low).bit_length() - 10)
-    assert len(coded.raw) == -(-weights.size * noise_bits // 8)
+    assert len(coded.raw) == -(-weights.size * max(0, (high - low).bit_length() - 10) // 8)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 10, 11, 16])
@@ -205,7 +201,6 @@ def test_two_values_however_far_apart_cost_a_bit_each(pair: Range) -> None:
         (np.full((2, 3, 4), 8), r"\(2, 3, 4\).*\[-7, 7\]"),
         (np.full((2, 3, 4), -8), r"\[-7, 7\]"),
         (np.zeros((2, 3), np.int64), r"\(2, 3\) are not \(out, in, places\)"),
-        (np.zeros((2, 3, 4, 1), np.int64), r"\(2, 3, 4, 1\) are not"),
     ],
 )
 def test_weights_out_of_range_or_of_another_layout_are_refused(weights: Integers, words: str) -> None:
