@@ -23,7 +23,9 @@ def main() -> None:
     data = fmpq_fx.encode(codec, photo)
     decoded = fmpq_fx.decode(codec, data)
     error = (decoded - photo).abs().mean().item()
-    print(f"\n{len(data):,} bytes, {8 * len(data) / photo[0].numel():.3f} bits per pixel, mean error {error:.4f}")
+    print(
+        f"\n{len(data):,} bytes, {8 * len(data) / photo[0].numel():.3f} bits per pixel, mean error {error:.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The container of model files: what is read is what was written, to the last bit, or it is refused by name."""
+"""The container of model files: what is read is what was written, to the last bit, or it is refused; fingerprints."""
 
 import errno
 import json
 import lzma
 import re
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from test_model_file import trained
 
 import fmpq_fx
 from fmpq_fx import FmpqError, container
 from fmpq_fx.container import packed, read, unpacked, write
+from fmpq_fx.fingerprint import digest, of_codec, of_entropy_models
+from fmpq_fx.quant import QuantizedLayer
 from fmpq_fx.state import save_state
 
 ABOUT: dict[str, Any] = {"model": {"class": "a.B", "zoo": None}, "ζ": [1, 2.5, "\n", {}]}
@@ -120,9 +123,8 @@ def test_another_safetensors_file_is_named_as_such(tmp_path: Path, dtype: str) -
         read(tmp_path / "other.safetensors")
 
 
-def test_a_state_file_is_no_model_file(tmp_path: Path, x: Tensor) -> None:
-    gm = fmpq_fx.prepare(small_model("mbt2018-mean"), 0.25, calibration=[x], bits=[8], planner="uniform")
-    save_state(gm, tmp_path / "state", model="mbt2018-mean")
+def test_a_state_file_is_no_model_file(tmp_path: Path) -> None:
+    save_state(trained(small_model("mbt2018-mean")), tmp_path / "state", model="mbt2018-mean")
     with pytest.raises(FmpqError, match=r"state is a safetensors file, but no model file.*fmpq_fx.save\(\)"):
         read(tmp_path / "state")
 
@@ -223,14 +225,20 @@ def test_what_was_packed_comes_back(data: bytes) -> None:
     assert unpacked(packed(data)) == data
 
 
-def test_a_part_that_would_fill_the_memory_is_refused() -> None:
+def test_a_part_that_would_fill_the_memory_is_refused_before_it_does() -> None:
     bomb = lzma.compress(bytes((1 << 26) + 1), preset=0)
     assert len(bomb) < 20_000
     with pytest.raises(FmpqError, match="does not end within 67108864 bytes"):
         unpacked(bomb)
     assert unpacked(packed(bytes(1000)), limit=1000) == bytes(1000)
+    tracemalloc.start()
     with pytest.raises(FmpqError, match="does not end within 999 bytes"):
-        unpacked(packed(bytes(1000)), limit=999)
+        unpacked(bomb, limit=999)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 21
+    tracemalloc.stop()
+    dictionary_of_2_gb = b"\x5d" + (1 << 31).to_bytes(4, "little") + b"\xff" * 8 + bytes(99)
+    with pytest.raises(FmpqError, match="Memory usage limit"):
+        unpacked(dictionary_of_2_gb)
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -240,7 +248,6 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "too long": lambda data: data + b"\0",
     "twice": lambda data: data + data,
     "other content": lambda data: data[:30] + bytes([data[30] ^ 1]) + data[31:],
-    "a dictionary of 2 GB": lambda data: b"\x5d" + (1 << 31).to_bytes(4, "little") + b"\xff" * 8 + bytes(99),
 }
 
 
@@ -248,3 +255,35 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 def test_a_packed_part_that_is_damaged_is_refused(damage: Callable[[bytes], bytes]) -> None:
     with pytest.raises(FmpqError, match="a packed part"):
         unpacked(damage(packed(b"a few words, some of them twice, some of them twice")))
+
+
+def test_a_fingerprint_tells_codecs_apart_by_what_they_compute_with() -> None:
+    gm = trained(small_model("bmshj2018-hyperprior"))
+    before, entropy_models = (of(fmpq_fx.convert(gm)) for of in (of_codec, of_entropy_models))
+    layer = gm.get_submodule("g_a.0")
+    assert isinstance(layer, QuantizedLayer)
+    with torch.no_grad():
+        weight, integers = layer.weight, layer.integers
+        layer.set_integers(integers)
+        assert torch.equal(layer.weight, weight)
+        assert of_codec(fmpq_fx.convert(gm)) == before, "another float weight, the same integers"
+        integers[0, 0, 0] += 1 if integers[0, 0, 0] < 0 else -1
+        layer.set_integers(integers)
+        assert of_codec(fmpq_fx.convert(gm)) != before
+        assert of_entropy_models(fmpq_fx.convert(gm)) == entropy_models
+        gm.get_parameter("entropy_bottleneck.matrices.0").add_(1e-6)
+    assert of_entropy_models(fmpq_fx.convert(gm)) != entropy_models
+
+
+def test_a_fingerprint_depends_on_names_and_values_and_not_on_their_order() -> None:
+    state = {
+        "a": torch.zeros(2),
+        "b": torch.tensor(True),
+        "c": torch.zeros(0, 3),
+        "d": torch.zeros(1).bfloat16(),
+    }
+    assert digest(dict(reversed(state.items()))) == digest(state)
+    for name, value in {"a": -torch.zeros(2), "b": torch.tensor(False), "e": torch.zeros(0)}.items():
+        assert digest({**state, name: value}) != digest(state)
+    # The stride of a dimension without elements can be anything.
+    assert digest({"c": torch.empty_strided((0,), (0,), dtype=torch.int32)}) == digest({"c": torch.zeros(0)})
