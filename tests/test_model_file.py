@@ -62,6 +62,7 @@ OF_THE_ZOO: dict[str, Callable[[], fx.GraphModule]] = {
     "bmshj2018-hyperprior": lambda: trained(small_model("bmshj2018-hyperprior")),
     "mbt2018-mean": lambda: trained(small_model("mbt2018-mean")),
     "mbt2018": lambda: trained(small_model("mbt2018")),
+    "cheng2020-anchor-checkerboard": lambda: trained(lively(WITH_CODEC["cheng2020-checkerboard"])),
     "float activations": lambda: trained(small_model("mbt2018"), None),
     "float and wide sites": lambda: trained(
         small_model("mbt2018-mean"), 16, g_a0=None, g_a1=None, g_s6=16, g_a3=16
@@ -69,7 +70,12 @@ OF_THE_ZOO: dict[str, Callable[[], fx.GraphModule]] = {
     "all float": lambda: trained(small_model("mbt2018-mean"), None, None),
     "float64": lambda: trained(small_model("bmshj2018-hyperprior").double(), g_a0=16, g_a1=16),
 }
-OTHERS: dict[str, Make] = {**WITH_CODEC, "own": Own}
+OTHERS: dict[str, Make] = {
+    **{
+        name: make for name, make in WITH_CODEC.items() if name.startswith("elic")
+    },  # their groups are in no tensor
+    "own": Own,
+}
 
 
 class Saved(NamedTuple):

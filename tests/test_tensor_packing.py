@@ -254,19 +254,19 @@ def test_a_file_cannot_have_anything_imported_and_called(
     assert not called
 
 
-@pytest.mark.parametrize("damage", ["lengths", "zeros", "falling", "end"])
+@pytest.mark.parametrize("damage", ["lengths", "zeros", "falling", "end", "wrapping"])
 def test_tables_that_are_none_never_reach_the_coder(damage: str, honest: Path, tmp_path: Path) -> None:
     # CompressAI's coder follows tables wherever they lead it, out of its memory too.
     held = container.read(honest)
     words = json.loads(container.unpacked(held.data["words"]))
     state = unpacked(held.data["model"], words["model"])
     tables = unpacked_tables(held.data["tables"], words["tables"])
-    if damage == "lengths":
-        state["entropy_bottleneck._cdf_length"].fill_(10**8)
-    else:
-        table = tables["entropy_bottleneck._quantized_cdf"]
-        changed = {"zeros": table * 0, "falling": table.flip(1), "end": table - 1}[damage]
-        tables["entropy_bottleneck._quantized_cdf"] = changed.contiguous()
+    lengths, table = state["entropy_bottleneck._cdf_length"], tables[CDF]
+    if damage in ("lengths", "wrapping"):
+        lengths.fill_(10**8 if damage == "lengths" else 5)
+    if damage == "wrapping":  # a step of 1, to int32
+        table[:, :5] = torch.tensor([0, INT32.max, INT32.min, -1, 1 << 16])
+    tables[CDF] = {"zeros": table * 0, "falling": table.flip(1), "end": table - 1}.get(damage, table)
     data = {**held.data, "model": packed(state), "tables": packed_tables(tables)}
     container.write(tmp_path / "forged", {"model": held.about["model"]}, data)
     for action in (fmpq_fx.load, fmpq_fx.load_codec):
