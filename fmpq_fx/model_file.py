@@ -229,6 +229,6 @@ def plan_in(words: dict[str, Any]) -> Plan:
 
 def _check_sizes(words: dict[str, Any], size: int) -> None:
     """Refuse a file that claims more weights than it can hold, before memory is asked for."""
-    claimed = sum(math.prod(map(int, shape)) for shape in words["weights"].values())
+    claimed = sum(math.prod(max(0, int(side)) for side in shape) for shape in words["weights"].values())
     if claimed > max(1_000_000, _WEIGHTS_PER_BYTE * size):
         raise FmpqError(f"a file of {size} bytes cannot hold {claimed} weights")

@@ -109,7 +109,7 @@ def check_tables(state: Mapping[str, Tensor]) -> None:
         if int(lengths.min()) < 3 or int(lengths.max()) > entries:
             raise FmpqError(f"{name} has rows of {lengths.min()} to {lengths.max()} of {entries} entries")
         inside = torch.arange(1, entries) < lengths[:, None]
-        rises = (table.diff(dim=1) > 0) | ~inside
+        rises = (table.long().diff(dim=1) > 0) | ~inside
         ends = table.gather(1, lengths[:, None].long() - 1)
         if not (rises.all() and (table[:, 0] == 0).all() and (ends == 1 << 16).all()):
             raise FmpqError(f"{name} does not rise from 0 to {1 << 16}")
