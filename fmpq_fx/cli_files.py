@@ -15,7 +15,7 @@ from fmpq_fx.file_report import file_report
 from fmpq_fx.files import check_folder, replacing, write_text
 from fmpq_fx.model_file import load_codec, save
 from fmpq_fx.state import load_state
-from fmpq_fx.zoo import load_model, load_object
+from fmpq_fx.zoo import load_model, model_factory
 
 CODED = ".fmi"
 MODEL = ".fmpq"
@@ -73,7 +73,7 @@ def _add_class(command: argparse.ArgumentParser) -> None:
 
 
 def _codec(path: str, args: argparse.Namespace) -> nn.Module:
-    return load_codec(path, model=None if args.cls is None else load_object(args.cls))
+    return load_codec(path, model=None if args.cls is None else model_factory(args.cls))
 
 
 def add_export(command: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import warnings
 from typing import Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fmpq_fx import fingerprint
 from fmpq_fx.errors import FmpqError
@@ -98,19 +98,12 @@ def export_checkpoint(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: there is no such folder.
     """
     model = convert(gm, exact=False)
-    layers = quantized_layers(model)
-    inside = tuple(f"{site}." for site in layers)
-    state = {key: value for key, value in model.state_dict().items() if not key.startswith(inside)}
-    for site, layer in layers.items():
-        state |= {f"{site}.{key}": value for key, value in _float_state(layer, site).items()}
+    for site, layer in quantized_layers(model).items():
+        check_weight(layer, site)
+        layer.set_integers(layer.integers)  # its float weight is what it multiplied with from now on
+        replace_module(model, layer, layer.layer)
     with replacing(path) as temporary:
-        torch.save({"state_dict": state}, temporary)
-
-
-def _float_state(layer: QuantizedLayer, site: str) -> dict[str, Tensor]:
-    """Return the state dict of the float layer inside ``layer``, with the dequantized weight in it."""
-    check_weight(layer, site)
-    return {**layer.layer.state_dict(), layer.weight_name: layer.parameter_of(layer.weight.detach())}
+        torch.save({"state_dict": model.state_dict()}, temporary)
 
 
 def check_weight(layer: QuantizedLayer, site: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 from safetensors import SafetensorError
 
@@ -63,7 +64,7 @@ def read(path: str | os.PathLike[str]) -> Container:
         raise FmpqError(f"there is no model file {file}; fmpq_fx.save() and 'fmpq-fx export model' write one")
     data = file.read_bytes()
     try:
-        parts = safetensors.numpy.load(data)
+        parts = {name: bytes(part["data"]) for name, part in safetensors.deserialize(data)}
         # Only now that safetensors has checked the header is it known to be small, flat and JSON.
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         about = json.loads(header.get("__metadata__", {}).get("fmpq_fx", "{}"))
@@ -80,10 +81,10 @@ def read(path: str | os.PathLike[str]) -> Container:
             f"{file} has version {found[1]!r} of the format, and this fmpq_fx reads version {VERSION}; install a "
             "newer one, or write the file again"
         )
-    claimed = str(about.get("sha256"))
-    if hashlib.sha256(data.replace(claimed.encode(), _BLANK.encode(), 1)).hexdigest() != claimed:
+    claimed = str(about.get("sha256")).encode(errors="replace")
+    if hashlib.sha256(data.replace(claimed, _BLANK.encode(), 1)).hexdigest().encode() != claimed:
         raise FmpqError(f"{file} is damaged: its checksum is not that of its content; get or write it again")
-    return Container(about, {name: part.tobytes() for name, part in parts.items()}, len(data))
+    return Container(about, parts, len(data))
 
 
 def packed(data: bytes) -> bytes:

@@ -1,17 +1,23 @@
-"""The main job on the embedded sample: quantize a trained model, and see what that costs on other images."""
+"""The main job on the embedded sample: quantize a trained model, see what that costs on other images, and use it."""
 
 from pathlib import Path
 
 from tabulate import tabulate
+from torch import Tensor, fx
 
-from fmpq_fx import images, samples
+from fmpq_fx import image_files, images, samples
+from fmpq_fx.file_report import file_report
+from fmpq_fx.files import replacing
+from fmpq_fx.image_coding import decode, encode
+from fmpq_fx.model_file import load_codec, save
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.incremental import mean_rd
 from fmpq_fx.passes.rewrite import activations_float, plan_of
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.picture import plot_plan
 from fmpq_fx.prepare import analyze, prepare
-from fmpq_fx.report import bit_table
+from fmpq_fx.rd import psnr
+from fmpq_fx.report import bit_table, factor
 
 TARGET_CR = 0.1875
 """6 of 32 bits: the size of uniform 6 bits."""
@@ -23,7 +29,8 @@ LMBDA = 0.013
 def demo(out: Path) -> None:
     """Quantize the sample model to 6 bits per weight, by FMPQ and uniformly, and compare on held-out photographs.
 
-    Prints the bit-width table and the comparison, and draws the plan in ``out``/plan.png.
+    Prints the bit-width table and the comparison, draws the plan in ``out``/plan.png, writes the model file
+    ``out``/model.fmpq, and codes a photograph with it, ``out``/motorcycle.fmi and .png.
     """
     out.mkdir(parents=True, exist_ok=True)
     model = samples.model(LMBDA)
@@ -51,3 +58,23 @@ def demo(out: Path) -> None:
     picture = out / "plan.png"
     plot_plan(by_fmpq, picture)
     print(f"\nRD loss = bits per pixel + {LMBDA} * 255^2 * MSE, before any fine-tuning. Picture: {picture}")
+    _code(by_fmpq, held_out["motorcycle"], out)
+
+
+def _code(gm: fx.GraphModule, photo: Tensor, out: Path) -> None:
+    """Write the model file of ``gm``, and ``photo`` coded with what was read from it."""
+    model_path, coded_path = out / "model.fmpq", out / "motorcycle.fmi"
+    save(gm, model_path)
+    report = file_report(model_path)
+    codec = load_codec(model_path)
+    data = encode(codec, photo)
+    with replacing(coded_path) as temporary:
+        temporary.write_bytes(data)
+    decoded = (decode(codec, data) * 255).round() / 255
+    image_files.write(decoded, out / "motorcycle.png")
+    mse = (decoded - photo).square().mean().item()
+    print(
+        f"\nModel file: {model_path}, {report.size:,} bytes for {report.float_bytes:,.0f} bytes of float32 weights "
+        f"({factor(report.size / report.float_bytes)}).\nA photograph through it: {coded_path}, {len(data):,} bytes, "
+        f"{8 * len(data) / photo[0].numel():.3f} bits per pixel, PSNR {psnr(mse):.2f} dB."
+    )

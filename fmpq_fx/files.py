@@ -3,7 +3,7 @@
 import json
 import os
 import pickle
-import tempfile
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,15 +44,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     final = Path(path)
     check_folder(final)
-    handle, name = tempfile.mkstemp(suffix=final.suffix, prefix=f".{final.stem}-", dir=final.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = final.with_name(f".{final.stem}-{secrets.token_hex(8)}{final.suffix}")
+    temporary.open("xb").close()
     try:
         yield temporary
-        # mkstemp makes files that only their owner may read; give it what a plain open() would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(final)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -15,7 +15,8 @@ def digest(state: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, value in sorted(state.items()):
         sha.update(name.encode())
-        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        if value.numel():  # a view of no elements may have any strides
+            sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -35,10 +36,9 @@ def of_entropy_models(model: nn.Module) -> str:
 def of_codec(codec: nn.Module) -> str:
     """Return a digest of what ``codec`` computes with: of a quantized layer, its integers instead of its weight."""
     layers = quantized_layers(codec)
+    weights = {id(layer.layer.get_parameter(layer.weight_name)) for layer in layers.values()}
     state = {
-        name: value
-        for name, value in codec.state_dict().items()
-        if not any(name == f"{site}.layer.{layer.weight_name}" for site, layer in layers.items())
+        name: value for name, value in codec.state_dict(keep_vars=True).items() if id(value) not in weights
     }
     integers = {f"{site}.integers": layer.integers for site, layer in layers.items()}
     return digest({**state, **integers})

@@ -147,11 +147,11 @@ def _checked_body(data: bytes) -> bytes:
 def _guarded(string: bytes, symbols: int) -> bytes:
     """Return ``string`` with zeros behind it, so many that CompressAI's decoder stays inside it, whatever it is.
 
-    The decoder does not look where its string ends. It takes at most 16 bits for a symbol, and for one outside of
-    its table so many times 4 bits as the 4-bit numbers before them sum to: at most 15 bytes per byte of the string,
-    and none once it reads zeros.
+    The decoder does not look where its string ends. It reads at most a word of 4 bytes for a symbol, and for one
+    outside of its table so many more as the 4-bit numbers that come first sum to: at most 30 words per byte of the
+    string, and none once it reads zeros.
     """
-    return string + bytes(16 * len(string) + 2 * symbols + 256)
+    return string + bytes(4 * 30 * len(string) + 4 * symbols + 256)
 
 
 def _plain(shape: Any) -> Any:

@@ -14,25 +14,22 @@ It is a safetensors file (see :mod:`fmpq_fx.container` for its version and check
 Its metadata say which model it is: the class, and its name in CompressAI's zoo where that makes it again.
 """
 
-import copy
-import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from compressai.entropy_models import EntropyModel
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
 
 from fmpq_fx import container, fingerprint, tensor_packing, weight_coder
 from fmpq_fx.codec import Exact, check_weight, convert, with_exact_path
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.history import History
+from fmpq_fx.model_identity import Model, identity_of, load_state, made
 from fmpq_fx.passes.entropy_path import EntropyPath, entropy_path
 from fmpq_fx.passes.incremental import replace_module
 from fmpq_fx.passes.plan import WIDTHS
@@ -40,11 +37,7 @@ from fmpq_fx.passes.rewrite import plan_of, quantize_site, quantized_layers
 from fmpq_fx.passes.tables import Plan
 from fmpq_fx.prepare import rewrite
 from fmpq_fx.quant import QUANTIZERS, QuantizedLayer
-from fmpq_fx.zoo import model_of_state, zoo_name
 
-Model = nn.Module | Callable[[], nn.Module]
-
-_TABLE = "_quantized_cdf"
 _WEIGHTS_PER_BYTE = (
     1024  # that a file may claim to have: what makes a small file ask for all memory is a fraud
 )
@@ -58,11 +51,12 @@ def save(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
         path: the file, usually with the suffix ``.fmpq``.
 
     Raises:
-        FmpqError: ``gm`` carries no plan, its activations are not calibrated, or the weight of a site is computed
-            from others.
+        FmpqError: ``gm`` carries no plan, its activations are not calibrated, the weight of a site is computed
+            from others, or it is in half precision.
         FileNotFoundError: there is no such folder.
     """
     plan = plan_of(gm)
+    _check_precision(gm)
     model = convert(gm, exact=False)  # has the CDF tables of the weights as they are now
     layers = _checked_layers(model, plan)
     integers = {site: layer.integers for site, layer in layers.items()}
@@ -72,12 +66,12 @@ def save(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     quantized = {id(layer.layer.get_parameter(layer.weight_name)) for layer in layers.values()}
     state = model.state_dict(keep_vars=True)
     weights = {name: value for name, value in state.items() if id(value) in quantized}
-    tables = {name: value for name, value in state.items() if name.endswith(_TABLE)}
+    tables = {name: value for name, value in state.items() if name.endswith(tensor_packing.TABLE)}
     others = {name: value for name, value in state.items() if name not in weights | tables}
     words = {
         "plan": json.loads(plan.to_json()),
         "history": _shortened(gm.meta.get("history")),
-        "entropy_path": dataclasses.asdict(entropy_path(gm)),
+        "entropy_path": asdict(entropy_path(gm)),
         "layouts": {site: list(values.shape) for site, values in integers.items()},
         "signed": {site: layer.signed for site, layer in layers.items()},
         "weights": {name: list(value.shape) for name, value in weights.items()},
@@ -90,7 +84,7 @@ def save(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     data["model"] = tensor_packing.packed(others)
     data["tables"] = tensor_packing.packed_tables(tables)
     data["words"] = container.packed(json.dumps(words, separators=(",", ":")).encode())
-    container.write(path, {"model": _identity(model)}, data)
+    container.write(path, {"model": identity_of(model)}, data)
 
 
 def load(path: str | os.PathLike[str], *, model: Model | None = None) -> fx.GraphModule:
@@ -162,6 +156,13 @@ def _checked_layers(model: nn.Module, plan: Plan) -> dict[str, QuantizedLayer]:
     return layers
 
 
+def _check_precision(gm: fx.GraphModule) -> None:
+    """Refuse numbers in which an integer times a step is not what it is in the graph."""
+    for name, parameter in gm.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize < torch.float32.itemsize:
+            raise FmpqError(f"{name} is {parameter.dtype}; save a graph in float32, gm.float(), or float64")
+
+
 def _quantizer_states(layers: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
     return {
         f"{site}.{name}": value
@@ -183,35 +184,6 @@ def _shortened(history: History | None) -> Any:
     return json.loads(replace(history, losses=tuple(float(f"{x:.4g}") for x in history.losses)).to_json())
 
 
-def _identity(model: nn.Module) -> dict[str, Any]:
-    """Return what is needed to make ``model`` again, besides its state dict."""
-    state = model.state_dict()
-    name = zoo_name(model)
-    if name is not None and _shapes(_imagined(name, state)) != _shapes(state):
-        name = None  # its constructor was given more than the shapes of the weights tell
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    cls = type(model)
-    made = {"class": f"{cls.__module__}.{cls.__qualname__}", "zoo": name}
-    return {**made, "dtype": tensor_packing.name_of(dtype)}
-
-
-def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in state.items()}
-
-
-def _imagined(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict of the model ``name`` of the zoo with the shapes of ``state``; it takes no memory.
-
-    Empty, where there is none.
-    """
-    with FakeTensorMode(), torch.no_grad():
-        fakes = {key: torch.empty(value.shape, dtype=value.dtype) for key, value in state.items()}
-        try:
-            return model_of_state(name, fakes).state_dict()
-        except FmpqError:
-            return {}
-
-
 def _codec(held: container.Container, model: Model | None) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model of the file with its quantized layers, and the words of the file."""
     words = json.loads(container.unpacked(held.data["words"]))
@@ -221,8 +193,9 @@ def _codec(held: container.Container, model: Model | None) -> tuple[nn.Module, d
     state = tensor_packing.unpacked(held.data["model"], words["model"])
     state |= tensor_packing.unpacked_tables(held.data["tables"], words["tables"])
     state |= {name: torch.zeros(1, dtype=dtype).expand(shape) for name, shape in words["weights"].items()}
-    codec = _made(identity, state, model).to(dtype).eval()
-    _load_state(codec, state)
+    tensor_packing.check_tables(state)
+    codec = made(identity, state, model).eval()
+    load_state(codec, state)
 
     quantizers = tensor_packing.unpacked(held.data["quantizers"], words["quantizers"])
     for site, bits in plan.bits.items():
@@ -250,46 +223,17 @@ def plan_in(words: dict[str, Any]) -> Plan:
         FmpqError: it is none, or has impossible bits.
     """
     plan = Plan.from_json(json.dumps(words["plan"]))
-    for site, bits in plan.bits.items():
-        if bits is not None and bits not in WIDTHS:
-            raise FmpqError(f"site {site!r} has {bits!r} bits")
+    for site, bits in {**plan.bits, "activations": plan.activation_bits}.items():
+        if bits is not None and (type(bits) is not int or bits not in WIDTHS):
+            raise FmpqError(f"{site!r} has {bits!r} bits")
+    quantized = {site for site, bits in plan.bits.items() if bits is not None}
+    if plan.activation_bits is not None and not quantized <= plan.ranges.keys():
+        raise FmpqError("its plan has no activation ranges")
     return plan
 
 
 def _check_sizes(words: dict[str, Any], size: int) -> None:
     """Refuse a file that claims more weights than it can hold, before memory is asked for."""
-    claimed = sum(math.prod(map(int, shape)) for shape in words["weights"].values())
+    claimed = sum(math.prod(max(0, int(side)) for side in shape) for shape in words["weights"].values())
     if claimed > max(1_000_000, _WEIGHTS_PER_BYTE * size):
         raise FmpqError(f"a file of {size} bytes cannot hold {claimed} weights")
-
-
-def _made(identity: dict[str, Any], state: dict[str, Tensor], model: Model | None) -> nn.Module:
-    """Return a model with the shapes of ``state``, whatever its values."""
-    if model is not None:
-        made = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
-        if not isinstance(made, nn.Module):
-            raise FmpqError(f"model= made a {type(made).__name__}; pass a model, or what makes one")
-        return made
-    name = identity["zoo"]
-    if name is None:
-        raise FmpqError(
-            f"it holds a {identity['class']}, which CompressAI's zoo cannot make from its weights; pass model=, such "
-            "a model or what makes one (on the command line: --class package.module:callable)"
-        )
-    if _shapes(_imagined(name, state)) != _shapes(state):
-        raise FmpqError(f"its tensors are not those of a {name}")
-    return model_of_state(name, state)
-
-
-def _load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load ``state`` into ``model``, whose CDF tables may have any size yet."""
-    for name, module in model.named_modules():
-        if isinstance(module, EntropyModel):
-            for key in dict(module.named_buffers(recurse=False)):
-                stored = state.get(f"{name}.{key}" if name else key)
-                if stored is not None:
-                    module.register_buffer(key, stored.clone())
-    try:
-        nn.Module.load_state_dict(model, state)
-    except RuntimeError as error:
-        raise FmpqError(f"its tensors are not those of the model: {error}") from error

@@ -13,6 +13,9 @@ from fmpq_fx.container import packed as packed_bytes
 from fmpq_fx.container import unpacked as unpacked_bytes
 from fmpq_fx.errors import FmpqError
 
+TABLE = "_quantized_cdf"
+"""How the names of CDF tables end in a state dict."""
+
 Descriptions = Mapping[str, list[Any]]
 """Per tensor, in order: the name of its dtype, and its shape."""
 
@@ -56,12 +59,14 @@ def unpacked(data: bytes, descriptions: Descriptions) -> dict[str, Tensor]:
     """
     groups: dict[torch.dtype, dict[str, tuple[int, ...]]] = {}
     for name, (dtype, *shape) in descriptions.items():
-        groups.setdefault(dtype_of(dtype), {})[name] = tuple(map(int, shape))
+        if not all(type(side) is int and side >= 0 for side in shape):
+            raise FmpqError(f"{name} has the impossible shape {shape}")
+        groups.setdefault(dtype_of(dtype), {})[name] = tuple(shape)
     content, tensors = unpacked_bytes(data), {}
     for dtype, shapes in groups.items():
         counts = [math.prod(shape) for shape in shapes.values()]
         size = sum(counts) * dtype.itemsize
-        if len(content) < size or min(counts) < 0:
+        if len(content) < size:
             raise FmpqError(
                 f"{len(content)} bytes where {size} are needed for {sum(counts)} values of {dtype}"
             )
@@ -84,6 +89,30 @@ def unpacked_tables(data: bytes, descriptions: Descriptions) -> dict[str, Tensor
     """Return the tables of which :func:`packed_tables` returned ``data``."""
     differences = unpacked(data, descriptions)
     return {name: torch.from_numpy(_sums(value.numpy())) for name, value in differences.items()}
+
+
+def check_tables(state: Mapping[str, Tensor]) -> None:
+    """Check that the CDF tables in a state dict are such as CompressAI's coder can follow, which it does blindly.
+
+    Raises:
+        FmpqError: a table does not rise from 0 to 2^16.
+    """
+    for name, table in state.items():
+        if not name.endswith(TABLE) or table.numel() == 0:
+            continue
+        lengths, offsets = (
+            state.get(name.removesuffix(TABLE) + other) for other in ("_cdf_length", "_offset")
+        )
+        rows, entries = table.shape
+        if lengths is None or offsets is None or lengths.shape != (rows,) or offsets.shape != (rows,):
+            raise FmpqError(f"{name} has no lengths or offsets of its {rows} rows")
+        if int(lengths.min()) < 3 or int(lengths.max()) > entries:
+            raise FmpqError(f"{name} has rows of {lengths.min()} to {lengths.max()} of {entries} entries")
+        inside = torch.arange(1, entries) < lengths[:, None]
+        rises = (table.long().diff(dim=1) > 0) | ~inside
+        ends = table.gather(1, lengths[:, None].long() - 1)
+        if not (rises.all() and (table[:, 0] == 0).all() and (ends == 1 << 16).all()):
+            raise FmpqError(f"{name} does not rise from 0 to {1 << 16}")
 
 
 def _differences(table: NDArray[np.int32]) -> NDArray[np.int32]:

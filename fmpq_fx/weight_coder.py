@@ -20,6 +20,7 @@ Decoding is the same on every machine: frequencies come from integers and from a
 divisions of float64 in a fixed order, which IEEE 754 rounds alike everywhere.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -39,6 +40,8 @@ MODELED_BITS = (
 STEPS = (2, 4, 8)  # widths of a class that are tried, eighths of an octave
 FACTOR = 8.0  # steps of a factor in an octave
 COUNTED = 255  # stands for a table of frequencies where a number in the bank is expected
+LEAST = 4  # symbols that are coded at least
+_LEAST_STATE = 1 << 31  # that the range coder ends with, and a decoder begins with
 _FITS = 3  # rounds of fitting the factors; the third changes little
 
 
@@ -67,8 +70,11 @@ def encode(weights: Integers, low: int, high: int) -> Coded:
     size = (high - low >> raw) + 1
     candidates = [_single(symbols, size), *(_by_factors(symbols, size, step) for step in STEPS)]
     model = min(candidates, key=lambda candidate: candidate.bits)
+    # The coder ends with two words, in a buffer of a word per symbol: fewer than these would not fit.
+    values, classes = symbols.ravel().tolist(), model.classes.ravel().tolist()
+    repeated = max(1, -(-LEAST // len(values)))
     string = RansEncoder().encode_with_indexes(
-        symbols.ravel().tolist(), model.classes.ravel().tolist(), *_cumulative(model.frequencies)
+        values * repeated, classes * repeated, *_cumulative(model.frequencies)
     )
     return Coded(model.side, _packed(weights - low, raw), string)
 
@@ -88,9 +94,12 @@ def decode(data: bytes, shape: tuple[int, ...], low: int, high: int) -> Integers
     classes, frequencies = _read_model(reader, shape, (high - low >> raw) + 1)
     count = classes.size
     lowest = _unpacked(reader.take(-(-count * raw // 8)), count, raw)
-    # The coder does not look where its string ends. Here no symbol takes more than its 16 bits (there is no
-    # escape from these tables), so that zeros of that length keep it inside the string, whatever the string is.
-    string = reader.rest() + bytes(count * PRECISION // 8 + 16)
+    string = reader.rest()
+    if len(string) < 8 or int.from_bytes(string[:8], sys.byteorder) < _LEAST_STATE:
+        raise FmpqError("the string of a layer is not one that the coder writes")
+    # The coder does not look where its string ends. It reads at most a word per symbol (there is no escape from these
+    # tables), so that zeros of that length keep it inside the string, whatever the string is.
+    string += bytes(4 * count)
     symbols = RansDecoder().decode_with_indexes(string, classes.ravel().tolist(), *_cumulative(frequencies))
     weights = (np.array(symbols, np.int64) << raw) + lowest + low
     if weights.max() > high:

@@ -81,8 +81,8 @@ def _known(spec: str) -> str:
     return spec
 
 
-def load_object(spec: str) -> Any:
-    """Return what "package.module:name" names.
+def model_factory(spec: str) -> Any:
+    """Return the callable that "package.module:callable" names, which is to make a model.
 
     Raises:
         ValueError: ``spec`` has another form.
@@ -94,11 +94,11 @@ def load_object(spec: str) -> Any:
     try:
         return getattr(importlib.import_module(module_name), name)
     except Exception as error:  # the user's code may raise anything
-        raise FmpqError(f"cannot get {spec!r}: {type(error).__name__}: {error}") from error
+        raise FmpqError(f"cannot get a model from {spec!r}: {type(error).__name__}: {error}") from error
 
 
 def _call(spec: str) -> nn.Module:
-    make = load_object(spec)
+    make = model_factory(spec)
     try:
         model = make()
     except Exception as error:  # the user's code may raise anything

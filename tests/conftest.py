@@ -1,5 +1,6 @@
 """Shared by all tests: small models that are quick to measure, and where the photographs and checkpoints lie."""
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,10 @@ import matplotlib
 import pytest
 import torch
 from compressai.models import JointAutoregressiveHierarchicalPriors, MeanScaleHyperprior, ScaleHyperprior
-from torch import Tensor, nn
+from finetuning import LMBDA, photos
+from torch import Tensor, fx, nn
+
+from fmpq_fx import prepare
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # results do not depend on it, and two test runs side by side are not slower
@@ -52,3 +56,15 @@ def shared(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {'/'.join(parts)} of the development data, which is not part of the repository")
     return path
+
+
+@pytest.fixture(scope="session")
+def prepared() -> fx.GraphModule:
+    """Return a small graph at 4 bits, planned with the lambda of the fine-tuning tests; not to be changed."""
+    return prepare(small_model("bmshj2018-hyperprior"), 0.125, calibration=photos(2, side=64), lmbda=LMBDA)
+
+
+@pytest.fixture
+def gm(prepared: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of the small graph, to train."""
+    return copy.deepcopy(prepared)

@@ -17,7 +17,10 @@ from compressai.models import (
 )
 from conftest import small_model
 from PIL import Image
+from test_model_file import Own, trained
 from torch import Tensor, nn
+from traced_models import assert_same, outputs
+from traced_models import photos as noise
 
 import fmpq_fx
 from fmpq_fx import FmpqError
@@ -155,3 +158,11 @@ def test_a_weight_that_is_computed_from_others_has_no_place_in_a_checkpoint(
     with pytest.raises(FmpqError, match=r"'g_a\.0' is computed from others"):
         fmpq_fx.export_checkpoint(gm, tmp_path / "model.pth.tar")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_under_two_names_is_in_the_checkpoint_under_both(tmp_path: Path) -> None:
+    gm = trained(Own().eval(), None)
+    fmpq_fx.export_checkpoint(gm, tmp_path / "model.pth.tar")
+    fresh = Own().eval()
+    fresh.load_state_dict(torch.load(tmp_path / "model.pth.tar", weights_only=True)["state_dict"])
+    assert_same(outputs(fresh, noise()), outputs(gm, noise()))
