@@ -16,6 +16,7 @@ from fmpq_fx.passes.entropy_path import entropy_path
 from fmpq_fx.quant import ExactLayer
 from fmpq_fx.quant.fixed_point import from_integers, to_integers
 
+pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")  # torch's, of its own flags
 each_coded = pytest.mark.parametrize("name", CODED)
 
 
