@@ -13,6 +13,12 @@ pass                takes and returns                            what it does
 ``calibrate``       GraphModule, images -> GraphModule           sets the ranges of activations
 ==================  ===========================================  =====================================
 
+What runs elsewhere than in torch is lowered by further passes, which :func:`fmpq_fx.export_onnx` runs:
+
+==================  ===========================================  =====================================
+``subpixel``        GraphModule -> GraphModule                   transposed convolutions as convolutions
+==================  ===========================================  =====================================
+
 What a pass finds out it writes on the graph, in ``node.meta["fmpq"]``, and in the :class:`tables.Plan`
 that the rewritten GraphModule carries in ``gm.meta["fmpq"]``.
 """
