@@ -17,6 +17,8 @@ What runs elsewhere than in torch is lowered by further passes, which :func:`fmp
 
 ==================  ===========================================  =====================================
 ``subpixel``        GraphModule -> GraphModule                   transposed convolutions as convolutions
+``integers``        GraphModule, images -> GraphModule           chooses which layers run in 8-bit integers
+``parts``           GraphModule -> parts                         cuts it between entropy coding steps
 ==================  ===========================================  =====================================
 
 What a pass finds out it writes on the graph, in ``node.meta["fmpq"]``, and in the :class:`tables.Plan`

@@ -171,13 +171,32 @@ def lowered_weight(weight: Tensor, groups: int, axes: tuple[Axis, Axis]) -> Tens
     return ordered.reshape(-1, inputs // groups, down.taps, right.taps)
 
 
+def original_weight(weight: Tensor, groups: int, axes: tuple[Axis, Axis]) -> Tensor:
+    """Return the transposed convolution's weight whose :func:`lowered_weight` is ``weight``."""
+    down, right = axes
+    places = down.stride * right.stride
+    apart = weight.reshape(
+        groups,
+        weight.size(0) // groups // places,
+        down.stride,
+        right.stride,
+        weight.size(1),
+        down.taps,
+        right.taps,
+    )
+    ordered = apart.permute(0, 4, 1, 5, 2, 6, 3).flip(3, 5)
+    padded = ordered.reshape(groups * weight.size(1), -1, down.taps * down.stride, right.taps * right.stride)
+    rows, columns = (slice(a.front, a.front + a.extent, a.dilation) for a in axes)
+    return padded[..., rows, columns]
+
+
 def _convolution(layer: nn.Module, axes: tuple[Axis, Axis]) -> nn.Module:
     """Return the convolution, quantized if ``layer`` is, with as much of the padding as it can do itself."""
     transposed = _float_layer(layer)
     down, right = axes
     places = down.stride * right.stride
     weight, bias = transposed.weight, transposed.bias
-    convolution = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+    convolution = nn.utils.skip_init(
         nn.Conv2d,
         transposed.in_channels,
         transposed.out_channels * places,
@@ -220,6 +239,7 @@ def _replace(node: fx.Node, axes: tuple[Axis, Axis]) -> None:
             value = graph.call_function(F.pixel_shuffle, (value, down.stride))
         if down.surplus or right.surplus:
             rows, columns = (slice(None, -axis.surplus or None) for axis in axes)
-            value = graph.call_function(operator.getitem, (value, (..., rows, columns)))
+            # torch.fx records slices with an ellipsis, but its types do not say so.
+            value = graph.call_function(operator.getitem, (value, (..., rows, columns)))  # type: ignore[arg-type]
     node.replace_all_uses_with(value)
     graph.erase_node(node)

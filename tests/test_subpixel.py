@@ -58,10 +58,10 @@ def cases(draw: Any) -> tuple[nn.ConvTranspose2d, Tensor]:
         kernel,
         stride,
         padding,
-        output_padding,  # type: ignore[arg-type]  # a pair
+        output_padding,
         groups,
         bias=draw(st.booleans()),
-        dilation=dilation,  # type: ignore[arg-type]  # a pair
+        dilation=dilation,
     )
     return layer.eval(), torch.randn(2, inputs, *size)
 
