@@ -27,7 +27,7 @@ from compressai.entropy_models import EntropyModel
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
-from fmpq_fx import container, fingerprint, tensor_packing, weight_coder
+from fmpq_fx import container, fingerprint, onnx_codec, tensor_packing, weight_coder
 from fmpq_fx.codec import check_weight, convert
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.history import History
@@ -118,15 +118,26 @@ def load(path: str | os.PathLike[str], *, model: Model | None = None) -> fx.Grap
         return gm
 
 
-def load_codec(path: str | os.PathLike[str], *, model: Model | None = None) -> nn.Module:
+def load_codec(
+    path: str | os.PathLike[str], *, model: Model | None = None, backend: str = "torch", **options: Any
+) -> nn.Module:
     """Return the codec that is in the file ``path``: the model's own class, quantized, ready to code.
 
     It is what :func:`fmpq_fx.convert` returns for the saved graph. Its CDF tables are those of the file. The
     arguments and what is raised are as for :func:`load`; nothing is traced, so that this is faster.
+
+    With the ``backend`` "onnxruntime" instead of "torch", ONNX Runtime runs the transforms; the ``options`` are
+    those of :func:`fmpq_fx.onnx_codec.exported_with_sessions`, ``graphs`` and ``threads``. Bitstreams are
+    interchangeable.
     """
+    if backend not in onnx_codec.BACKENDS:
+        raise ValueError(f"backend is {backend!r}; pass one of {', '.join(map(repr, onnx_codec.BACKENDS))}")
     held = container.read(path)
     with blaming(path):
-        return _codec(held, model)[0]
+        codec = _codec(held, model)[0]
+    if backend == "torch":
+        return codec
+    return onnx_codec.exported_with_sessions(codec, lambda: load(path, model=model), **options)
 
 
 @contextmanager
