@@ -22,7 +22,7 @@ from fmpq_fx.quant.layers import (
     QuantizedGDN1,
     QuantizedLinear,
 )
-from fmpq_fx.quant.outputs import IntegerNorm, RoundedOutput
+from fmpq_fx.quant.outputs import RoundedOutput
 
 WIDEST = 16
 """Bits of activations that ONNX can round to; more are as good as float."""
@@ -159,44 +159,19 @@ def linear(graph: OnnxGraph, node: fx.Node, layer: Any, x: str) -> str:
 
 def gdn(graph: OnnxGraph, node: fx.Node, layer: Any, x: str) -> str:
     """Normalize ``x``: by the root of beta + gamma * x^2 (GDN), or by beta + gamma * |x| (GDN1)."""
-    integer = isinstance(layer, IntegerNorm)
-    norm_layer = layer.layer if integer else layer
-    inner = norm_layer.layer if isinstance(norm_layer, QuantizedGDN) else norm_layer
-    absolute = isinstance(norm_layer, GDN1 | QuantizedGDN1)
-    gamma_sees = x
-    if isinstance(norm_layer, QuantizedGDN) and not integer:
-        gamma_sees = rounded_input(graph, norm_layer.input_quantizer, x)
-    if absolute:
-        powers = graph.add("Abs", [gamma_sees])
-    else:  # Pow, since ONNX Runtime would make an integer multiplication of Mul, which has one step alone
-        powers = graph.add("Pow", [gamma_sees, graph.constant(np.float32(2))])
-    beta = inner.beta_reparam(inner.beta).detach()
-    if integer:
-        norm = _integer_norm(graph, node, layer, powers, beta)
-    else:
-        shape = graph.constant(np.array([*norm_layer_weight(norm_layer).shape, 1, 1]))
-        weight = graph.add("Reshape", [_float_weight(graph, node, norm_layer), shape])
-        norm = graph.add("Conv", [powers, weight, graph.constant(beta, f"{node.target}.beta")], node.name)
+    inner = layer.layer if isinstance(layer, QuantizedGDN) else layer
+    absolute = isinstance(layer, GDN1 | QuantizedGDN1)
+    seen = rounded_input(graph, layer.input_quantizer, x) if isinstance(layer, QuantizedGDN) else x
+    powers = graph.add("Abs", [seen]) if absolute else graph.add("Mul", [seen, seen])
+    shape = graph.constant(np.array([*_gamma(layer).shape, 1, 1]))
+    weight = graph.add("Reshape", [_float_weight(graph, node, layer), shape])
+    beta = graph.constant(inner.beta_reparam(inner.beta).detach(), f"{node.target}.beta")
+    norm = graph.add("Conv", [powers, weight, beta], node.name)
     root = norm if absolute else graph.add("Sqrt", [norm])
     return graph.add("Mul" if inner.inverse else "Div", [x, root], node.name)
 
 
-def _integer_norm(graph: OnnxGraph, node: fx.Node, layer: IntegerNorm, powers: str, beta: Tensor) -> str:
-    quantized = layer.layer
-    power_scale = np.float32(layer.power_scale.item())
-    grid = [graph.constant(power_scale, "scale"), graph.constant(np.uint8(0), "zero_point")]
-    x = graph.add("DequantizeLinear", [graph.add("QuantizeLinear", [powers, *grid]), *grid])
-    shape = graph.constant(np.array([*quantized.weight.shape, 1, 1]))
-    weight, weight_scale = _spread_weight(graph, node, quantized)
-    weight = graph.add("Reshape", [weight, shape])
-    scale = layer.scale.cpu().numpy()
-    zeros = np.zeros_like(scale)
-    out = _integer_conv(graph, node.name, x, power_scale, weight, weight_scale / scale, zeros, 1.0, 0, {})
-    summed = dequantized(graph, Rounded(out, scale, zeros))
-    return graph.add("Add", [summed, graph.constant(beta.view(-1, 1, 1), f"{node.target}.beta")])
-
-
-def norm_layer_weight(layer: Any) -> Tensor:
+def _gamma(layer: Any) -> Tensor:
     """Return the gamma that a GDN, float or quantized, multiplies with."""
     weight: Tensor = layer.weight if isinstance(layer, QuantizedGDN) else QuantizedGDN.weight_of(layer)
     return weight
@@ -212,7 +187,7 @@ def _float_weight(graph: OnnxGraph, node: fx.Node, layer: Any) -> str:
             scale = scale.expand(-1, layer.float_weight().size(1), -1, -1, -1).flatten(0, 1)
         return graph.add("Mul", [integers, graph.constant(scale, f"{target}.weight_scale")])
     if isinstance(layer, GDN | GDN1):
-        return graph.constant(norm_layer_weight(layer).detach(), f"{target}.gamma")
+        return graph.constant(_gamma(layer).detach(), f"{target}.gamma")
     weight = layer.weight * layer.mask if isinstance(layer, MaskedConv2d) else layer.weight
     return graph.constant(weight.detach(), f"{target}.weight")
 

@@ -20,7 +20,7 @@ from fmpq_fx.quant.layers import (
     QuantizedLinear,
     QuantizedMaskedConv2d,
 )
-from fmpq_fx.quant.outputs import IntegerNorm, RoundedOutput
+from fmpq_fx.quant.outputs import RoundedOutput
 
 Emit = Callable[..., Any]
 """From the graph, the node, and the arguments of the operation to the name of the result, or several names."""
@@ -69,7 +69,6 @@ _KEEPS_GRIDS = (  # modules whose ONNX form can read values with a step per chan
     RoundedOutput,
     GDN,
     QuantizedGDN,
-    IntegerNorm,
     nn.PixelShuffle,
     nn.ReLU,
     nn.Identity,
@@ -285,7 +284,7 @@ MODULES: dict[type[nn.Module], Emit] = {
         layers.convolution,
     ),
     **dict.fromkeys((nn.Linear, QuantizedLinear), layers.linear),
-    **dict.fromkeys((GDN, GDN1, QuantizedGDN, QuantizedGDN1, IntegerNorm), layers.gdn),
+    **dict.fromkeys((GDN, GDN1, QuantizedGDN, QuantizedGDN1), layers.gdn),
     RoundedOutput: layers.integer_convolution,
     nn.ReLU: lambda graph, node, module, x: _relu(graph, node, x),
     nn.LeakyReLU: lambda graph, node, module, x: _leaky_relu(graph, node, x, module.negative_slope),

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from fmpq_fx.passes.incremental import Change, mean_rd, rd_of_changes, replace_module
 from fmpq_fx.passes.parts import cut
 from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedGDN, QuantizedLayer
-from fmpq_fx.quant.outputs import LAST, IntegerNorm, RoundedOutput, powers, weighed_powers
+from fmpq_fx.quant.outputs import LAST, RoundedOutput
 
 BITS = 8
 """Of the integers that kernels multiply."""
@@ -47,9 +47,8 @@ class Run:
 class _Seen:
     """What was seen of a layer over the calibration."""
 
-    low: Tensor  # of its output (GDN: of its norm without beta), per channel
+    low: Tensor  # of its output, per channel
     high: Tensor
-    power: float  # the largest power that a GDN's gamma multiplied; 0 for convolutions
     work: float  # multiply-accumulates
 
 
@@ -61,7 +60,7 @@ def run_in_integers(
     tolerance: float = 0.001,
     progress: bool | None = None,
 ) -> fx.GraphModule:
-    """Let layers of ``gm`` run in integers, in place, as :class:`RoundedOutput` and :class:`IntegerNorm`.
+    """Let layers of ``gm`` run in integers, in place, as :class:`RoundedOutput`.
 
     Args:
         gm: a calibrated graph in evaluation mode that :func:`subpixel` lowered.
@@ -73,7 +72,8 @@ def run_in_integers(
 
     Returns:
         ``gm``, which computes what integer kernels compute, up to float rounding, with a :class:`Run` on each
-        node of a quantized layer.
+        node of a quantized layer. Norms of GDN that stay float see their input unrounded, with a tolerance: no
+        kernel needs it rounded, and it takes time.
     """
     runs: dict[str, Run] = {}
     candidates: dict[str, fx.Node] = {}
@@ -92,12 +92,12 @@ def run_in_integers(
                 runs[site] = Run("int8", "what reads it rounds it anyway")
             elif not any(part.name.startswith(name) for name in ROUNDED_PARTS):
                 runs[site] = Run("float32", "entropy coding depends on its output, which is read unrounded")
-            elif node in part.outputs and not isinstance(layer, QuantizedGDN):
+            elif node in part.outputs:
                 # A latent beyond what calibration saw would be clipped, and its image spoilt.
                 runs[site] = Run("float32", "its output leaves the part, and has no range that is sure")
             else:
                 candidates[site] = node
-    if candidates:
+    if batches:
         runs |= _chosen(gm, batches, lmbda, tolerance, candidates, progress)
     for node in gm.graph.nodes:
         if node.op == "call_module" and str(node.target) in runs:
@@ -119,12 +119,15 @@ def obstacle(gm: fx.GraphModule, node: fx.Node, layer: QuantizedLayer) -> str | 
         return f"its weights have {layer.bits} bits"
     if quantizer is None or quantizer.bits > BITS:
         return "its input is float" if quantizer is None else f"its input has {quantizer.bits} bits"
+    if isinstance(layer, QuantizedGDN):
+        # Measured with 64 and 128 channels: rounding squares and unrounding sums takes longer than integers save.
+        return "int8 is not faster: its squares and sums would have to be rounded and unrounded"
     weight = layer.weight
     if min(weight.shape[:2]) < LEAST_CHANNELS:
         return f"int8 is not faster with {weight.size(1)} channels in and {weight.size(0)} out"
     if sum(other.target == node.target for other in gm.graph.nodes if other.op == "call_module") > 1:
         return "it is called several times, and its outputs have several ranges"
-    if isinstance(layer, QuantizedConv2d) and layer.layer.padding_mode != "zeros":
+    if layer.layer.padding_mode != "zeros":
         return f"it pads with {layer.layer.padding_mode!r}"
     return None
 
@@ -169,10 +172,13 @@ def _chosen(
     base, changed = rd_of_changes(gm, batches, changes, description="integer layers", progress=progress)
     float_rd = base.rd(lmbda)
     cost = {site: sums.rd(lmbda) / float_rd - 1 for site, sums in changed.items()}
+    norms = {m: m.input_quantizer for m in gm.modules() if isinstance(m, QuantizedGDN)}
     order = sorted(candidates, key=lambda site: max(cost[site], 0.0) / seen[site].work)
 
-    def too_much(count: int) -> bool:
+    def too_much(count: int, rounded_norms: bool = False) -> bool:
         """Let the first ``count`` run in integers, and say whether that is beyond the tolerance."""
+        for layer, quantizer in norms.items():
+            layer.input_quantizer = quantizer if rounded_norms else None
         for index, site in enumerate(order):
             form = made[site]
             replace_module(gm, gm.get_submodule(site), form if index < count else form.layer)
@@ -180,7 +186,8 @@ def _chosen(
 
     # What they cost together is measured, since costs do not quite add up.
     count = bisect(range(1, len(order) + 1), False, key=too_much) if tolerance > 0 else 0
-    too_much(count)
+    if tolerance == 0 or too_much(count):
+        too_much(count, rounded_norms=True)
     chosen = order[:count]
     kinds = {site: "int8" if site in chosen else "float32" for site in candidates}
     words = {site: f"in int8 the RD loss rises by {100 * cost[site]:.3f} %" for site in candidates}
@@ -195,17 +202,13 @@ def _observe(
     for site in candidates:
 
         def watch(layer: Any, args: tuple[Tensor, ...], out: Tensor, site: str = site) -> None:
-            power = 0.0
-            if isinstance(layer, QuantizedGDN):
-                out = weighed_powers(layer, inputs := powers(layer, args[0]))
-                power = inputs.amax().item()
             low, high = out.amin((0, 2, 3)).clamp(max=0), out.amax((0, 2, 3)).clamp(min=0)
             work = layer.weight[0].numel() * out.numel()
             if site in seen:
                 before = seen[site]
                 low, high = low.minimum(before.low), high.maximum(before.high)
-                power, work = max(power, before.power), work + before.work
-            seen[site] = _Seen(low, high, power, work)
+                work += before.work
+            seen[site] = _Seen(low, high, work)
 
         hooks.append(gm.get_submodule(site).register_forward_hook(watch))
     try:
@@ -217,12 +220,9 @@ def _observe(
     return seen
 
 
-def _integer_form(gm: fx.GraphModule, node: fx.Node, seen: _Seen) -> RoundedOutput | IntegerNorm:
+def _integer_form(gm: fx.GraphModule, node: fx.Node, seen: _Seen) -> RoundedOutput:
     layer = gm.get_submodule(str(node.target))
     low, high = seen.low * MARGIN, seen.high * MARGIN
-    if isinstance(layer, QuantizedGDN):
-        power_scale = high.new_full((1,), max(seen.power * MARGIN, 1e-12) / LAST)
-        return IntegerNorm(layer, power_scale, high.clamp(min=1e-12) / LAST)
     assert isinstance(layer, QuantizedConv2d)
     axes = node.meta.get("subpixel")
     if axes is not None:  # the sub-positions of a channel are neighbours in the image that they make

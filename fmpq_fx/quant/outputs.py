@@ -1,10 +1,8 @@
-"""Layers whose output lies on a grid of 8-bit integers too, as integer kernels leave it."""
+"""A layer whose output lies on a grid of 8-bit integers too, as an integer kernel leaves it."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmpq_fx.quant.layers import QuantizedGDN, QuantizedGDN1, QuantizedLayer
+from fmpq_fx.quant.layers import QuantizedLayer
 
 LAST = 255
 """The last integer of a grid; the first is 0."""
@@ -41,44 +39,3 @@ class RoundedOutput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x`` (B, C, H, W) and round."""
         return rounded(self.layer(x), self.scale, self.zero_point)
-
-
-class IntegerNorm(nn.Module):
-    """A quantized GDN whose norm is summed in integers: powers of the input and their weighed sums have 8 bits.
-
-    Args:
-        layer: the GDN.
-        power_scale: step of the input's squares (GDN1: magnitudes), (1,).
-        scale: steps of the weighed sums, (C,).
-    """
-
-    power_scale: Tensor
-    scale: Tensor
-
-    def __init__(self, layer: QuantizedGDN, power_scale: Tensor, scale: Tensor):
-        super().__init__()
-        self.layer = layer
-        self.register_buffer("power_scale", power_scale)
-        self.register_buffer("scale", scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``x`` (B, C, H, W)."""
-        layer = self.layer.layer
-        zero = torch.zeros_like(self.power_scale)
-        weighed = weighed_powers(self.layer, rounded(powers(self.layer, x), self.power_scale, zero))
-        # Beta is added after the rounding, so that the norm is never 0.
-        beta = layer.beta_reparam(layer.beta).view(-1, 1, 1)
-        norm = rounded(weighed, self.scale, torch.zeros_like(self.scale)) + beta
-        root = norm if isinstance(self.layer, QuantizedGDN1) else norm.sqrt()
-        out: Tensor = x * root if layer.inverse else x / root
-        return out
-
-
-def powers(layer: QuantizedGDN, x: Tensor) -> Tensor:
-    """Return what the gamma of ``layer`` multiplies: squares of ``x``, or magnitudes."""
-    return x.abs() if isinstance(layer, QuantizedGDN1) else x.square()
-
-
-def weighed_powers(layer: QuantizedGDN, inputs: Tensor) -> Tensor:
-    """Return the norm of ``layer`` without its beta, from the ``inputs`` that its gamma multiplies, (B, C, H, W)."""
-    return F.conv2d(inputs, layer.weight[..., None, None])
