@@ -17,6 +17,8 @@ from fmpq_fx.finetune import finetune
 from fmpq_fx.history import History
 from fmpq_fx.image_coding import decode, encode
 from fmpq_fx.model_file import load, load_codec, save
+from fmpq_fx.onnx_export import export_onnx
+from fmpq_fx.onnx_manifest import OnnxManifest
 from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.passes.tables import Measured, Plan, Sensitivity, Site
 from fmpq_fx.picture import plot_plan
@@ -29,6 +31,7 @@ __all__ = [
     "FmpqError",
     "History",
     "Measured",
+    "OnnxManifest",
     "Plan",
     "Sensitivity",
     "Site",
@@ -40,6 +43,7 @@ __all__ = [
     "evaluate",
     "exact_table",
     "export_checkpoint",
+    "export_onnx",
     "file_report",
     "finetune",
     "load",

@@ -3,7 +3,9 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -13,7 +15,9 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.evaluate import evaluate
 from fmpq_fx.file_report import file_report
 from fmpq_fx.files import check_folder, replacing, write_text
-from fmpq_fx.model_file import load_codec, save
+from fmpq_fx.model_file import load, load_codec, save
+from fmpq_fx.onnx_codec import BACKENDS
+from fmpq_fx.onnx_export import export_onnx
 from fmpq_fx.state import load_state
 from fmpq_fx.zoo import load_model, model_factory
 
@@ -39,12 +43,23 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     _add_class(command)
     command.add_argument("images", type=Path, metavar="DIR", help="folder of images, of any size")
     command.add_argument("--json", type=Path, metavar="F", help="write the results per image and their means")
+    add_backend(command)
     command.set_defaults(run=_evaluate)
+
+
+def add_backend(command: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what runs the transforms of a model file."""
+    add = command.add_argument
+    add("--backend", choices=BACKENDS, default="torch", help="what runs the transforms of a .fmpq file")
+    add("--graphs", type=Path, metavar="DIR", help="what 'export onnx' wrote, or where to; default: not kept")
+    add("--threads", type=int, metavar="N", help="of torch and ONNX Runtime; default: their own choice")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     if args.json is not None:
         check_folder(args.json)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     results = evaluate(_model(args), args.images)
     print(results)
     if args.json is not None:
@@ -54,6 +69,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _model(args: argparse.Namespace) -> nn.Module:
     """Return the model or what is in the file that the command names."""
+    if args.backend != "torch" and Path(args.model).suffix != MODEL:
+        raise ValueError(f"--backend {args.backend} runs model files (*{MODEL}); got {args.model}")
     if not Path(args.model).is_file():
         return load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
     if args.quality is not None or args.checkpoint is not None:
@@ -73,7 +90,14 @@ def _add_class(command: argparse.ArgumentParser) -> None:
 
 
 def _codec(path: str, args: argparse.Namespace) -> nn.Module:
-    return load_codec(path, model=None if args.cls is None else model_factory(args.cls))
+    options: dict[str, Any] = {}
+    if getattr(args, "backend", "torch") != "torch":
+        options = {"backend": args.backend, "graphs": args.graphs, "threads": args.threads}
+    return load_codec(path, model=_made_by(args), **options)
+
+
+def _made_by(args: argparse.Namespace) -> Callable[[], nn.Module] | None:
+    return None if args.cls is None else model_factory(args.cls)
 
 
 def add_export(command: argparse.ArgumentParser) -> None:
@@ -90,6 +114,28 @@ def add_export(command: argparse.ArgumentParser) -> None:
         kind.add_argument("state", type=Path, metavar="STATE", help="what 'prepare' or 'finetune' wrote")
         kind.add_argument("--out", type=Path, required=True, metavar="F", help=form)
         kind.set_defaults(run=run)
+    onnx = kinds.add_parser(
+        "onnx", help="ONNX graphs with integer convolutions, one for each part of the model"
+    )
+    add = onnx.add_argument
+    add("state", type=Path, metavar="STATE", help="what 'prepare' or 'finetune' wrote, or a .fmpq file")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the graphs and their manifest")
+    add("--images", type=Path, metavar="DIR", help="calibration images; default: scikit-image's photographs")
+    add(
+        "--tolerance",
+        type=float,
+        default=0.001,
+        metavar="X",
+        help="rise of the RD loss; default 0.001, 0.1 %%",
+    )
+    _add_class(onnx)
+    onnx.set_defaults(run=_export_onnx)
+
+
+def _export_onnx(args: argparse.Namespace) -> None:
+    gm = load(args.state, model=_made_by(args)) if args.state.suffix == MODEL else load_state(args.state)
+    print(export_onnx(gm, args.out, calibration=args.images, tolerance=args.tolerance))
+    print(f"graphs: {args.out}")
 
 
 def _export_checkpoint(args: argparse.Namespace) -> None:

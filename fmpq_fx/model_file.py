@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fmpq_fx import container, fingerprint, tensor_packing, weight_coder
+from fmpq_fx import container, fingerprint, onnx_codec, tensor_packing, weight_coder
 from fmpq_fx.codec import Exact, check_weight, convert, with_exact_path
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.history import History
@@ -116,17 +116,33 @@ def load(path: str | os.PathLike[str], *, model: Model | None = None) -> fx.Grap
         return gm
 
 
-def load_codec(path: str | os.PathLike[str], *, model: Model | None = None, exact: Exact = True) -> nn.Module:
+def load_codec(
+    path: str | os.PathLike[str],
+    *,
+    model: Model | None = None,
+    exact: Exact = True,
+    backend: str = "torch",
+    **options: Any,
+) -> nn.Module:
     """Return the codec that is in the file ``path``: the model's own class, quantized, ready to code.
 
     It is what :func:`fmpq_fx.convert` returns for the saved graph. Its CDF tables are those of the file. The
     arguments and what is raised are as for :func:`load`, and for ``exact`` as for ``convert``; nothing is traced, so
     that this is faster.
+
+    With the ``backend`` "onnxruntime" instead of "torch", ONNX Runtime runs the transforms; the ``options`` are
+    those of :func:`fmpq_fx.onnx_codec.exported_with_sessions`, ``graphs`` and ``threads``. Bitstreams are
+    interchangeable.
     """
+    if backend not in onnx_codec.BACKENDS:
+        raise ValueError(f"backend is {backend!r}; pass one of {', '.join(map(repr, onnx_codec.BACKENDS))}")
     held = container.read(path)
     with blaming(path):
         codec, words = _codec(held, model)
-        return with_exact_path(codec, EntropyPath(**words["entropy_path"]), exact)
+        codec = with_exact_path(codec, EntropyPath(**words["entropy_path"]), exact)
+    if backend == "torch":
+        return codec
+    return onnx_codec.exported_with_sessions(codec, lambda: load(path, model=model), **options)
 
 
 @contextmanager

@@ -17,6 +17,14 @@ pass                takes and returns                            what it does
 ``integerize``      model, EntropyPath -> model                  lowers that to exact integer arithmetic
 ==================  ===========================================  =====================================
 
+What runs elsewhere than in torch is lowered by further passes, which :func:`fmpq_fx.export_onnx` runs:
+
+==================  ===========================================  =====================================
+``subpixel``        GraphModule -> GraphModule                   transposed convolutions as convolutions
+``integers``        GraphModule, images -> GraphModule           chooses which layers run in 8-bit integers
+``parts``           GraphModule -> parts                         cuts it between entropy coding steps
+==================  ===========================================  =====================================
+
 What a pass finds out it writes on the graph, in ``node.meta["fmpq"]``, and in the :class:`tables.Plan`
 that the rewritten GraphModule carries in ``gm.meta["fmpq"]``.
 """

@@ -1,0 +1,265 @@
+"""Inference: transforms and whole codecs in eager torch, its variants, ONNX Runtime float32, and in integers.
+
+For each model, 512 x 768, the transforms alone (analysis, synthesis) and encoding and decoding with real bitstreams,
+all variants in turn in one run, so that a busy machine slows all of them alike; medians, and ratios to eager float32.
+Peak memory is that of the synthesis in a process of its own, with
+one thread. The RD loss is measured on crops of the images.
+
+    python benchmarks/inference.py --images ../data/kodak --calibration ../data/bsds500/val
+"""
+
+import argparse
+import copy
+import json
+import multiprocessing
+import pickle
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compressai.models import MeanScaleHyperprior, ScaleHyperprior
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+
+from fmpq_fx import convert, export_onnx, images, prepare, samples
+from fmpq_fx.files import write_text
+from fmpq_fx.onnx_codec import with_sessions
+from fmpq_fx.rd import RDSums, rd_sums
+from fmpq_fx.zoo import model_of_state
+
+HEIGHT, WIDTH = 512, 768
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "scale 64": samples.model,
+    "mean-scale 64": lambda: MeanScaleHyperprior(64, 96),
+    "scale 128": lambda: ScaleHyperprior(128, 192),
+    "mean-scale 128": lambda: MeanScaleHyperprior(128, 192),
+}
+EAGER = "eager float32"
+Job = Callable[[], Any]
+
+
+class Variant:
+    """A codec and how its transforms are called."""
+
+    def __init__(self, codec: Any, *, channels_last: bool = False, bfloat16: bool = False):
+        self.codec: Any = codec.to(memory_format=torch.channels_last) if channels_last else codec
+        self.channels_last, self.bfloat16 = channels_last, bfloat16
+        self.analysis: Any = self.codec.g_a
+        self.synthesis: Any = self.codec.g_s
+
+    def within(self, call: Callable[..., Any], *arguments: Any) -> Job:
+        """Return a job that calls ``call`` as this variant does."""
+
+        def job() -> Any:
+            context = torch.autocast("cpu", torch.bfloat16) if self.bfloat16 else nullcontext()
+            with torch.no_grad(), context:
+                return call(*arguments)
+
+        return job
+
+    def jobs(self, x: Tensor) -> dict[str, Job]:
+        """Return what is timed, for the image ``x`` (1, 3, H, W)."""
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        y = self.codec.g_a(x).round()
+        coded = self.codec.compress(x)
+
+        jobs = {"analysis": self.within(self.analysis, x), "synthesis": self.within(self.synthesis, y)}
+        if not self.bfloat16:  # entropy models need float32
+            jobs["encode"] = self.within(self.codec.compress, x)
+            jobs["decode"] = self.within(self.codec.decompress, coded["strings"], coded["shape"])
+        return jobs
+
+
+def variants(gm: fx.GraphModule, model: Any, folder: Path, options: argparse.Namespace) -> dict[str, Variant]:
+    """Return all variants of ``model``, of which ``gm`` is the quantized graph."""
+    found = {
+        EAGER: Variant(copy.deepcopy(model)),
+        "channels_last": Variant(copy.deepcopy(model), channels_last=True),
+        "bfloat16 autocast": Variant(copy.deepcopy(model), bfloat16=True),
+    }
+    compiled = Variant(copy.deepcopy(model))
+    compiled.analysis, compiled.synthesis = (torch.compile(m) for m in (model.g_a, model.g_s))
+    try:
+        with torch.no_grad():
+            compiled.analysis(torch.rand(1, 3, HEIGHT, WIDTH))
+        found["torch.compile"] = compiled
+    except Exception as error:  # it needs a compiler, which not every machine has
+        print(f"torch.compile does not work here: {type(error).__name__}: {str(error).splitlines()[0]}")
+    everything_float = prepare(model, 1.0, calibration=torch.rand(1, 3, 64, 64), bits=[10], fixed={"*": None})
+    exports = {"ONNX Runtime float32": (everything_float, 0.0)}
+    exports |= {f"ours, tolerance {tolerance:g}": (gm, tolerance) for tolerance in options.tolerance}
+    for index, (name, (graph, tolerance)) in enumerate(exports.items()):
+        place = folder / str(index)
+        export_onnx(graph, place, calibration=options.calibration, tolerance=tolerance)
+        found[name] = Variant(with_sessions(convert(graph), place))
+    return found
+
+
+def rd_of(variant: Variant, crops: list[Tensor], lmbda: float) -> float:
+    """Return the RD loss of a variant; transforms in bfloat16, entropy models in float32."""
+    codec = variant.codec
+    original = codec.g_a.forward, codec.g_s.forward
+
+    def low(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return forward(x).float()
+
+        return call
+
+    if variant.bfloat16:
+        codec.g_a.forward, codec.g_s.forward = map(low, original)
+    with torch.no_grad():
+        sums = sum((rd_sums(codec(x), x) for x in crops), RDSums())
+    codec.g_a.forward, codec.g_s.forward = original
+    return sums.rd(lmbda)
+
+
+def timed(jobs: dict[tuple[str, str], Job], repeats: int) -> dict[tuple[str, str], float]:
+    """Return the median seconds of each job; they take turns."""
+    for job in jobs.values():
+        job()
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
+    for _ in range(repeats):
+        for key, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            seconds[key].append(time.perf_counter() - start)
+    return {key: statistics.median(values) for key, values in seconds.items()}
+
+
+def peak_memory(variant: Variant, y: Tensor) -> float:
+    """Return by how many MB memory grows in a fresh process that loads ``variant`` and synthesizes from ``y``."""
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # not a fork, which has the memory but not the threads of this one
+    results = context.SimpleQueue()
+    process = context.Process(target=_synthesize, args=(pickle.dumps((variant, y)), results))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"the process that measures memory ended with {process.exitcode}")
+    return float(results.get())
+
+
+def _synthesize(pickled: bytes, results: Any) -> None:
+    torch.set_num_threads(1)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = _memory("VmRSS")
+    variant, y = pickle.loads(pickled)
+    variant.within(variant.synthesis, y)()
+    results.put(_memory("VmHWM") - before)
+
+
+def _memory(name: str) -> float:
+    """Return the resident memory of this process in MB, as it is ("VmRSS") or at its peak ("VmHWM"); Linux alone."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def main() -> None:
+    """Print a table per model and number of threads, and write all as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    add("--checkpoint", type=Path, nargs="+", default=[], help="trained weights, in the order of --models")
+    add("--calibration", help="image folder; default: scikit-image's photographs")
+    add("--images", help="image folder to measure the RD loss on; default: the calibration")
+    add("--crops", type=int, default=12)
+    add("--bits", type=int, default=8, help="of all weights")
+    add("--lmbda", type=float, default=0.013)
+    add("--tolerance", type=float, nargs="+", default=[0.001, 0.01])
+    add("--threads", type=int, nargs="+", default=[1, 2])
+    add("--repeats", type=int, default=7)
+    add("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    content = []
+    crops = images.crops(args.images, count=args.crops) if args.images else images.batches(args.calibration)
+    for index, name in enumerate(args.models):
+        model = _trained(name, args.checkpoint[index] if index < len(args.checkpoint) else None)
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            rows = measure(name, model, crops, args)
+            print(
+                f"\n{name}, {threads} thread{'s' * (threads > 1)}, {WIDTH} x {HEIGHT}\n\n{_table(rows)}",
+                flush=True,
+            )
+            content.append({"model": name, "threads": threads, "rows": rows})
+    write_text(args.out / "inference.json", json.dumps(content, indent=1) + "\n")
+
+
+def _trained(name: str, checkpoint: Path | None) -> nn.Module:
+    torch.manual_seed(0)
+    if checkpoint is None:
+        model = MODELS[name]()
+        print(
+            f"{name}: {'the sample model' if name == 'scale 64' else 'random weights: its RD loss says nothing'}"
+        )
+    else:
+        zoo = "mbt2018-mean" if name.startswith("mean") else "bmshj2018-hyperprior"
+        model = model_of_state(zoo, torch.load(checkpoint, weights_only=True))
+    model.update(force=True)  # type: ignore[operator]
+    return model.eval()
+
+
+def measure(
+    name: str, model: nn.Module, crops: list[Tensor], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Return a row per variant: RD loss, memory in MB, and seconds of each job."""
+    gm = prepare(
+        model,
+        args.bits / 32,
+        calibration=args.calibration,
+        lmbda=args.lmbda,
+        bits=[args.bits],
+        planner="uniform",
+    )
+    photo = samples.photos()["astronaut"][None]
+    x = F.interpolate(photo, (HEIGHT, WIDTH), mode="bicubic").clamp(0, 1)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        found = variants(gm, model, Path(folder), args)
+        rd = {key: rd_of(variant, crops, args.lmbda) for key, variant in found.items()}
+        rd["fake-quantized graph"] = rd_of(Variant(convert(gm)), crops, args.lmbda)
+        jobs = {(key, what): job for key, variant in found.items() for what, job in variant.jobs(x).items()}
+        seconds = timed(jobs, args.repeats)
+        y = model.g_a(x).round()  # type: ignore[operator]
+        memory = {key: peak_memory(variant, y) for key, variant in found.items() if "compile" not in key}
+    return [
+        {
+            "variant": key,
+            "rd": rd[key],
+            "memory": memory.get(key),
+            "seconds": {what: value for (variant, what), value in seconds.items() if variant == key},
+        }
+        for key in [*found, "fake-quantized graph"]
+    ]
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    reference = rows[0]
+    lines = []
+    for row in rows:
+        line = [row["variant"], f"{100 * (row['rd'] / reference['rd'] - 1):+.2f} %"]
+        line.append("-" if row["memory"] is None else f"{row['memory']:.0f}")
+        for what in ("analysis", "synthesis", "encode", "decode"):
+            value = row["seconds"].get(what)
+            line.append("-" if value is None else f"{value:.3f} s {reference['seconds'][what] / value:.2f}x")
+        lines.append(line)
+    headers = ["variant", "RD loss", "MB", "analysis", "synthesis", "encode", "decode"]
+    return tabulate(lines, headers, disable_numparse=True, colalign=("left", *["right"] * 6))
+
+
+if __name__ == "__main__":
+    main()

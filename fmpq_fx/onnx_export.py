@@ -1,0 +1,212 @@
+"""A rewritten graph as ONNX graphs, one for each part that runs between entropy coding steps."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fmpq_fx import fingerprint, images
+from fmpq_fx.codec import convert
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.images import Calibration
+from fmpq_fx.onnx_graph import OPSET, OnnxGraph, checked_opset, failed, package, shape_of
+from fmpq_fx.onnx_manifest import (
+    NAME,
+    VERSION,
+    LayerRun,
+    OnnxManifest,
+    PartFile,
+    replacing_folder,
+    sha256,
+)
+from fmpq_fx.onnx_modules import modules_of_parts
+from fmpq_fx.onnx_ops import emit
+from fmpq_fx.passes.incremental import mean_rd
+from fmpq_fx.passes.integers import Run, run_in_integers
+from fmpq_fx.passes.parts import Part, cut
+from fmpq_fx.passes.rewrite import plan_of
+from fmpq_fx.passes.subpixel import subpixel
+from fmpq_fx.passes.tables import FLOAT_BITS, Plan
+from fmpq_fx.passes.trace import run
+from fmpq_fx.zoo import zoo_name
+
+_CONTAINER_BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "int16": 16, "float32": FLOAT_BITS}
+
+
+def export_onnx(
+    gm: fx.GraphModule,
+    folder: str | os.PathLike[str],
+    *,
+    calibration: Calibration = None,
+    tolerance: float = 0.001,
+    opset: int = OPSET,
+    progress: bool | None = None,
+) -> OnnxManifest:
+    """Write ``gm`` as ONNX graphs into ``folder``, with a manifest that says which is what.
+
+    Layers of up to 8 bits whose input has up to 8 bits become integer convolutions, where that costs no
+    more than the tolerance; which do, and why others do not, the manifest lists. Weights are stored as integers in any
+    case. Transposed convolutions become convolutions and a pixel shuffle. Batch, height and width are dynamic.
+
+    Args:
+        gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned, trained further or not. It is not
+            modified.
+        folder: is made; an export that is there already is replaced.
+        calibration: images to measure ranges and costs on, as for :func:`fmpq_fx.prepare`.
+        tolerance: by how much the RD loss on them may rise, 0.001 for 0.1 %. With 0, layers run in integers only
+            where it makes no difference.
+        opset: of ONNX, at least 21.
+        progress: show a progress bar; None shows it on terminals only.
+
+    Returns:
+        the manifest; printed, it is a table of the layers.
+
+    Raises:
+        FmpqError: onnx is not installed, the opset is too old, an operation has no ONNX form (no file is left
+            then), ``folder`` holds something else, or ``gm`` carries no plan.
+        ValueError: the tolerance is negative.
+        FileNotFoundError: the folder that ``folder`` is to be in does not exist.
+    """
+    plan, opset = plan_of(gm), checked_opset(opset)
+    if not tolerance >= 0:
+        raise ValueError(f"the tolerance is {tolerance}; pass 0 or more, 0.001 for 0.1 %")
+    batches = images.batches(calibration)
+    codec = convert(gm).cpu().float()
+    # In floating point: modules on the entropy path compute what the graph does only up to fixed-point rounding else.
+    modules = modules_of_parts(convert(gm, exact=False).cpu().float(), gm, batches[0][:1])
+    lowered = subpixel(gm).cpu().float().eval()
+    before = mean_rd(lowered, batches, plan.lmbda)
+    run_in_integers(lowered, batches, plan.lmbda, tolerance=tolerance, progress=progress)
+    rise = mean_rd(lowered, batches, plan.lmbda) / before - 1
+    constants = _example(lowered, batches[0][:1])
+    with replacing_folder(folder) as temporary:
+        files: list[PartFile] = []
+        stored: dict[str, str] = {}
+        for part in cut(lowered):
+            graph, file = _written(lowered, part, constants, temporary, opset)
+            module = modules.get(part.name)
+            if module is not None and len(part.outputs) == 1:
+                entry = graph.values.get(module[1])
+                file = replace(file, module=module[0] if entry else None, entry=entry)
+            files.append(file)
+            stored |= graph.stored
+        layers = _layers(lowered, plan, stored)
+        here = {layer.site for layer in layers if layer.part is not None}
+        manifest = OnnxManifest(
+            version=VERSION,
+            model=_identity(codec),
+            fingerprint=fingerprint.of_codec(codec),
+            opset=opset,
+            parts=tuple(files),
+            layers=layers,
+            nominal_bytes=sum(s.bytes_at(plan.bits[s.name]) for s in plan.sites if s.name in here),
+            rd_rise=rise,
+        )
+        manifest.save(temporary / NAME)
+    return manifest
+
+
+def _identity(codec: nn.Module) -> dict[str, Any]:
+    cls = type(codec)
+    return {"class": f"{cls.__module__}.{cls.__qualname__}", "zoo": zoo_name(codec)}
+
+
+class _Recorder(fx.Interpreter):
+    """Notes the shapes of all values, and keeps those that depend on no input."""
+
+    def __init__(self, gm: fx.GraphModule):
+        super().__init__(gm)
+        self.constants: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            n.meta["example_shape"] = tuple(value.shape)
+            constant = n.op not in ("placeholder", "output") and n.op != "call_module"
+            if constant and all(read in self.constants for read in n.all_input_nodes):
+                self.constants[n] = value.detach()
+        return value
+
+
+@torch.no_grad()
+def _example(gm: fx.GraphModule, x: Tensor) -> Mapping[fx.Node, Tensor]:
+    """Note the shapes of all values of ``gm`` for the image ``x``, and return its constants."""
+    recorder = _Recorder(gm)
+    run(recorder.run, x)
+    return recorder.constants
+
+
+def _written(
+    gm: fx.GraphModule, part: Part, constants: Mapping[fx.Node, Tensor], folder: Path, opset: int
+) -> tuple[OnnxGraph, PartFile]:
+    """Write the ONNX graph of ``part`` into ``folder``."""
+    onnx = package("onnx")
+    graph = OnnxGraph()
+    values: dict[fx.Node, Any] = {node: graph.name(node.name) for node in part.inputs}
+    outputs = {node: graph.name(f"{node.name}_out") for node in part.outputs}
+    for node in part.nodes:
+        for read in node.all_input_nodes:
+            if read not in values and read in constants:
+                values[read] = graph.constant(constants[read], read.name)
+        values[node] = emit(graph, gm, node, values)
+    for node, name in outputs.items():
+        if not isinstance(values[node], str):
+            raise failed(node, "an output of a part must be one tensor")
+        graph.nodes.append(onnx.helper.make_node("Identity", [values[node]], [name], name=name))
+    graph.values = {node.name: name for node, name in values.items() if isinstance(name, str)}
+    graph.pruned(list(outputs.values()))
+    shapes = [
+        {name: _dynamic(name, node) for node, name in names}
+        for names in ([(node, values[node]) for node in part.inputs], outputs.items())
+    ]
+    infos = [
+        [
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+            for name, shape in of.items()
+        ]
+        for of in shapes
+    ]
+    opsets = [onnx.helper.make_opsetid("", opset)]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(graph.nodes, part.name, *infos, list(graph.initializers.values())),
+        opset_imports=opsets,
+        producer_name="fmpq-fx",
+        ir_version=onnx.helper.find_min_ir_version_for(opsets),
+    )
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # of several types, which onnx does not document
+        raise FmpqError(f"the ONNX graph of {part.name} is not valid: {error}") from error
+    path = folder / f"{part.name}.onnx"
+    path.write_bytes(model.SerializeToString())
+    return graph, PartFile(part.name, path.name, sha256(path), path.stat().st_size, shapes[0], shapes[1])
+
+
+def _dynamic(name: str, node: fx.Node) -> list[int | str]:
+    """Return the shape of ``node`` with all but its channels dynamic."""
+    shape = shape_of(node)
+    words: list[int | str] = ["batch", *shape[1:2]]
+    return words + [f"{name}_{dimension}" for dimension in ("height", "width", "depth")[: len(shape) - 2]]
+
+
+def _layers(gm: fx.GraphModule, plan: Plan, stored: Mapping[str, str]) -> tuple[LayerRun, ...]:
+    """Return how each site runs, in the order of the plan."""
+    parts = {str(node.target): part.name for part in cut(gm) for node in part.nodes}
+    runs: dict[str, Run] = {
+        str(node.target): node.meta["fmpq"]["run"]
+        for node in gm.graph.nodes
+        if "run" in node.meta.get("fmpq", {})
+    }
+    layers = []
+    for site in plan.sites:
+        part, bits = parts.get(site.name), plan.bits[site.name]
+        reason = "its bits are float32" if part else "inside a module that is kept whole, which torch runs"
+        how = runs.get(site.name, Run("float32", reason))
+        container = stored.get(site.name, "float32")
+        size = site.params * _CONTAINER_BITS[container] / 8
+        layers.append(LayerRun(site.name, part, bits, how.kind, container, size, how.why, how.cost))
+    return tuple(layers)

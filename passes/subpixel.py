@@ -1,0 +1,245 @@
+"""Lower transposed convolutions to convolutions followed by a pixel shuffle, with the same weights.
+
+A transposed convolution of stride S computes each of the S x S sub-positions of its output from its own part of
+the kernel: output t = S * q + r sees input q + e with tap k where S * e = r + padding - k. Those parts, padded with
+zeros to one size, are the kernels of an ordinary convolution that runs at the resolution of the input and has S * S
+times the channels; PixelShuffle puts these in their places. Integer kernels exist for convolutions, and for hardly any
+transposed one.
+"""
+
+import copy
+import operator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedConvTranspose2d, quantized_class
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How a transposed convolution is lowered along one spatial dimension; all in taps or pixels."""
+
+    stride: int
+    kernel: int
+    padding: int
+    output_padding: int
+    dilation: int
+
+    @property
+    def extent(self) -> int:
+        """Size of the kernel with the gaps of its dilation."""
+        return self.dilation * (self.kernel - 1) + 1
+
+    @property
+    def first(self) -> int:
+        """The first input that an output sees, counted from its own place."""
+        return -((self.extent - 1 - self.padding) // self.stride)
+
+    @property
+    def last(self) -> int:
+        """The last input that an output sees, counted from its own place."""
+        return -(-self.padding // self.stride)
+
+    @property
+    def taps(self) -> int:
+        """Size of the convolution's kernel."""
+        return self.last - self.first + 1
+
+    @property
+    def front(self) -> int:
+        """Zeros before the kernel, so that its parts start at a multiple of the stride."""
+        return self.stride * self.last - self.padding
+
+    @property
+    def back(self) -> int:
+        """Zeros behind the kernel, so that its parts have one size."""
+        return self.stride * self.taps - self.extent - self.front
+
+    @property
+    def _excess(self) -> int:
+        """What the output has more than ``stride`` times the size of the input."""
+        return self.extent - self.stride - 2 * self.padding + self.output_padding
+
+    @property
+    def pads(self) -> tuple[int, int]:
+        """Zeros before and behind the input of the convolution; negative ones crop it."""
+        return -self.first, self.last - (-self._excess // self.stride)
+
+    @property
+    def surplus(self) -> int:
+        """What the shuffled output has too many at its end."""
+        return -self._excess % self.stride
+
+
+def subpixel(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of ``gm`` in which convolution and ``F.pixel_shuffle`` stand for transposed convolutions.
+
+    Args:
+        gm: any graph, rewritten or float. Calls of :class:`QuantizedConvTranspose2d` and of ``nn.ConvTranspose2d``
+            with any kernel, padding, output padding, dilation, groups, and the same stride in both dimensions
+            are lowered. The quantized ones keep their integers (and get zeros beside them), their steps, and the
+            quantizer of their input.
+
+    Returns:
+        a graph that computes the same up to rounding errors of float32. It is made to run, and carries no plan. Each
+        convolution has the name and the notes of the layer that it stands for, and how its weights came about:
+        ``node.meta["subpixel"]``, the two :class:`Axis`. On a transposed convolution that was left alone
+        it is a text that says why.
+    """
+    lowered = copy.deepcopy(gm)
+    for key in ("fmpq", "model"):  # the plan and the model are of the layers that were there
+        lowered.meta.pop(key, None)
+    done: dict[str, tuple[Axis, Axis]] = {}
+    for node in list(lowered.graph.nodes):
+        if node.op != "call_module":
+            continue
+        target = str(node.target)
+        layer = lowered.get_submodule(target)
+        if target not in done:
+            if not _is_transposed(layer):
+                continue
+            reason = _obstacle(node, layer)
+            if reason is not None:
+                node.meta["subpixel"] = reason
+                continue
+            done[target] = axes = _axes(_float_layer(layer))
+            lowered.set_submodule(target, _convolution(layer, axes))
+        _replace(node, done[target])
+    lowered.graph.lint()
+    lowered.recompile()
+    return lowered
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    cls = type(layer) if isinstance(layer, QuantizedConvTranspose2d) else quantized_class(layer)
+    return cls is QuantizedConvTranspose2d
+
+
+def _float_layer(layer: nn.Module) -> nn.ConvTranspose2d:
+    found = layer.layer if isinstance(layer, QuantizedConvTranspose2d) else layer
+    assert isinstance(found, nn.ConvTranspose2d)
+    return found
+
+
+def _obstacle(node: fx.Node, layer: nn.Module) -> str | None:
+    """Say why the call ``node`` of ``layer`` cannot be lowered, or return None."""
+    stride = _float_layer(layer).stride
+    if stride[0] != stride[1]:
+        return f"its strides are {stride[0]} and {stride[1]}, and a pixel shuffle has one for both"
+    # A layer that is called several times is lowered once for all of its calls.
+    calls = [other for other in node.graph.nodes if other.op == "call_module" and other.target == node.target]
+    if any(len(call.args) != 1 or call.kwargs for call in calls):
+        return "its output size is an argument of its call, and not known before"
+    return None
+
+
+def _axes(layer: nn.ConvTranspose2d) -> tuple[Axis, Axis]:
+    down, right = (
+        Axis(
+            layer.stride[i],
+            layer.kernel_size[i],
+            int(layer.padding[i]),
+            layer.output_padding[i],
+            layer.dilation[i],
+        )
+        for i in (0, 1)
+    )
+    return down, right
+
+
+def lowered_weight(weight: Tensor, groups: int, axes: tuple[Axis, Axis]) -> Tensor:
+    """Return the convolution's weight, (out * S * S, in / groups, taps, taps), for a transposed one's.
+
+    Args:
+        weight: (in, out / groups, kH, kW).
+        groups: of both convolutions.
+        axes: how each of the two spatial dimensions is lowered.
+    """
+    down, right = axes
+    inputs, outputs = weight.shape[:2]
+    dense = weight.new_zeros(inputs, outputs, down.extent, right.extent)
+    dense[..., :: down.dilation, :: right.dilation] = weight
+    padded = F.pad(dense, (right.front, right.back, down.front, down.back))
+    split = padded.reshape(
+        groups, inputs // groups, outputs, down.taps, down.stride, right.taps, right.stride
+    )
+    # A later tap of a transposed convolution meets an earlier input.
+    ordered = split.flip(3, 5).permute(0, 2, 4, 6, 1, 3, 5)
+    return ordered.reshape(-1, inputs // groups, down.taps, right.taps)
+
+
+def original_weight(weight: Tensor, groups: int, axes: tuple[Axis, Axis]) -> Tensor:
+    """Return the transposed convolution's weight whose :func:`lowered_weight` is ``weight``."""
+    down, right = axes
+    places = down.stride * right.stride
+    apart = weight.reshape(
+        groups,
+        weight.size(0) // groups // places,
+        down.stride,
+        right.stride,
+        weight.size(1),
+        down.taps,
+        right.taps,
+    )
+    ordered = apart.permute(0, 4, 1, 5, 2, 6, 3).flip(3, 5)
+    padded = ordered.reshape(groups * weight.size(1), -1, down.taps * down.stride, right.taps * right.stride)
+    rows, columns = (slice(a.front, a.front + a.extent, a.dilation) for a in axes)
+    return padded[..., rows, columns]
+
+
+def _convolution(layer: nn.Module, axes: tuple[Axis, Axis]) -> nn.Module:
+    """Return the convolution, quantized if ``layer`` is, with as much of the padding as it can do itself."""
+    transposed = _float_layer(layer)
+    down, right = axes
+    places = down.stride * right.stride
+    weight, bias = transposed.weight, transposed.bias
+    convolution = nn.utils.skip_init(
+        nn.Conv2d,
+        transposed.in_channels,
+        transposed.out_channels * places,
+        (down.taps, right.taps),
+        padding=(down.pads[0], right.pads[0]) if _even(axes) else 0,
+        groups=transposed.groups,
+        bias=bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    with torch.no_grad():
+        convolution.weight.copy_(lowered_weight(weight, transposed.groups, axes))
+        if bias is not None:
+            convolution.bias.copy_(bias.repeat_interleave(places))
+        if not isinstance(layer, QuantizedConvTranspose2d):
+            return convolution.train(layer.training)  # type: ignore[no-any-return]
+        quantized = QuantizedConv2d(convolution, layer.bits)
+        quantized.weight_quantizer.log_scale.copy_(layer.weight_quantizer.log_scale.repeat_interleave(places))
+    quantized.weight_quantizer.leak = layer.weight_quantizer.leak
+    quantized.input_quantizer = layer.input_quantizer
+    return quantized.train(layer.training)
+
+
+def _even(axes: tuple[Axis, Axis]) -> bool:
+    """Say whether the convolution can pad its input itself: as much behind as before, and no less than nothing."""
+    return all(axis.pads[0] == axis.pads[1] >= 0 for axis in axes)
+
+
+def _replace(node: fx.Node, axes: tuple[Axis, Axis]) -> None:
+    """Put padding, convolution, shuffle and cropping in the place of ``node``, as far as each is needed."""
+    down, right = axes
+    graph = node.graph
+    with graph.inserting_before(node):
+        value = node.args[0]
+        if not _even(axes):
+            value = graph.call_function(F.pad, (value, (*right.pads, *down.pads)))
+        value = graph.call_module(str(node.target), (value,))
+        value.meta = {**node.meta, "subpixel": axes}
+        if down.stride > 1:
+            value = graph.call_function(F.pixel_shuffle, (value, down.stride))
+        if down.surplus or right.surplus:
+            rows, columns = (slice(None, -axis.surplus or None) for axis in axes)
+            # torch.fx records slices with an ellipsis, but its types do not say so.
+            value = graph.call_function(operator.getitem, (value, (..., rows, columns)))  # type: ignore[arg-type]
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
