@@ -2,7 +2,8 @@
 
 For each model, 512 x 768, the transforms alone (analysis, synthesis) and encoding and decoding with real bitstreams,
 all variants in turn in one run, so that a busy machine slows all of them alike; medians, and ratios to eager float32.
-Peak memory is that of a process of its own. The RD loss is measured on crops of the images.
+Peak memory is that of the synthesis in a process of its own, with
+one thread. The RD loss is measured on crops of the images.
 
     python benchmarks/inference.py --images ../data/kodak --calibration ../data/bsds500/val
 """
@@ -11,7 +12,7 @@ import argparse
 import copy
 import json
 import multiprocessing
-import resource
+import pickle
 import statistics
 import tempfile
 import time
@@ -53,6 +54,16 @@ class Variant(nn.Module):
         self.channels_last, self.bfloat16 = channels_last, bfloat16
         self.analysis, self.synthesis = self.codec.g_a, self.codec.g_s
 
+    def within(self, call: Callable[..., Any], *arguments: Any) -> Job:
+        """Return a job that calls ``call`` as this variant does."""
+
+        def job() -> Any:
+            context = torch.autocast("cpu", torch.bfloat16) if self.bfloat16 else nullcontext()
+            with torch.no_grad(), context:
+                return call(*arguments)
+
+        return job
+
     def jobs(self, x: Tensor) -> dict[str, Job]:
         """Return what is timed, for the image ``x`` (1, 3, H, W)."""
         if self.channels_last:
@@ -60,18 +71,10 @@ class Variant(nn.Module):
         y = self.codec.g_a(x).round()
         coded = self.codec.compress(x)
 
-        def within(call: Callable[..., Any], *arguments: Any) -> Job:
-            def job() -> Any:
-                context = torch.autocast("cpu", torch.bfloat16) if self.bfloat16 else nullcontext()
-                with torch.no_grad(), context:
-                    return call(*arguments)
-
-            return job
-
-        jobs = {"analysis": within(self.analysis, x), "synthesis": within(self.synthesis, y)}
+        jobs = {"analysis": self.within(self.analysis, x), "synthesis": self.within(self.synthesis, y)}
         if not self.bfloat16:  # entropy models need float32
-            jobs["encode"] = within(self.codec.compress, x)
-            jobs["decode"] = within(self.codec.decompress, coded["strings"], coded["shape"])
+            jobs["encode"] = self.within(self.codec.compress, x)
+            jobs["decode"] = self.within(self.codec.decompress, coded["strings"], coded["shape"])
         return jobs
 
 
@@ -135,25 +138,33 @@ def timed(jobs: dict[tuple[str, str], Job], repeats: int) -> dict[tuple[str, str
     return {key: statistics.median(values) for key, values in seconds.items()}
 
 
-def peak_memory(job: Job) -> float:
-    """Return by how many MB the peak memory of a copy of this process grows while it does ``job``."""
-
-    def child(results: Any) -> None:
-        before = _resident()
-        job()
-        results.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
-
-    context = multiprocessing.get_context("fork")
+def peak_memory(variant: Variant, y: Tensor) -> float:
+    """Return by how many MB memory grows in a fresh process that loads ``variant`` and synthesizes from ``y``."""
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # not a fork, which has the memory but not the threads of this one
     results = context.SimpleQueue()
-    process = context.Process(target=child, args=(results,))
+    process = context.Process(target=_synthesize, args=(pickle.dumps((variant, y)), results))
     process.start()
     process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"the process that measures memory ended with {process.exitcode}")
     return float(results.get())
 
 
-def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def _synthesize(pickled: bytes, results: Any) -> None:
+    torch.set_num_threads(1)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = _memory("VmRSS")
+    variant, y = pickle.loads(pickled)
+    variant.within(variant.synthesis, y)()
+    results.put(_memory("VmHWM") - before)
+
+
+def _memory(name: str) -> float:
+    """Return the resident memory of this process in MB, as it is ("VmRSS") or at its peak ("VmHWM"); Linux alone."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 def main() -> None:
@@ -225,7 +236,8 @@ def measure(
         rd["fake-quantized graph"] = rd_of(Variant(convert(gm)), crops, args.lmbda)
         jobs = {(key, what): job for key, variant in found.items() for what, job in variant.jobs(x).items()}
         seconds = timed(jobs, args.repeats)
-        memory = {key: peak_memory(jobs[key, "synthesis"]) for key in found if "compile" not in key}
+        y = model.g_a(x).round()  # type: ignore[operator]
+        memory = {key: peak_memory(variant, y) for key, variant in found.items() if "compile" not in key}
     return [
         {
             "variant": key,
