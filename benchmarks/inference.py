@@ -49,10 +49,11 @@ class Variant:
     """A codec and how its transforms are called."""
 
     def __init__(self, codec: nn.Module, *, channels_last: bool = False, bfloat16: bool = False):
-        self.codec: Any = codec.to(memory_format=torch.channels_last) if channels_last else codec
+        moved: Any = codec.to(memory_format=torch.channels_last) if channels_last else codec
+        self.codec = moved
         self.channels_last, self.bfloat16 = channels_last, bfloat16
-        self.analysis: Callable[..., Any] = self.codec.g_a
-        self.synthesis: Callable[..., Any] = self.codec.g_s
+        self.analysis: Callable[..., Any] = moved.g_a
+        self.synthesis: Callable[..., Any] = moved.g_s
 
     def within(self, call: Callable[..., Any], *arguments: Any) -> Job:
         """Return a job that calls ``call`` as this variant does."""
