@@ -48,11 +48,12 @@ Job = Callable[[], Any]
 class Variant:
     """A codec and how its transforms are called."""
 
-    def __init__(self, codec: Any, *, channels_last: bool = False, bfloat16: bool = False):
-        self.codec: Any = codec.to(memory_format=torch.channels_last) if channels_last else codec
+    def __init__(self, codec: nn.Module, *, channels_last: bool = False, bfloat16: bool = False):
+        moved: Any = codec.to(memory_format=torch.channels_last) if channels_last else codec
+        self.codec = moved
         self.channels_last, self.bfloat16 = channels_last, bfloat16
-        self.analysis: Any = self.codec.g_a
-        self.synthesis: Any = self.codec.g_s
+        self.analysis: Callable[..., Any] = moved.g_a
+        self.synthesis: Callable[..., Any] = moved.g_s
 
     def within(self, call: Callable[..., Any], *arguments: Any) -> Job:
         """Return a job that calls ``call`` as this variant does."""
@@ -214,9 +215,7 @@ def _trained(name: str, checkpoint: Path | None) -> nn.Module:
     return model.eval()
 
 
-def measure(
-    name: str, model: nn.Module, crops: list[Tensor], args: argparse.Namespace
-) -> list[dict[str, Any]]:
+def measure(name: str, model: Any, crops: list[Tensor], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row per variant: RD loss, memory in MB, and seconds of each job."""
     gm = prepare(
         model,
@@ -234,7 +233,7 @@ def measure(
         rd["fake-quantized graph"] = rd_of(Variant(convert(gm)), crops, args.lmbda)
         jobs = {(key, what): job for key, variant in found.items() for what, job in variant.jobs(x).items()}
         seconds = timed(jobs, args.repeats)
-        y = model.g_a(x).round()  # type: ignore[operator]
+        y = model.g_a(x).round()
         memory = {key: peak_memory(variant, y) for key, variant in found.items() if "compile" not in key}
     return [
         {
