@@ -85,7 +85,7 @@ def _add_memory(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--memory",
         metavar="SIZE",
-        help="what coding may take, as 2GB or 500MB; larger images are transformed in tiles; default: half of the machine's",
+        help="that coding may take, as 2GB or 500MB, by tiles if need be; default: half of the machine's",
     )
 
 

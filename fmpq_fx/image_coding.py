@@ -19,6 +19,7 @@ import json
 import math
 import struct
 import zlib
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from fmpq_fx import fingerprint, image_files
 from fmpq_fx.byte_reader import ByteReader, counted
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.tiles import Size
-from fmpq_fx.tiling import within
+from fmpq_fx.tiling import latents_of, within
 
 MAGIC, VERSION = b"\x89FMI", 1
 
@@ -41,6 +42,7 @@ STRIDE = 64
 _START = struct.Struct(">4sBI")
 _HEAD = struct.Struct(">8sII")
 _MOST_LATENTS = 4  # per pixel; CompressAI's models have at most 1.3
+_LARGE = 2**21  # pixels
 
 
 def encode(codec: nn.Module, image: Tensor, *, memory: int | str | None = None) -> bytes:
@@ -109,8 +111,9 @@ def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) ->
     shape = _shape(reader.take_counted(2), _MOST_LATENTS * pixels)
     strings = [reader.take_counted(4) for _ in range(reader.take(1)[0])]
     reader.end()
-    coder: Any = within(codec, size, memory, images=2)
-    padded = [[_guarded(string, _MOST_LATENTS * pixels)] for string in strings]
+    coder: Any = within(codec, size, memory, images=3)
+    symbols = _most_symbols(codec, size)
+    padded = [[_guarded(string, symbols)] for string in strings]
     try:
         with torch.no_grad():
             decoded: Tensor = coder.decompress(padded, shape)["x_hat"]
@@ -169,6 +172,15 @@ def _guarded(string: bytes, symbols: int) -> bytes:
     string, and none once it reads zeros.
     """
     return string + bytes(4 * 30 * len(string) + 4 * symbols + 256)
+
+
+def _most_symbols(codec: nn.Module, size: Size) -> int:
+    """Return a number that no string of an image of ``size`` has more symbols than."""
+    most = _MOST_LATENTS * math.prod(size)
+    if math.prod(size) > _LARGE:  # knowing the latents takes time, and guards against that many take memory
+        with suppress(FmpqError):
+            return min(most, 2 * latents_of(codec, size))
+    return most
 
 
 def _plain(shape: Any) -> Any:

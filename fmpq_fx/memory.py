@@ -1,5 +1,6 @@
 """How much memory may be used: what the options named ``memory`` take."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -37,12 +38,12 @@ def bytes_of(memory: int | str | None) -> int:
     return found
 
 
-def words(size: float) -> str:
-    """Return ``size`` in bytes as a text: "1.5 GB"."""
+def words(size: int) -> str:
+    """Return ``size`` in bytes as a text, rounded up: "1.5 GB"."""
     for power, unit in ((10**9, "GB"), (10**6, "MB")):
         if size >= power:
-            return f"{size / power:.1f} {unit}"
-    return f"{size / 1000:.1f} kB"
+            return f"{math.ceil(10 * size / power) / 10:.1f} {unit}"
+    return f"{math.ceil(size / 1000)} kB"
 
 
 def _physical() -> int:

@@ -65,6 +65,15 @@ def within(codec: nn.Module, size: Size, memory: int | str | None, *, images: in
     return twin
 
 
+def latents_of(codec: nn.Module, size: Size) -> int:
+    """Return how many latents the analysis of ``codec`` makes of an image of ``size``.
+
+    Raises:
+        FmpqError: it has no module that is its analysis.
+    """
+    return _ends(codec, size)[1].like.numel()
+
+
 @dataclass(frozen=True)
 class _End:
     """The transform at one end of a codec."""

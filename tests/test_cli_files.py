@@ -93,7 +93,7 @@ def test_evaluate_takes_a_model_file(files: Path, capsys: pytest.CaptureFixture[
     by_file = capsys.readouterr().out
     assert run("evaluate", files / "model.state", files / "photos") == 0
     drop_times = [
-        [line.split()[:6] for line in text.splitlines()] for text in (by_file, capsys.readouterr().out)
+        [line.split()[:5] for line in text.splitlines()] for text in (by_file, capsys.readouterr().out)
     ]
     assert drop_times[0] == drop_times[1]
 
