@@ -10,6 +10,7 @@ from typing import Any
 import compressai.models as zoo
 import pytest
 import torch
+from coded_models import graph_of
 from conftest import small_model
 from torch import Tensor, fx, nn
 from traced_models import WITH_CODEC, Codec, lively
@@ -39,6 +40,7 @@ MODELS: dict[str, Any] = {
     "cheng2020-anchor": lambda: zoo.Cheng2020Anchor(16),
     "cheng2020-attention": lambda: zoo.Cheng2020Attention(16),
     "cheng2020-checkerboard": WITH_CODEC["cheng2020-checkerboard"],  # with an opaque latent codec
+    "elic": WITH_CODEC["elic-official"],
     "a model of one's own": lambda: TinyCodec(channels=16, latents=16),
 }
 
@@ -52,11 +54,9 @@ def images() -> Tensor:
 
 def prepared(name: str, images: Tensor, bits: tuple[int, ...] = (4, 8)) -> fx.GraphModule:
     torch.manual_seed(0)
-    # Deep ones overflow with lively weights.
-    model = (
-        MODELS[name]() if name in ("cheng2020-attention", "cheng2020-checkerboard") else lively(MODELS[name])
-    )
-    return fmpq_fx.prepare(model.eval(), 0.2, calibration=images, bits=bits, planner="optimal")
+    if name in ("cheng2020-attention", "cheng2020-checkerboard", "elic"):  # which overflow with lively weights
+        return graph_of(MODELS[name]().eval(), images, bits=max(bits))
+    return fmpq_fx.prepare(lively(MODELS[name]), 0.2, calibration=images, bits=bits, planner="optimal")
 
 
 class Values(fx.Interpreter):
