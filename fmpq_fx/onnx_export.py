@@ -45,8 +45,8 @@ def export_onnx(
 ) -> OnnxManifest:
     """Write ``gm`` as ONNX graphs into ``folder``, with a manifest that says which is what.
 
-    Convolutions of up to 8 bits whose input has up to 8 bits are computed in integers, exactly; which are, and why
-    others are not, the manifest lists. Weights are stored as integers in any case. Transposed convolutions become
+    Convolutions whose input has up to 8 bits are computed in integers, exactly; which are, and why others are not, the
+    manifest lists. Weights are stored as integers in any case. Transposed convolutions become
     convolutions and a pixel shuffle. Batch, height and width are dynamic.
 
     Args:

@@ -6,6 +6,8 @@ round: DequantizeLinear on both sides of a MatMul, which become one kernel. Valu
 (B, H, W, C); those of one place of the kernel are then one block to copy.
 """
 
+import functools
+
 import numpy as np
 import torch.nn.functional as F
 from torch import fx, nn
@@ -20,18 +22,17 @@ def integer_convolution(graph: OnnxGraph, node: fx.Node, layer: QuantizedConv2d,
     assert layer.input_quantizer is not None
     places = _places(node)
     integers, grid = quantized(graph, layer.input_quantizer, graph.channels_last(x))
-    patches = _patches(graph, integers, grid[1], layer.layer)
+    patches = graph.add("DequantizeLinear", [_patches(graph, integers, grid[1], layer.layer), *grid])
     weight = _matrix(graph, integer_weight(graph, node, layer), tuple(layer.weight.shape), places)
     steps = _by_place(layer.weight_quantizer.scale.detach().flatten().cpu().numpy(), places)
-    scales = graph.constant(steps, f"{node.target}.weight_scale")
-    factors = [
-        graph.add("DequantizeLinear", [patches, *grid]),
-        graph.add("DequantizeLinear", [weight, scales], axis=1),
-    ]
-    out = graph.add("MatMul", factors)
+    terms = []
+    for byte, factor in _bytes(graph, weight, layer.bits):
+        scale = graph.constant(steps * np.float32(factor), f"{node.target}.weight_scale")
+        terms.append(graph.add("MatMul", [patches, graph.add("DequantizeLinear", [byte, scale], axis=1)]))
     if layer.bias is not None:
         bias = _by_place(layer.bias.detach().cpu().numpy(), places)
-        out = graph.add("Add", [out, graph.constant(bias, f"{node.target}.bias")])
+        terms.append(graph.constant(bias, f"{node.target}.bias"))
+    out = functools.reduce(lambda a, b: graph.add("Add", [a, b]), terms)
     first = graph.channels_first(out, node.name)
     if places > 1:
         graph.by_place.add(first)
@@ -62,6 +63,20 @@ def _matrix(graph: OnnxGraph, weight: str, shape: tuple[int, ...], places: int) 
     apart = graph.constant(np.array([shape[0] // places, places, *shape[1:]]))
     moved = graph.add("Transpose", [graph.add("Reshape", [weight, apart])], perm=[3, 4, 2, 1, 0])
     return graph.add("Reshape", [moved, graph.constant(np.array([-1, shape[0]]))])
+
+
+def _bytes(graph: OnnxGraph, weight: str, bits: int) -> list[tuple[str, int]]:
+    """Return int8 tensors and factors, by which they add up to ``weight``, which has up to 15 bits."""
+    if bits <= 8:
+        return [(weight, 1)]
+    types, base = package("onnx").TensorProto, 2 ** (bits - 7)
+    wide = graph.add("Cast", [weight], to=types.FLOAT)
+    shifted = graph.add(
+        "Add", [graph.add("Div", [wide, graph.constant(np.float32(base))]), graph.constant(np.float32(0.5))]
+    )
+    high = graph.add("Floor", [shifted])
+    low = graph.add("Sub", [wide, graph.add("Mul", [high, graph.constant(np.float32(base))])])
+    return [(graph.add("Cast", [byte], to=types.INT8), factor) for byte, factor in ((high, base), (low, 1))]
 
 
 def _patches(graph: OnnxGraph, x: str, zero_point: str, layer: nn.Conv2d) -> str:

@@ -7,7 +7,10 @@ from torch import fx, nn
 from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedGDN, QuantizedLayer
 
 BITS = 8
-"""Of the integers that kernels multiply."""
+"""Of the integers that kernels multiply. Wider weights take two products, of their high and of their low part."""
+
+MOST_BITS = 15
+"""Of weights that have two such parts."""
 
 LEAST_CHANNELS = 16
 """With fewer input channels an integer convolution is slower than a float one (measured)."""
@@ -26,8 +29,8 @@ class Run:
 def run_in_integers(gm: fx.GraphModule) -> fx.GraphModule:
     """Note on each node of ``gm`` that calls a quantized layer how the layer runs: ``node.meta["fmpq"]["run"]``.
 
-    Inputs and weights of quantized layers are integers anyway, and sums of their products are exact: a layer of
-    up to 8 bits whose input has up to 8 bits computes in integers what it computes in float, up to float rounding.
+    Inputs and weights of quantized layers are integers anyway, and sums of their products are exact: a convolution
+    whose input has up to 8 bits computes in integers what it computes in float, up to float rounding.
 
     Args:
         gm: a calibrated graph that :func:`subpixel` lowered; it is changed.
@@ -41,7 +44,12 @@ def run_in_integers(gm: fx.GraphModule) -> fx.GraphModule:
         if not isinstance(layer, QuantizedLayer):
             continue
         reason = _obstacle(layer)
-        run = Run("float32", reason) if reason else Run("int8", "its input and its weights are integers")
+        why = (
+            "its input and its weights are integers"
+            if layer.bits <= BITS
+            else "twice: its weights are two integers"
+        )
+        run = Run("float32", reason) if reason else Run("int8", why)
         node.meta["fmpq"] = {**node.meta.get("fmpq", {}), "run": run}
         if isinstance(layer, QuantizedGDN):
             layer.input_quantizer = None
@@ -55,7 +63,7 @@ def _obstacle(layer: QuantizedLayer) -> str | None:
         return "its squares have more than 8 bits"
     if not isinstance(layer, QuantizedConv2d) or not isinstance(inner, nn.Conv2d):
         return f"there is no integer form of a {type(inner).__name__}"
-    if layer.bits > BITS:
+    if layer.bits > MOST_BITS:
         return f"its weights have {layer.bits} bits"
     if quantizer is None or quantizer.bits > BITS:
         return "its input is float" if quantizer is None else f"its input has {quantizer.bits} bits"
@@ -65,6 +73,6 @@ def _obstacle(layer: QuantizedLayer) -> str | None:
         return f"it has {inner.groups} groups"
     if inner.padding_mode != "zeros":
         return f"it pads with {inner.padding_mode!r}"
-    if layer.weight[0].numel() * quantizer.high * layer.weight_quantizer.high > _WIDEST_SUM:
+    if layer.weight[0].numel() * quantizer.high * 2 ** (BITS - 1) > _WIDEST_SUM:
         return "its sums may have more than 32 bits"
     return None

@@ -21,6 +21,7 @@ from fmpq_fx.cli import main
 from fmpq_fx.passes.integers import run_in_integers
 from fmpq_fx.passes.parts import cut
 from fmpq_fx.passes.subpixel import subpixel
+from fmpq_fx.quant.layers import QuantizedGDN
 
 pytest.importorskip("onnx", reason="needs the extra: pip install 'fmpq-fx[onnx]'")
 ort = pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'fmpq-fx[onnx]'")
@@ -54,7 +55,11 @@ def images() -> Tensor:
 
 def prepared(name: str, images: Tensor, bits: tuple[int, ...] = (4, 8)) -> fx.GraphModule:
     torch.manual_seed(0)
-    if name in ("cheng2020-attention", "cheng2020-checkerboard", "elic"):  # which overflow with lively weights
+    if name in (
+        "cheng2020-attention",
+        "cheng2020-checkerboard",
+        "elic",
+    ):  # which overflow with lively weights
         return graph_of(MODELS[name]().eval(), images, bits=max(bits))
     return fmpq_fx.prepare(lively(MODELS[name]), 0.2, calibration=images, bits=bits, planner="optimal")
 
@@ -158,8 +163,9 @@ def test_the_manifest_lists_what_runs_and_what_it_takes(images: Tensor, tmp_path
     for layer in manifest.layers:
         assert layer.bits == plan.bits[layer.site]
         assert layer.stored in containers[layer.bits or 0]
-        if layer.bits == 10 and layer.why != "its squares have more than 8 bits":
-            assert (layer.runs, layer.why) == ("float32", "its weights have 10 bits")
+        norm = isinstance(gm.get_submodule(layer.site), QuantizedGDN)
+        assert layer.runs == ("float32" if norm or layer.site == "g_a.0" else "int8")
+        assert ("twice" in layer.why) == (layer.runs == "int8" and layer.bits == 10)
     assert manifest.nominal_bytes == plan.nominal_bytes
     assert manifest.stored_bytes >= manifest.nominal_bytes
     assert OnnxManifest.of_folder(tmp_path / "onnx") == manifest

@@ -84,7 +84,7 @@ GEOMETRIES = {
 }
 
 
-@pytest.mark.parametrize("bits", [2, 5, 8])
+@pytest.mark.parametrize("bits", [2, 5, 8, 9, 15])
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_an_integer_convolution_is_the_quantized_one(geometry: dict[str, Any], bits: int) -> None:
     torch.manual_seed(0)
@@ -99,13 +99,13 @@ def test_an_integer_convolution_is_the_quantized_one(geometry: dict[str, Any], b
             torch.testing.assert_close(found, layers(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation_bits", [4, 8])
-def test_the_largest_sums_are_exact(activation_bits: int) -> None:
+@pytest.mark.parametrize(("bits", "activation_bits"), [(8, 4), (8, 8), (15, 8)])
+def test_the_largest_sums_are_exact(bits: int, activation_bits: int) -> None:
     # Processors without VNNI saturate sums of two products, unless told otherwise.
     layer = nn.Conv2d(64, 32, 3)
     with torch.no_grad():
         layer.weight.fill_(1.0)[::2] = -1.0
-    layers = nn.Sequential(quantized(layer, 8, activation_bits, low=0.0))
+    layers = nn.Sequential(quantized(layer, bits, activation_bits, low=0.0))
     x = torch.ones(1, 64, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(in_onnx(layers, x)[0], layers(x), rtol=1e-6, atol=1e-4)
@@ -147,7 +147,7 @@ def test_layers_that_cannot_run_in_float() -> None:
     x = torch.rand(1, 16, 8, 8)
     reasons = {
         "groups": quantized(nn.Conv2d(16, 16, 3, groups=2), 8),
-        "bits": quantized(nn.Conv2d(16, 16, 3), 9),
+        "bits": quantized(nn.Conv2d(16, 16, 3), 16),
         "input": quantized(nn.Conv2d(16, 16, 3), 8, 10),
         "pads": quantized(nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"), 8),
     }
