@@ -45,23 +45,19 @@ def within(codec: nn.Module, size: Size, memory: int | str | None, *, images: in
         return codec
     image, latents = (end.like for end in ends)
     fixed = images * image.nbytes + latents.numel() * LATENT_BYTES
-    needs = [end.least(budget - fixed) for end in ends]
-    if fixed + max(needs) > budget:
-        whole = [
-            f"{end.name!r} runs as a whole: {end.transform.obstacle}"
-            for end in ends
-            if end.transform.obstacle
-        ]
-        _complain(
-            codec, size, f"about {words(fixed + max(needs))} of memory", budget, "; ".join(whole), memory
-        )
+    room = budget - fixed
+    need = fixed + max(end.least(room) for end in ends)
+    if need > budget:
+        whole = [f"{e.name!r} runs as a whole: {e.transform.obstacle}" for e in ends if e.transform.obstacle]
+        _complain(codec, size, f"about {words(need)} of memory", budget, "; ".join(whole), memory)
+        room = max(room, budget // 8)  # more than there is, but no tiles so small that they take forever
     twin = _twin(codec)
     names = {end.name: end.transform for end in ends}
     names |= {name: Transform(m) for name, m in codec.named_modules() if isinstance(m, ExactLayer)}
     for name, transform in names.items():
         if not transform.obstacle:
             module = twin.get_submodule(name)
-            module.forward = TiledForward(transform, module.forward, budget - fixed)
+            module.forward = TiledForward(transform, module.forward, room)
     return twin
 
 
@@ -112,8 +108,11 @@ def _ends(codec: nn.Module, size: Size) -> list[_End]:
 
     for name, module in shown.named_modules():
         module.register_forward_hook(lambda _, args, out, name=name: note(name, args, out))
-    with torch.no_grad():
-        shown(image)
+    try:
+        with torch.no_grad():
+            shown(image)
+    except Exception as error:  # a user's model may do anything
+        raise FmpqError(f"it does not run on {_SIDE} x {_SIDE} pixels: {error}") from error
     if len(found) < 2:
         raise FmpqError(
             "it has no module that takes an image and returns latents, or none that returns the reconstruction; make "
