@@ -81,6 +81,18 @@ def test_bitstreams_are_the_same_within_the_memory_that_the_error_asks_for(
     assert all(torch.equal(value, state[key]) for key, value in codec.state_dict().items())
 
 
+def test_whatever_runs_a_transform_runs_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a backend does that takes the place of a module's forward."""
+    monkeypatch.setattr(tiling, "LATENT_BYTES", 0)
+    codec: Any = ready(small_model("mbt2018-mean"))
+    whole = encode(codec, picture())
+    shapes, own = [], codec.g_a.forward
+    codec.g_a.forward = lambda x: (shapes.append(x.shape), own(x))[1]  # type: ignore[func-returns-value]
+    assert encode(codec, picture(), memory=least(codec)) == whole
+    assert len(shapes) > 4
+    assert (1, 3, 192, 256) not in shapes
+
+
 @each_model
 def test_both_ends_of_every_model_are_found_and_local(make: Make) -> None:
     model = make()
