@@ -247,5 +247,5 @@ def _ms_ssim(x: Tensor, y: Tensor, budget: int) -> float:
     """Return the MS-SSIM of two images (1, 3, H, W): the mean over channels, one by one where all take too much."""
     channels = 3 if _MS_SSIM_BYTES * x[0, 0].numel() <= budget else 1
     pairs = zip(x.split(channels, 1), y.split(channels, 1), strict=True)
-    values = [ms_ssim(*pair, data_range=255).item() for pair in pairs]
+    values: list[float] = [ms_ssim(*pair, data_range=255).item() for pair in pairs]
     return sum(values) / len(values)

@@ -23,7 +23,8 @@ class _Allocations(TorchDispatchMode):
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
                 self.note(value)
-        workspace = _workspace(args[0], args[1], out) if func is torch.ops.aten.convolution.default else 0
+        convolves = func is torch.ops.aten.convolution.default
+        workspace = _workspace(args[0], args[1], args[8], out) if convolves else 0
         self.peak = max(self.peak, sum(self.alive.values()) + workspace)
         return out
 
@@ -35,7 +36,7 @@ class _Allocations(TorchDispatchMode):
             weakref.finalize(storage, self.alive.pop, id(storage))
 
 
-def _workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
+def _workspace(x: Tensor, weight: Tensor, groups: int, out: Tensor) -> int:
     """Return the bytes that a convolution takes beside its input and its output, as measured on CPUs.
 
     The library that computes it in float32 copies what has another layout than its own. Otherwise there is a matrix
@@ -44,7 +45,7 @@ def _workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
     if x.dtype.itemsize <= torch.float32.itemsize:
         return max(x.nbytes, out.nbytes)
     places = min(x[0, 0].numel(), out[0, 0].numel())
-    return places * weight[0].numel() * max(1, weight.size(0) // x.size(1)) * x.dtype.itemsize
+    return places * weight[0].numel() * groups * x.dtype.itemsize
 
 
 @torch.no_grad()

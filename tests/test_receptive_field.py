@@ -1,6 +1,7 @@
 """What graphs see, against what changes when one row or column of the input does."""
 
 import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ class Residual(nn.Module):
         a, b = self.a(x), self.b(x)
         if self.join == "cat":
             return torch.cat((a, F.relu(b)), 1)[:, :4]
-        return a * torch.sigmoid(b) + 1
+        joined: Tensor = a * torch.sigmoid(b) + 1
+        return joined
 
 
 def random_layer(choose: random.Random) -> nn.Module:
@@ -203,4 +205,5 @@ def test_layers_that_see_everything(layer: nn.Module) -> None:
 
 def test_constants_of_all_places_are_no_obstacle() -> None:
     found = receptive_field(traced(Forward(lambda m, x: m.conv(x) * m.shift + 2)))
-    assert found == (Reach(low=-1, high=1), Reach(low=-1, high=1))
+    reach = Reach(low=Fraction(-1), high=Fraction(1))
+    assert found == (reach, reach)

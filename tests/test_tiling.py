@@ -132,7 +132,8 @@ class Excited(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.pool(x).sigmoid()
+        out: Tensor = x * self.pool(x).sigmoid()
+        return out
 
 
 def test_what_cannot_be_tiled_is_named_with_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
