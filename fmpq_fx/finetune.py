@@ -7,7 +7,6 @@ import warnings
 
 from torch import fx
 
-from fmpq_fx import ranks
 from fmpq_fx.history import History, Settings
 from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.passes.tables import Plan

@@ -82,17 +82,7 @@ def prepare(
     bits = None if bits is None else checked_bits(bits)
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; pass one of {', '.join(map(repr, SIZES))}")
-    options = {
-        "target_cr": target_cr,
-        "lmbda": lmbda,
-        "bits": bits,
-        "activation_bits": activation_bits,
-        "planner": planner,
-        "size": size,
-        "fixed": fixed,
-        "sensitivity": sensitivity and hashlib.sha256(sensitivity.to_json().encode()).hexdigest()[:12],
-    }
-    ranks.require_same({name: str(value) for name, value in options.items()})
+    ranks.require_same({"the sensitivity": _version(sensitivity)})
     batches = _batches_for(model, calibration)
     gm = _traced(model, batches)
     draft = sensitivity or _unmeasured(gm, bits)
@@ -186,6 +176,12 @@ def _batches_for(model: nn.Module, calibration: Calibration) -> list[Tensor]:
             }
         )
     return [x.to(parameter.device, parameter.dtype) for batch in given for x in batch.split(TOGETHER)]
+
+
+def _version(sensitivity: Sensitivity | None) -> str:
+    if sensitivity is None:
+        return "to be measured"
+    return f"a table, {hashlib.sha256(sensitivity.to_json().encode()).hexdigest()[:12]}"
 
 
 def _traced(model: nn.Module, batches: list[Tensor]) -> fx.GraphModule:

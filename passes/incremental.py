@@ -235,5 +235,5 @@ def mean_rd(gm: fx.GraphModule, batches: Sequence[Tensor], lmbda: float) -> floa
 
 
 def _total(shared: Sequence[RDSums]) -> RDSums:
-    """Return the sum over the batches of all ranks, in their order, so that it does not depend on the number of ranks."""
+    """Return the sum over the batches of all ranks, in the order in which one process adds them."""
     return sum(ranks.merged(shared), RDSums())
