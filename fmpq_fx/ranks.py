@@ -43,7 +43,7 @@ def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) 
 
     Args:
         device: what this process computes on; "cuda" is a GPU for each process on the machine.
-        timeout: how long to wait for a rank that does not answer.
+        timeout: how long to wait for a rank that does not answer, where the process group is still to be made.
 
     Yields:
         the device of this process.
@@ -54,13 +54,13 @@ def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) 
     """
     global _sharing
     own = own_device(device)
-    grouped = dist.is_initialized()
-    if _sharing or not (grouped or dist.is_torchelastic_launched()):
+    if _sharing or not (dist.is_initialized() or dist.is_torchelastic_launched()):
         yield own
         return
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    if not grouped:
+    if not dist.is_initialized():
+        # It stays for the blocks that follow, since torchrun's processes cannot make a second one.
         dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timeout)
     _sharing = True
     try:
@@ -70,8 +70,6 @@ def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) 
             yield own
     finally:
         _sharing = False
-    if not grouped:  # after an error the end of the process tells the others, without waiting for them
-        dist.destroy_process_group()
 
 
 def own_device(device: str | torch.device) -> torch.device:
