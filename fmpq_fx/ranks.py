@@ -31,7 +31,8 @@ def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) 
     """Within the block, share the work with the other processes of the job.
 
     Those are the ones that torchrun started, or those of the process group where there is one already. With neither
-    this process stays alone. Warnings are left to rank 0, since all would have the same.
+    this process stays alone. Warnings are left to rank 0, since all would have the same. The block ends for all ranks
+    together, when what rank 0 writes in it is there.
 
     Example, for ``torchrun --nproc-per-node 2 script.py``::
 
@@ -68,6 +69,7 @@ def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) 
             if not is_first():
                 warnings.simplefilter("ignore")
             yield own
+        gathered(None)
     finally:
         _sharing = False
 

@@ -3,10 +3,10 @@
 A failed assertion of any rank ends the job, and so fails the test that started it.
 """
 
+import copy
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ def both_sizes() -> dict[str, fx.GraphModule]:
     }
 
 
+def uniform() -> fx.GraphModule:
+    return prepare(model(), 0.125, calibration=CALIBRATION, planner="uniform", bits=[4], lmbda=LMBDA)
+
+
 def without_noise(gm: fx.GraphModule, **options: Any) -> History:
     """Fine-tune with the noise that stands for rounding at 0, since ranks draw other noise than one process."""
     with pytest.MonkeyPatch.context() as patched:
@@ -46,13 +50,13 @@ def without_noise(gm: fx.GraphModule, **options: Any) -> History:
 
 
 def share_work(folder: Path) -> None:
-    """Prepare, fine-tune and go on from a checkpoint; every rank saves what it has."""
+    """Prepare, fine-tune and go on from a checkpoint; every rank saves what it has. Then rank 1 is killed."""
     with ranks.joined() as device:
         assert (device.type, ranks.count()) == ("cpu", 2)
         found: dict[str, Any] = {}
         for name, gm in both_sizes().items():
             found[name] = {"state": gm.state_dict(), "plan": plan_of(gm).to_json()}
-        gm = prepare(model(), 0.125, calibration=CALIBRATION, planner="uniform", bits=[4], lmbda=LMBDA)
+        gm = uniform()
         refuse_what_differs(gm)
         for name, options in {
             "tuned": {},
@@ -60,10 +64,13 @@ def share_work(folder: Path) -> None:
             "mse": {"loss": "mse"},
             "bfloat16": {"bfloat16": True},
         }.items():
-            copy = prepare(model(), 0.125, calibration=CALIBRATION, planner="uniform", bits=[4], lmbda=LMBDA)
-            history = without_noise(copy, **options)
-            found[name] = {"state": copy.state_dict(), "history": history.to_json()}
+            trained = copy.deepcopy(gm)
+            history = without_noise(trained, **options)
+            found[name] = {"state": trained.state_dict(), "history": history.to_json()}
         torch.save(found, folder / f"rank{ranks.rank()}.pt")
+        if ranks.gathered(True) and ranks.rank() == 1:  # as by the kernel when memory is short
+            os.kill(os.getpid(), signal.SIGKILL)
+        without_noise(gm)
 
 
 def refuse_what_differs(gm: fx.GraphModule) -> None:
@@ -93,32 +100,17 @@ def command_line(folder: Path) -> None:
     assert main(["finetune", state, images, "--out", str(folder / "tuned"), *TRAIN]) == 0
     assert main(["evaluate", state, images]) == 2
 
-    def fail() -> None:
-        raise FmpqError("its disk is full")
-
-    sys.exit(fine_tuned_until(fail, folder))
-
-
-def killed(folder: Path) -> None:
-    """Rank 1 is killed in the midst of fine-tuning, as by the kernel when memory is short."""
-    sys.exit(fine_tuned_until(lambda: os.kill(os.getpid(), signal.SIGKILL), folder))
-
-
-def fine_tuned_until(end: Callable[[], None], folder: Path) -> int:
-    """Fine-tune, and have rank 1 call ``end`` in its third step."""
     step = TrainingRun.step
 
-    def ending(self: TrainingRun, x: Tensor) -> dict[str, str]:
+    def failing(self: TrainingRun, x: Tensor) -> dict[str, str]:
         if ranks.rank() == 1 and len(self.losses) == 2:
-            end()
+            raise FmpqError("its disk is full")
         return step(self, x)
 
-    TrainingRun.step = ending  # type: ignore[method-assign]
-    return main(
-        ["finetune", str(folder / "state"), str(folder / "photos"), "--out", str(folder / "x"), *TRAIN]
-    )
+    TrainingRun.step = failing  # type: ignore[method-assign]
+    sys.exit(main(["finetune", state, images, "--out", str(folder / "x"), *TRAIN]))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"share_work": share_work, "command_line": command_line, "killed": killed}[sys.argv[1]](Path(sys.argv[2]))
+    {"share_work": share_work, "command_line": command_line}[sys.argv[1]](Path(sys.argv[2]))
