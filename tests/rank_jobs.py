@@ -33,7 +33,7 @@ def model() -> nn.Module:
 def both_sizes() -> dict[str, fx.GraphModule]:
     """Return a graph planned in nominal bytes, with clipped weights and activations, and one in coded bytes."""
     return {
-        "nominal": prepare(model(), 0.125, calibration=CALIBRATION, lmbda=LMBDA),
+        "nominal": prepare(model(), 0.125, calibration=CALIBRATION, lmbda=LMBDA, bits=[3, 4, 5]),
         "coded": prepare(model(), 0.2, calibration=CALIBRATION, bits=[4, 8], size="coded", planner="optimal"),
     }
 
