@@ -58,12 +58,13 @@ def share_work(folder: Path) -> None:
             found[name] = {"state": gm.state_dict(), "plan": plan_of(gm).to_json()}
         gm = uniform()
         refuse_what_differs(gm)
-        for name, options in {
+        runs: dict[str, dict[str, Any]] = {
             "tuned": {},
             "resumed": {"checkpoint": folder / "training.pt"},
             "mse": {"loss": "mse"},
             "bfloat16": {"bfloat16": True},
-        }.items():
+        }
+        for name, options in runs.items():
             trained = copy.deepcopy(gm)
             history = without_noise(trained, **options)
             found[name] = {"state": trained.state_dict(), "history": history.to_json()}

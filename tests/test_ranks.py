@@ -1,6 +1,7 @@
 """Several processes on one job, started by torchrun: the results of one, printed once, and errors instead of hangs."""
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -15,11 +16,10 @@ from finetuning import photos
 from rank_jobs import both_sizes, uniform, without_noise
 from test_finetune_checkpoints import stopping_at
 from torch import Tensor, fx
-from torchvision.utils import save_image
 
 from fmpq_fx import FmpqError, History, plan_of, ranks
 from fmpq_fx.cli import main
-from fmpq_fx.image_files import sources
+from fmpq_fx.image_files import sources, write
 from fmpq_fx.training_images import RandomCrops, batches
 from fmpq_fx.training_run import TrainingRun
 
@@ -67,7 +67,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, gm4: fx.GraphModule) -> list
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    return sum((a[name].double() - b[name].double()).square().sum().item() for name in a) ** 0.5
+    return math.sqrt(sum((a[name].double() - b[name].double()).square().sum().item() for name in a))
 
 
 def test_ranks_prepare_what_one_process_does_bit_for_bit(found: list[dict[str, Any]]) -> None:
@@ -109,7 +109,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     (folder / "photos").mkdir()
     for index, image in enumerate(photos(3)):
-        save_image(image, folder / "photos" / f"{index}.png")
+        write(image, folder / "photos" / f"{index}.png")
     return folder
 
 
