@@ -28,9 +28,10 @@ from compressai.models import MeanScaleHyperprior, ScaleHyperprior
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from fmpq_fx import convert, export_onnx, images, prepare, samples
+from fmpq_fx import convert, export_onnx, images, plan_of, prepare, samples
 from fmpq_fx.files import write_text
 from fmpq_fx.onnx_codec import with_sessions
+from fmpq_fx.passes.planners import PLANNERS
 from fmpq_fx.rd import RDSums, rd_sums
 from fmpq_fx.zoo import model_of_state
 
@@ -175,7 +176,8 @@ def main() -> None:
     add("--calibration", help="image folder; default: scikit-image's photographs")
     add("--images", help="image folder to measure the RD loss on; default: the calibration")
     add("--crops", type=int, default=12)
-    add("--bits", type=int, default=8, help="of all weights")
+    add("--target-cr", type=float, default=0.25)
+    add("--planner", choices=PLANNERS, default="uniform")
     add("--lmbda", type=float, default=0.013)
     add("--threads", type=int, nargs="+", default=[1, 2])
     add("--repeats", type=int, default=7)
@@ -216,12 +218,12 @@ def measure(name: str, model: Any, crops: list[Tensor], args: argparse.Namespace
     """Return a row per variant: RD loss, memory in MB, and seconds of each job."""
     gm = prepare(
         model,
-        args.bits / 32,
+        args.target_cr,
         calibration=args.calibration,
         lmbda=args.lmbda,
-        bits=[args.bits],
-        planner="uniform",
+        planner=args.planner,
     )
+    print(f"{name}: {args.planner}, W{plan_of(gm).average_bits:.2f}A8", flush=True)
     photo = samples.photos()["astronaut"][None]
     x = F.interpolate(photo, (HEIGHT, WIDTH), mode="bicubic").clamp(0, 1)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():

@@ -1,5 +1,6 @@
 """The whole pass on one screen: trace, measure, plan, rewrite, calibrate."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -7,8 +8,9 @@ from functools import partial
 
 from torch import Tensor, fx, nn
 
-from fmpq_fx import images
+from fmpq_fx import images, ranks
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.fingerprint import digest
 from fmpq_fx.images import Calibration
 from fmpq_fx.passes.calibrate import calibrate
 from fmpq_fx.passes.coded_sizes import measure_coded_sizes
@@ -23,6 +25,10 @@ from fmpq_fx.passes.tables import Measured, Plan, Sensitivity
 from fmpq_fx.passes.trace import check_trace, trace
 
 SIZES = ("nominal", "coded")
+
+TOGETHER = 2
+"""Calibration images that run at once. Ranks share the work by such batches, and so the results do not depend on their
+number; on a CPU larger ones are no faster, and need more memory."""
 
 
 def prepare(
@@ -40,6 +46,8 @@ def prepare(
     progress: bool | None = None,
 ) -> fx.GraphModule:
     """Quantize ``model`` so that its weights take ``target_cr`` of their float32 bytes.
+
+    Within :func:`fmpq_fx.ranks.joined` all ranks share the work, and each returns what one process would, bit for bit.
 
     Args:
         model: any traceable model whose forward takes images (B, 3, H, W) and returns CompressAI's dict of
@@ -68,11 +76,13 @@ def prepare(
     Raises:
         ValueError: an argument is out of its range; for an unreachable target the message names what is.
         FmpqError: the model cannot be traced or run on the images, there are no usable images, or the RD loss of
-            the quantized model is not finite.
+            the quantized model is not finite; the ranks were given different things.
     """
+    progress = progress if ranks.is_first() else False
     bits = None if bits is None else checked_bits(bits)
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; pass one of {', '.join(map(repr, SIZES))}")
+    ranks.require_same({"the sensitivity": _version(sensitivity)})
     batches = _batches_for(model, calibration)
     gm = _traced(model, batches)
     draft = sensitivity or _unmeasured(gm, bits)
@@ -91,7 +101,7 @@ def prepare(
     )
     make(draft)  # tells of mistakes before the long measurement
     table = _measured_or_given(gm, batches, sensitivity, lmbda, bits, progress)
-    plan = make(table)
+    plan = ranks.from_first(make(table))
 
     float_rd = mean_rd(gm, batches, table.lmbda)
     quantized = quantize(gm, plan)
@@ -121,6 +131,7 @@ def analyze(
 
     The arguments are those of :func:`prepare`, which takes the table for any number of targets.
     """
+    progress = progress if ranks.is_first() else False
     batches = _batches_for(model, calibration)
     gm = _traced(model, batches)
     return _measured_or_given(gm, batches, None, lmbda, bits, progress)
@@ -146,11 +157,31 @@ def rewrite(model: nn.Module, plan: Plan) -> fx.GraphModule:
 
 
 def _batches_for(model: nn.Module, calibration: Calibration) -> list[Tensor]:
-    """Return the calibration batches, (B, 3, H, W) each, on the device and in the dtype of ``model``."""
+    """Return the calibration batches, (B, 3, H, W) each, on the device and in the dtype of ``model``.
+
+    Raises:
+        FmpqError: the model has no parameters, there are no usable images, or ranks have others.
+    """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is None:
         raise FmpqError(f"{type(model).__name__} has no parameters, so there is nothing to quantize")
-    return [x.to(parameter.device, parameter.dtype) for x in images.batches(calibration)]
+    given = images.batches(calibration)
+    if ranks.count() > 1:
+        pixels = digest({f"batch {i}": x for i, x in enumerate(given)})[:12]
+        weights = digest(model.state_dict())[:12]
+        ranks.require_same(
+            {
+                "the calibration": f"{images.describe(given)}, {pixels}",
+                "the model": f"{type(model).__name__}, weights {weights}",
+            }
+        )
+    return [x.to(parameter.device, parameter.dtype) for batch in given for x in batch.split(TOGETHER)]
+
+
+def _version(sensitivity: Sensitivity | None) -> str:
+    if sensitivity is None:
+        return "to be measured"
+    return f"a table, {hashlib.sha256(sensitivity.to_json().encode()).hexdigest()[:12]}"
 
 
 def _traced(model: nn.Module, batches: list[Tensor]) -> fx.GraphModule:

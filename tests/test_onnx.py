@@ -60,7 +60,8 @@ def prepared(name: str, images: Tensor, bits: tuple[int, ...] = (4, 8)) -> fx.Gr
         "cheng2020-checkerboard",
         "elic",
     ):  # which overflow with lively weights
-        return graph_of(MODELS[name]().eval(), images, bits=max(bits))
+        gm: fx.GraphModule = graph_of(MODELS[name]().eval(), images, bits=max(bits))
+        return gm
     return fmpq_fx.prepare(lively(MODELS[name]), 0.2, calibration=images, bits=bits, planner="optimal")
 
 
