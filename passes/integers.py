@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fmpq_fx.passes.incremental import Change, mean_rd, rd_of_changes, replace_module
+from fmpq_fx.passes.incremental import Change, ChangeMeter, mean_rd, replace_module
 from fmpq_fx.passes.parts import cut
 from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedGDN, QuantizedLayer
 from fmpq_fx.quant.outputs import LAST, RoundedOutput
@@ -169,8 +169,9 @@ def _chosen(
         return site, lambda _: made[site]
 
     changes = {site: change(site) for site in candidates}
-    base, changed = rd_of_changes(gm, batches, changes, description="integer layers", progress=progress)
-    float_rd = base.rd(lmbda)
+    meter = ChangeMeter(gm, batches)
+    changed = meter.sums_of(changes, description="integer layers", progress=progress)
+    float_rd = meter.base.rd(lmbda)
     cost = {site: sums.rd(lmbda) / float_rd - 1 for site, sums in changed.items()}
     norms = {m: m.input_quantizer for m in gm.modules() if isinstance(m, QuantizedGDN)}
     order = sorted(candidates, key=lambda site: max(cost[site], 0.0) / seen[site].work)
