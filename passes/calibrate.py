@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.incremental import RDDescent, parts_of
+from fmpq_fx.passes.incremental import RDDescent, parts_of, run_part
 from fmpq_fx.passes.memory import freed_memory_kept
 from fmpq_fx.passes.rewrite import plan_of, quantized_layers
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, weights_kept
@@ -74,7 +74,7 @@ def _observe(
         quantizer.observe()  # what was run before this, with other weights perhaps, does not count
     with torch.no_grad(), weights_kept(gm), freed_memory_kept():
         for x in parts_of(batches):
-            gm(x)
+            run_part(gm, x)
     for site, quantizer in quantizers.items():
         if not all(map(math.isfinite, quantizer.range)):
             raise FmpqError(
