@@ -13,7 +13,7 @@ from fmpq_fx.images import Calibration
 from fmpq_fx.passes.calibrate import calibrate
 from fmpq_fx.passes.coded_sizes import measure_coded_sizes
 from fmpq_fx.passes.functionalize import functionalize
-from fmpq_fx.passes.incremental import mean_rd
+from fmpq_fx.passes.incremental import mean_rd, parts_of
 from fmpq_fx.passes.memory import memory_limit
 from fmpq_fx.passes.plan import make_plan, widths_by_site
 from fmpq_fx.passes.rewrite import plan_of, quantize
@@ -62,7 +62,7 @@ def prepare(
             measurement; ``lmbda`` is then left out, or that of the table.
         memory: how much memory activations may be kept in: bytes, or a string as "2GB"; None is a quarter of the
             machine's, or of the GPU's. With less, more is computed again, and the result is the same. Forward
-            passes take memory besides, for as many images at once as :data:`PART_PIXELS` says.
+            passes take memory besides, for two images of 256 x 256 at once, sixteen on a GPU.
         progress: show progress bars; None shows them on terminals only.
 
     Returns:
@@ -163,7 +163,8 @@ def _batches_for(model: nn.Module, calibration: Calibration) -> list[Tensor]:
 def _traced(model: nn.Module, batches: list[Tensor]) -> fx.GraphModule:
     gm = functionalize(trace(model))
     find_sites(gm)  # refuses weights that are not finite, which nothing can be compared with
-    for x in {x.shape: x for x in batches}.values():  # a decision on the size would show at another one
+    # What is measured is run in such parts; a decision on the size would show at another one.
+    for x in {x.shape: x for x in parts_of(batches)}.values():
         check_trace(model, gm, x)
     return gm
 

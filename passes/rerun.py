@@ -110,8 +110,10 @@ class IncrementalInterpreter(fx.Interpreter):
                     self.kept.offer(node, value)
             for source in last_reads[node]:
                 fresh.pop(source, None)
-        for site, reach in self.reach.items():
-            self._budget.check(sum(sizes[node] for node in reach.reads), self._what(site, x))
+        needs = {site: sum(sizes[node] for node in reach.reads) for site, reach in self.reach.items()}
+        if needs:
+            most = max(needs, key=needs.__getitem__)
+            self._budget.check(needs[most], self._what(most, x))
         return value
 
     def rerun(self, site: str, *, remember: bool = False) -> Any:

@@ -166,7 +166,13 @@ class WeightFakeQuant(_Quantizer):
     def forward(self, weight: Tensor) -> Tensor:
         """Return ``weight`` rounded to its grid and dequantized, of the same shape."""
         return _fake_quantize(
-            weight, self.scale, self.zero_point, self.low, self.high, self.leak, self.grad_scale  # type: ignore[arg-type]
+            weight,
+            self.scale,
+            self.zero_point,
+            self.low,
+            self.high,
+            self.leak,
+            self.grad_scale,  # type: ignore[arg-type]
         )
 
     def integers(self, weight: Tensor) -> Tensor:
