@@ -49,7 +49,7 @@ LMBDA = 0.013
 Row = dict[str, float]
 
 
-def make_model(name: str, x: Tensor) -> nn.Module:
+def make_model(name: str, x: Tensor) -> Any:
     """Return the model called ``name``; untrained ones have latents for ``x`` of a trained one's size."""
     torch.manual_seed(0)
     model: Any = MODELS[name]().eval()
@@ -150,27 +150,23 @@ def compare(name: str, x: Tensor, options: argparse.Namespace) -> None:
     """Print time and memory of all jobs for one model, the phases of prepare, and time over images."""
     rows = {job: measured(job, name, x, options) for job in JOBS}
     loop, plain = rows["naive"]["seconds"], rows["forward"]["MB"]
-    lines = [
-        [
-            job,
-            f"{row['seconds']:.1f}",
-            f"{row['seconds'] / loop:.3f}",
-            f"{row['MB']:.0f}",
-            f"{row['MB'] / plain:.2f}",
-        ]
-        for job, row in rows.items()
-    ]
+    jobs = []
+    for job, row in rows.items():
+        shares = f"{row['seconds'] / loop:.3f}", f"{row['MB']:.0f}", f"{row['MB'] / plain:.2f}"
+        jobs.append([job, f"{row['seconds']:.1f}", *shares])
     print(f"\n{name}\n")
-    print(tabulate(lines, ["", "CPU s", "of naive loop", "MB", "of one forward"], disable_numparse=True))
-    phases = [[phase, rows["preparation"][phase]] for phase in PHASES.values()]
-    lines = [[phase, f"{s:.1f}", f"{s / rows['preparation']['seconds']:.2f}"] for phase, s in phases]
-    print(f"\n{tabulate(lines, ['phase of prepare', 'CPU s', 'share'], disable_numparse=True)}")
-    counts = [count for count in (len(x) // 4, len(x) // 2) if count]
-    times = {count: measured("analysis", name, x[:count], options)["seconds"] for count in counts}
+    print(tabulate(jobs, ["", "CPU s", "of naive loop", "MB", "of one forward"], disable_numparse=True))
+
+    prepared = rows["preparation"]
+    phases = [[p, f"{prepared[p]:.1f}", f"{prepared[p] / prepared['seconds']:.2f}"] for p in PHASES.values()]
+    print(f"\n{tabulate(phases, ['phase of prepare', 'CPU s', 'share'], disable_numparse=True)}")
+
+    smaller = [count for count in (len(x) // 4, len(x) // 2) if count]
+    times = {count: measured("analysis", name, x[:count], options)["seconds"] for count in smaller}
     times[len(x)] = rows["analysis"]["seconds"]
-    per_site = {count: 1000 * s / count / rows["analysis"]["sites"] for count, s in times.items()}
-    lines = [[count, f"{s:.1f}", f"{per_site[count]:.0f}"] for count, s in times.items()]
-    print(f"\n{tabulate(lines, ['images', 'analysis, CPU s', 'ms per image and site'])}", flush=True)
+    sites = rows["analysis"]["sites"]
+    growth = [[str(n), f"{s:.1f}", f"{1000 * s / n / sites:.0f}"] for n, s in times.items()]
+    print(f"\n{tabulate(growth, ['images', 'analysis, CPU s', 'ms per image and site'])}", flush=True)
 
 
 def main() -> None:

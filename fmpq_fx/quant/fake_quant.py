@@ -133,6 +133,7 @@ class WeightFakeQuant(_Quantizer):
     """
 
     log_scale: nn.Parameter
+    zero_point: Tensor  # 0
 
     def __init__(
         self,
@@ -166,13 +167,7 @@ class WeightFakeQuant(_Quantizer):
     def forward(self, weight: Tensor) -> Tensor:
         """Return ``weight`` rounded to its grid and dequantized, of the same shape."""
         return _fake_quantize(
-            weight,
-            self.scale,
-            self.zero_point,
-            self.low,
-            self.high,
-            self.leak,
-            self.grad_scale,  # type: ignore[arg-type]
+            weight, self.scale, self.zero_point, self.low, self.high, self.leak, self.grad_scale
         )
 
     def integers(self, weight: Tensor) -> Tensor:

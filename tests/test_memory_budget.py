@@ -1,6 +1,7 @@
 """Measurements within a budget: never more is kept, and nothing of the result depends on it."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fmpq_fx.passes.memory import in_words, memory_limit
 from fmpq_fx.passes.rewrite import quantized_layers
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.trace import trace
-from fmpq_fx.quant import quantize_layer
+from fmpq_fx.quant import QuantizedLayer, quantize_layer
 
 CPU = torch.device("cpu")
 
@@ -132,10 +133,13 @@ def test_what_was_chosen_is_what_was_measured(images: list[Tensor]) -> None:
         model, 0.1, calibration=images, bits=[3], planner="uniform", lmbda=0.01, activation_bits=None
     )
     layers = quantized_layers(gm)
+
+    def clipped(layer: QuantizedLayer, clip: float) -> QuantizedLayer:
+        return quantize_layer(layer.layer, 3, clip=clip)
+
     with incremental.RDDescent(gm, images, 0.01, list(layers)) as descent:
         for site, layer in layers.items():
-            make = partial(quantize_layer, layer.layer, 3)
-            descent.best_clip(site, lambda clip, make=make: make(clip=clip), (0.9, 0.8, 0.7))
+            descent.best_clip(site, partial(clipped, layer), (0.9, 0.8, 0.7))
             assert descent.rd == pytest.approx(mean_rd(gm, images, 0.01), rel=1e-12)
     assert all(layer.kept_weight is None for layer in quantized_layers(gm).values())
 
@@ -144,9 +148,9 @@ def test_a_model_that_cannot_run_with_channels_last(x: Tensor) -> None:
     class Viewing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = small_model("bmshj2018-hyperprior")
+            self.inner: Any = small_model("bmshj2018-hyperprior")
 
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
+        def forward(self, x: Tensor) -> dict[str, Any]:
             y = self.inner.g_a(x)
             y = y.view(y.size(0), -1).view(y.size(0), 12, 4, 4)
             y_hat, likelihoods = self.inner.entropy_bottleneck(y[:, :8])
