@@ -130,7 +130,7 @@ def test_what_was_chosen_is_what_was_measured(images: list[Tensor]) -> None:
     # The descent computes values anew only where it needs them; a stale one would show as another RD loss.
     model = small_model("mbt2018")
     gm = fmpq_fx.prepare(
-        model, 0.1, calibration=images, bits=[3], planner="uniform", lmbda=0.01, activation_bits=None
+        model, 3 / 32, calibration=images, bits=[3], planner="uniform", lmbda=0.01, activation_bits=None
     )
     layers = quantized_layers(gm)
 
