@@ -179,6 +179,9 @@ def _add_prepare(command: argparse.ArgumentParser) -> None:
         metavar="F",
         help="table to reuse (JSON); measured and written if not there",
     )
+    add(
+        "--memory", metavar="2GB", help="what activations may be kept in; default: a quarter of the machine's"
+    )
     add("--plot", type=Path, metavar="F", help="draw bits and zeta per site (png, svg or pdf)")
     add("--plan-out", type=Path, metavar="F", help="write the plan (JSON)")
     add("--out", type=Path, metavar="STATE", help="write the quantized model, for 'finetune' and the others")
@@ -206,6 +209,7 @@ def _prepare(args: argparse.Namespace) -> None:
             size=args.size,
             fixed=dict(args.fixed),
             sensitivity=Sensitivity.load(args.sensitivity) if reuse else None,
+            memory=args.memory,
         )
         if ranks.is_first():
             _write_prepared(gm, args)

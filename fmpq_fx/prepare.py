@@ -15,7 +15,8 @@ from fmpq_fx.images import Calibration
 from fmpq_fx.passes.calibrate import calibrate
 from fmpq_fx.passes.coded_sizes import measure_coded_sizes
 from fmpq_fx.passes.functionalize import functionalize
-from fmpq_fx.passes.incremental import mean_rd
+from fmpq_fx.passes.incremental import mean_rd, parts_of
+from fmpq_fx.passes.memory import memory_limit
 from fmpq_fx.passes.plan import make_plan, widths_by_site
 from fmpq_fx.passes.rewrite import plan_of, quantize
 from fmpq_fx.passes.scales import choose_scales
@@ -25,10 +26,6 @@ from fmpq_fx.passes.tables import Measured, Plan, Sensitivity
 from fmpq_fx.passes.trace import check_trace, trace
 
 SIZES = ("nominal", "coded")
-
-TOGETHER = 2
-"""Calibration images that run at once. Ranks share the work by such batches, and so the results do not depend on their
-number; on a CPU larger ones are no faster, and need more memory."""
 
 
 def prepare(
@@ -43,6 +40,7 @@ def prepare(
     size: str = "nominal",
     fixed: Mapping[str, int | None] | None = None,
     sensitivity: Sensitivity | None = None,
+    memory: int | str | None = None,
     progress: bool | None = None,
 ) -> fx.GraphModule:
     """Quantize ``model`` so that its weights take ``target_cr`` of their float32 bytes.
@@ -55,8 +53,7 @@ def prepare(
         target_cr: quantized weight bytes / float32 weight bytes, 0.25 for four times smaller; a number above 1
             is read as the factor (4 means 0.25).
         calibration: an image folder, an iterable of (B, 3, H, W) float tensors in [0, 1], or None for 256 x 256
-            crops of scikit-image's colour photographs. Eight crops suffice; the activations of all of them are
-            kept in memory.
+            crops of scikit-image's colour photographs. Eight crops suffice.
         lmbda: the Lagrangian of the RD loss; None makes rate and distortion weigh the same on the calibration.
         bits: candidate bit-widths of the weights; None is 2 … 10, or those of ``sensitivity``.
         activation_bits: of every site's input; None keeps activations float.
@@ -67,6 +64,9 @@ def prepare(
         fixed: site names or globs whose bits are given: {"g_s.6": 8, "h_*": 4, "g_a.0": None}; None keeps float32.
         sensitivity: what :func:`analyze` returned for this model, to plan for several targets from one
             measurement; ``lmbda`` is then left out, or that of the table.
+        memory: how much memory activations may be kept in: bytes, or a string as "2GB"; None is a quarter of the
+            machine's, or of the GPU's. With less, more is computed again, and the result is the same. Forward
+            passes take memory besides, for two images of 256 x 256 at once, sixteen on a GPU.
         progress: show progress bars; None shows them on terminals only.
 
     Returns:
@@ -84,6 +84,7 @@ def prepare(
         raise ValueError(f"size is {size!r}; pass one of {', '.join(map(repr, SIZES))}")
     ranks.require_same({"the sensitivity": _version(sensitivity)})
     batches = _batches_for(model, calibration)
+    limit = memory_limit(memory, batches[0].device)
     gm = _traced(model, batches)
     draft = sensitivity or _unmeasured(gm, bits)
     coded = None
@@ -100,15 +101,15 @@ def prepare(
         coded=coded,
     )
     make(draft)  # tells of mistakes before the long measurement
-    table = _measured_or_given(gm, batches, sensitivity, lmbda, bits, progress)
+    table = _measured_or_given(gm, batches, sensitivity, lmbda, bits, limit, progress)
     plan = ranks.from_first(make(table))
 
     float_rd = mean_rd(gm, batches, table.lmbda)
     quantized = quantize(gm, plan)
     if size == "nominal":
-        choose_scales(quantized, batches, progress=progress)
+        choose_scales(quantized, batches, memory=limit, progress=progress)
     weights_rd = mean_rd(quantized, batches, table.lmbda)
-    calibrate(quantized, batches, progress=progress)
+    calibrate(quantized, batches, memory=limit, progress=progress)
     measured = Measured(float_rd, weights_rd, mean_rd(quantized, batches, table.lmbda))
     if not (math.isfinite(measured.weights_rd) and math.isfinite(measured.rd)):
         raise FmpqError(
@@ -125,6 +126,7 @@ def analyze(
     calibration: Calibration = None,
     lmbda: float | None = None,
     bits: Iterable[int] | None = None,
+    memory: int | str | None = None,
     progress: bool | None = None,
 ) -> Sensitivity:
     """Measure how much each candidate bit-width of each site raises the RD loss of ``model``.
@@ -133,8 +135,9 @@ def analyze(
     """
     progress = progress if ranks.is_first() else False
     batches = _batches_for(model, calibration)
+    limit = memory_limit(memory, batches[0].device)
     gm = _traced(model, batches)
-    return _measured_or_given(gm, batches, None, lmbda, bits, progress)
+    return _measured_or_given(gm, batches, None, lmbda, bits, limit, progress)
 
 
 def rewrite(model: nn.Module, plan: Plan) -> fx.GraphModule:
@@ -175,7 +178,7 @@ def _batches_for(model: nn.Module, calibration: Calibration) -> list[Tensor]:
                 "the model": f"{type(model).__name__}, weights {weights}",
             }
         )
-    return [x.to(parameter.device, parameter.dtype) for batch in given for x in batch.split(TOGETHER)]
+    return [x.to(parameter.device, parameter.dtype) for x in given]
 
 
 def _version(sensitivity: Sensitivity | None) -> str:
@@ -187,7 +190,8 @@ def _version(sensitivity: Sensitivity | None) -> str:
 def _traced(model: nn.Module, batches: list[Tensor]) -> fx.GraphModule:
     gm = functionalize(trace(model))
     find_sites(gm)  # refuses weights that are not finite, which nothing can be compared with
-    for x in {x.shape: x for x in batches}.values():  # a decision on the size would show at another one
+    # What is measured is run in such parts; a decision on the size would show at another one.
+    for x in {x.shape: x for x in parts_of(batches)}.values():
         check_trace(model, gm, x)
     return gm
 
@@ -205,11 +209,14 @@ def _measured_or_given(
     given: Sensitivity | None,
     lmbda: float | None,
     bits: Iterable[int] | None,
+    memory: int,
     progress: bool | None,
 ) -> Sensitivity:
     if given is None:
         words = images.describe(batches)
-        return measure_sensitivity(gm, batches, lmbda=lmbda, bits=bits, images=words, progress=progress)
+        return measure_sensitivity(
+            gm, batches, lmbda=lmbda, bits=bits, images=words, memory=memory, progress=progress
+        )
     if lmbda is not None and lmbda != given.lmbda:
         raise ValueError(
             f"the sensitivity was measured with lmbda {given.lmbda:g}, and {lmbda:g} was asked for; leave lmbda "

@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from torch import Tensor, fx
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.incremental import rd_of_changes
+from fmpq_fx.passes.incremental import ChangeMeter
 from fmpq_fx.passes.sites import annotate, find_sites, float_remainder
 from fmpq_fx.passes.tables import Sensitivity
 from fmpq_fx.quant import quantize_layer
@@ -31,6 +31,7 @@ def measure_sensitivity(
     lmbda: float | None = None,
     bits: Iterable[int] | None = None,
     images: str = "",
+    memory: int | None = None,
     progress: bool | None = None,
 ) -> Sensitivity:
     """Measure zeta of every site of ``gm`` at every bit-width (min-max scales, activations float).
@@ -42,6 +43,7 @@ def measure_sensitivity(
         lmbda: the Lagrangian; None makes rate and distortion of the float model weigh the same.
         bits: candidate bit-widths, each 2 … 16; None is 2 … 10.
         images: what the batches are, in words, for the table.
+        memory: bytes of activations to keep at most, see :class:`ChangeMeter`.
         progress: show a progress bar; None shows it on terminals only.
 
     Raises:
@@ -57,12 +59,14 @@ def measure_sensitivity(
     changes = {
         (site.name, b): (site.name, partial(quantize_layer, bits=b)) for site in sites for b in candidates
     }
-    base, changed = rd_of_changes(gm, batches, changes, description="sensitivity", progress=progress)
+    meter = ChangeMeter(gm, batches, memory=memory)
+    base = meter.base
     if not (math.isfinite(base.rate) and math.isfinite(base.mse)):
         raise FmpqError(
             f"the model's RD loss on the calibration images is not finite (rate {base.rate} bpp, MSE "
             f"{base.mse}); check the checkpoint, and that the images lie in [0, 1]"
         )
+    changed = meter.sums_of(changes, description="sensitivity", progress=progress)
     lmbda = _balanced(base) if lmbda is None else lmbda
     rd = base.rd(lmbda)
 

@@ -76,6 +76,18 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_x, grad_scale, grad_zero, None, None, None, None
 
 
+def _fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, leak: float, grad_scale: float
+) -> Tensor:
+    """Return what :class:`_FakeQuantize` does, without what only its backward needs where there will be none."""
+    if torch.is_grad_enabled():
+        return _FakeQuantize.apply(  # type: ignore[no-any-return]
+            x, scale, zero_point, low, high, leak, grad_scale
+        )
+    integers = (x / scale).round_().add_(zero_point).clamp_(low, high)
+    return integers.sub_(zero_point).mul_(scale).to(x.dtype)
+
+
 class _ToInteger(torch.autograd.Function):
     """Rounding to an integer in [low, high], with the gradient of the identity, at the ends as well."""
 
@@ -121,6 +133,7 @@ class WeightFakeQuant(_Quantizer):
     """
 
     log_scale: nn.Parameter
+    zero_point: Tensor  # 0
 
     def __init__(
         self,
@@ -153,7 +166,7 @@ class WeightFakeQuant(_Quantizer):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return ``weight`` rounded to its grid and dequantized, of the same shape."""
-        return _FakeQuantize.apply(  # type: ignore[no-any-return]
+        return _fake_quantize(
             weight, self.scale, self.zero_point, self.low, self.high, self.leak, self.grad_scale
         )
 
@@ -201,9 +214,7 @@ class ActivationFakeQuant(_Quantizer):
         # LSQ's gradient scale for a whole tensor: one step for every element of a sample.
         grad_scale = 1 / math.sqrt(max(1, x[:1].numel()) * self.high)
         zero_point = _ToInteger.apply(self.zero_point, 0, self.high)
-        return _FakeQuantize.apply(  # type: ignore[no-any-return]
-            x, self.log_scale.exp(), zero_point, 0, self.high, self.leak, grad_scale
-        )
+        return _fake_quantize(x, self.log_scale.exp(), zero_point, 0, self.high, self.leak, grad_scale)
 
     def observe(self) -> None:
         """Forget the range and watch the input from now on, unquantized."""
