@@ -226,6 +226,21 @@ def rd_of_changes(
     return base, changed
 
 
+class ChangeMeter:
+    """Measures the RD sums of a graph as it is, ``base``, and with layers exchanged; see :func:`rd_of_changes`."""
+
+    def __init__(self, gm: fx.GraphModule, batches: Sequence[Tensor]):
+        self.gm, self.batches = gm, batches
+        self.base, _ = rd_of_changes(gm, batches, {})
+
+    def sums_of(
+        self, changes: Mapping[K, Change], *, description: str = "", progress: bool | None = None
+    ) -> dict[K, RDSums]:
+        """Return the RD sums with each of ``changes`` made alone, whatever else is measured."""
+        _, sums = rd_of_changes(self.gm, self.batches, changes, description=description, progress=progress)
+        return sums
+
+
 def mean_rd(gm: fx.GraphModule, batches: Sequence[Tensor], lmbda: float) -> float:
     """Return the RD loss of ``gm``, a model in evaluation mode, over all ``batches`` (B, 3, H, W)."""
     sums, _ = rd_of_changes(gm, batches, {})
