@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from fmpq_fx.passes.interpolation import noise_of
 from fmpq_fx.passes.plan import Task
-from fmpq_fx.passes.planners import Assignment, bits_at
+from fmpq_fx.passes.planners import Assignment, bits_at, search
 from fmpq_fx.passes.sensitivity import Point, SensitivityMeter
 from fmpq_fx.passes.sites import annotate
 from fmpq_fx.passes.tables import FLOAT_BITS, Plan, Sensitivity, Table
@@ -48,24 +48,28 @@ def unsettled(task: Task, table: Sensitivity) -> set[Point]:
     if not missing:
         return set()
     likely, low, high = (task.choices(table.expected(bound)) for bound in (0, -1, 1))
-    found = task.assign(likely)
     points: set[Point] = set()
     if task.planner == "adaptive":
-        points = _unsettled_search(task, found, likely, low, high, missing)
+        points = _unsettled_search(task, likely, low, high, missing)
+    points |= {(site, b) for site, b in missing if b in likely[site] and noise_of(table.raw[site]) > REGULAR}
+    if points:
+        return points
+    found = task.assign(likely)
+    if task.planner == "adaptive" and found.remarks:  # what it is filled up with hangs on every wider value
+        start = dict.fromkeys(likely, 0) if found.beta is None else bits_at(likely, found.beta)
+        points = {(site, b) for site, b in missing if b in likely[site] and b >= start[site]}
     elif task.planner == "optimal":
         points = _unsettled_optimum(task, found, likely, low, missing)
-    points |= {(site, b) for site, b in missing if b in likely[site] and noise_of(table.raw[site]) > REGULAR}
     return points or {(site, task.given.get(site, b)) for site, b in found.bits.items()} & missing
 
 
-def _unsettled_search(
-    task: Task, found: Assignment, likely: Table, low: Table, high: Table, missing: set[Point]
-) -> set[Point]:
+def _unsettled_search(task: Task, likely: Table, low: Table, high: Table, missing: set[Point]) -> set[Point]:
     """Return what decides the search for beta: a point of each site that beta may pass or not.
 
     What counts is the first step after which the searches by the bounds take another way, or else the last.
     """
-    ways = [[beta for beta, _ in search.history] for search in (found, task.assign(low), task.assign(high))]
+    floor = task.budget - task.window
+    ways = [[beta for beta, _ in search(zeta, task.cost, floor, task.budget)] for zeta in (likely, low, high)]
     alike = 1  # all searches begin with the same beta
     while all(len(way) > alike for way in ways) and len({way[alike] for way in ways}) == 1:
         alike += 1
@@ -79,9 +83,6 @@ def _unsettled_search(
             around = [b for b in values if (site, b) in missing]
             nearest = min(between or around, key=lambda b: abs(math.log(max(values[b], 1e-12) / beta)))
             points.add((site, nearest))
-    if not points and found.remarks:  # what the plan is filled up with hangs on every wider value
-        start = dict.fromkeys(likely, 0) if found.beta is None else bits_at(likely, found.beta)
-        return {(site, b) for site, b in missing if b in likely[site] and b >= start[site]}
     return points
 
 

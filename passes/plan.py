@@ -36,6 +36,11 @@ class Task:
         """Bytes of all sites' weights in float32."""
         return sum(site.bytes_at(None) for site in self.sites)
 
+    @property
+    def window(self) -> float:
+        """How many bytes below the budget the adaptive search may end."""
+        return WINDOW * self.float_bytes
+
     def choices(self, zeta: Table) -> Table:
         """Return what the planner sees of ``zeta``: that of the widths which it may choose from."""
         # Where there is no choice, zeta is idle and may not have been measured.
@@ -47,7 +52,7 @@ class Task:
 
     def assign(self, zeta: Table) -> Assignment:
         """Let the planner decide by ``zeta``, of all widths that it may choose from."""
-        options = {"window": WINDOW * self.float_bytes} if self.planner == "adaptive" else {}
+        options = {"window": self.window} if self.planner == "adaptive" else {}
         return PLANNERS[self.planner](self.choices(zeta), self.cost, self.budget, **options)
 
     def plan(self, sensitivity: Sensitivity) -> Plan:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
 from numbers import Integral, Real
-from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, fx
@@ -44,7 +43,7 @@ class SensitivityMeter:
         identity: digests of the model's "weights" and of the "images", by which measuring can go on from the table.
         known: what was measured already, of the same model; only what it lacks is measured. ``lmbda`` and ``bits``
             are then left out, or those of that table.
-        checkpoint: a file to write the table to after each site that was measured; ``known`` is what it held.
+        checkpoint: a file to write the table to whenever something was measured; ``known`` is what it held.
         progress: show progress bars; None shows them on terminals only.
 
     Raises:
@@ -104,15 +103,16 @@ class SensitivityMeter:
         return meter
 
     def measure(self, points: Iterable[Point]) -> None:
-        """Measure zeta at ``points``, and put it into :attr:`table`; all at once, or by site for a checkpoint."""
+        """Measure zeta at ``points``, put it into :attr:`table`, and write that to the checkpoint."""
         wanted = set(points)
-        order = [point for point in self.table.missing if point in wanted]
-        groups = [order] if self.checkpoint is None else [list(g) for _, g in groupby(order, itemgetter(0))]
-        for group in filter(None, groups):
-            changes = {(site, b): (site, partial(quantize_layer, bits=b)) for site, b in group}
-            self._add(self._meter.sums_of(changes, description="sensitivity", progress=self.progress))
-            if self.checkpoint is not None:
-                self.table.save(self.checkpoint)
+        changes = {
+            (site, b): (site, partial(quantize_layer, bits=b))
+            for site, b in self.table.missing
+            if (site, b) in wanted
+        }
+        self._add(self._meter.sums_of(changes, description="sensitivity", progress=self.progress))
+        if self.checkpoint is not None:
+            self.table.save(self.checkpoint)
 
     def _add(self, measured: Mapping[Point, RDSums]) -> None:
         base, lmbda = self._meter.base, self.table.lmbda
@@ -133,7 +133,11 @@ def measure_sensitivity(gm: fx.GraphModule, batches: Sequence[Tensor], **options
     ``gm``, ``node.meta["fmpq"]["zeta"]``.
     """
     meter = SensitivityMeter(gm, batches, **options)
-    meter.measure(meter.table.missing)
+    missing = meter.table.missing
+    # All at once saves work, but a checkpoint is to be written after each site.
+    whole = meter.checkpoint is None
+    for _, points in groupby(missing, key=lambda point: whole or point[0]):
+        meter.measure(points)
     annotate(gm, "zeta", meter.table.zeta)
     return meter.table
 
