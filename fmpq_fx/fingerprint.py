@@ -21,8 +21,14 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def of_model(model: nn.Module) -> str:
-    """Return a digest of the weights of ``model``: of all its state but what ``update()`` computes."""
-    return digest({name: value for name, value in model.state_dict().items() if not _is_computed(name)})
+    """Return a digest of the weights of ``model``: of all its state but what ``update()`` sets."""
+    return digest(
+        {
+            name: value
+            for name, value in model.state_dict().items()
+            if not (_is_computed(name) or name.endswith("scale_table"))
+        }
+    )
 
 
 def of_images(batches: Iterable[Tensor]) -> str:

@@ -60,7 +60,8 @@ def unsettled(task: Task, table: Sensitivity) -> set[Point]:
         points = {(site, b) for site, b in missing if b in likely[site] and b >= start[site]}
     elif task.planner == "optimal":
         points = _unsettled_optimum(task, found, likely, low, missing)
-    return points or {(site, task.given.get(site, b)) for site, b in found.bits.items()} & missing
+    chosen = {**found.bits, **task.given}
+    return points or {(site, b) for site, b in missing if b == chosen[site]}
 
 
 def _unsettled_search(task: Task, likely: Table, low: Table, high: Table, missing: set[Point]) -> set[Point]:

@@ -150,7 +150,7 @@ def _with(table: Table, values: Mapping[Point, float]) -> Table:
     return {site: dict(sorted(known.items())) for site, known in added.items()}
 
 
-def _check_lmbda(lmbda: object) -> None:
+def _check_lmbda(lmbda: float | None) -> None:
     if lmbda is not None and not (isinstance(lmbda, Real) and math.isfinite(lmbda) and lmbda > 0):
         raise ValueError(
             f"lmbda must be a positive number, as in CompressAI's training (0.013, say); got {lmbda!r}"
