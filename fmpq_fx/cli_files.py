@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fmpq_fx import image_coding, image_files
+from fmpq_fx import image_coding, image_files, ranks
 from fmpq_fx.codec import export_checkpoint
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.evaluate import evaluate
@@ -37,6 +37,16 @@ def add_model(command: argparse.ArgumentParser, others: str = "") -> None:
     add("--checkpoint", type=Path, metavar="F", help="trained weights of the model")
 
 
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Add the argument that says where to compute."""
+    command.add_argument(
+        "--device",
+        default="cpu",
+        metavar="cpu|cuda",
+        help="what to compute on; default cpu; cuda:1 is the second GPU",
+    )
+
+
 def add_evaluate(command: argparse.ArgumentParser) -> None:
     """Add the arguments of ``evaluate``."""
     add_model(command, "a STATE or .fmpq file, ")
@@ -44,6 +54,7 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("images", type=Path, metavar="DIR", help="folder of images, of any size")
     command.add_argument("--json", type=Path, metavar="F", help="write the results per image and their means")
     add_backend(command)
+    add_device(command)
     command.set_defaults(run=_evaluate)
 
 
@@ -60,7 +71,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         check_folder(args.json)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    results = evaluate(_model(args), args.images)
+    results = evaluate(_model(args).to(ranks.own_device(args.device)), args.images)
     print(results)
     if args.json is not None:
         write_text(args.json, results.to_json())
@@ -71,6 +82,8 @@ def _model(args: argparse.Namespace) -> nn.Module:
     """Return the model or what is in the file that the command names."""
     if args.backend != "torch" and Path(args.model).suffix != MODEL:
         raise ValueError(f"--backend {args.backend} runs model files (*{MODEL}); got {args.model}")
+    if args.backend != "torch" and args.device != "cpu":
+        raise ValueError(f"--backend {args.backend} runs on the CPU; leave --device {args.device} out")
     if not Path(args.model).is_file():
         return load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
     if args.quality is not None or args.checkpoint is not None:
@@ -120,21 +133,13 @@ def add_export(command: argparse.ArgumentParser) -> None:
     add = onnx.add_argument
     add("state", type=Path, metavar="STATE", help="what 'prepare' or 'finetune' wrote, or a .fmpq file")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the graphs and their manifest")
-    add("--images", type=Path, metavar="DIR", help="calibration images; default: scikit-image's photographs")
-    add(
-        "--tolerance",
-        type=float,
-        default=0.001,
-        metavar="X",
-        help="rise of the RD loss; default 0.001, 0.1 %%",
-    )
     _add_class(onnx)
     onnx.set_defaults(run=_export_onnx)
 
 
 def _export_onnx(args: argparse.Namespace) -> None:
     gm = load(args.state, model=_made_by(args)) if args.state.suffix == MODEL else load_state(args.state)
-    print(export_onnx(gm, args.out, calibration=args.images, tolerance=args.tolerance))
+    print(export_onnx(gm, args.out))
     print(f"graphs: {args.out}")
 
 
@@ -183,6 +188,7 @@ def _add_coding(
     add("-m", "--model", required=True, metavar="F", help="the model file (.fmpq)")
     add("-o", "--out", type=Path, required=True, metavar="OUT", help=out)
     _add_class(command)
+    add_device(command)
     command.set_defaults(run=run)
 
 
@@ -191,7 +197,7 @@ def _encode(args: argparse.Namespace) -> None:
         jobs = _jobs(image_files.find(args.source), args.out, CODED)
     else:
         jobs = {args.source: _file(args.out)}
-    codec = _codec(args.model, args)
+    codec = _codec(args.model, args).to(ranks.own_device(args.device))
     pixels = coded = 0
     for source, out in tqdm(jobs.items(), desc="encode", unit="image", disable=None, leave=False):
         image = image_files.read(source)
@@ -211,7 +217,7 @@ def _decode(args: argparse.Namespace) -> None:
         jobs = _jobs(found, args.out, ".png")
     else:
         jobs = {args.source: image_files.check_writable(_file(args.out))}
-    codec = _codec(args.model, args)
+    codec = _codec(args.model, args).to(ranks.own_device(args.device))
     for source, out in tqdm(jobs.items(), desc="decode", unit="image", disable=None, leave=False):
         try:
             image = image_coding.decode(codec, source.read_bytes())

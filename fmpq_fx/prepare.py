@@ -1,5 +1,6 @@
 """The whole pass on one screen: trace, measure, plan, rewrite, calibrate."""
 
+import hashlib
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fmpq_fx import fingerprint, images
+from fmpq_fx import fingerprint, images, ranks
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.files import check_folder
 from fmpq_fx.images import Calibration
@@ -28,6 +29,10 @@ from fmpq_fx.passes.trace import check_trace, trace
 
 SIZES = ("nominal", "coded")
 
+TOGETHER = 2
+"""Calibration images that run at once. Ranks share the work by such batches, and so the results do not depend on their
+number; on a CPU larger ones are no faster, and need more memory."""
+
 
 def prepare(
     model: nn.Module,
@@ -45,6 +50,8 @@ def prepare(
     progress: bool | None = None,
 ) -> fx.GraphModule:
     """Quantize ``model`` so that its weights take ``target_cr`` of their float32 bytes.
+
+    Within :func:`fmpq_fx.ranks.joined` all ranks share the work, and each returns what one process would, bit for bit.
 
     Args:
         model: any traceable model whose forward takes images (B, 3, H, W) and returns CompressAI's dict of
@@ -78,14 +85,17 @@ def prepare(
         ValueError: an argument is out of its range; for an unreachable target the message names what is.
         FmpqError: the model cannot be traced or run on the images, there are no usable images, the RD loss of
             the quantized model is not finite, or the table is of another model, or the checkpoint, or a table that
-            is to be completed, of other weights or images.
+            is to be completed, of other weights or images; the ranks were given different
+            things.
     """
+    progress = progress if ranks.is_first() else False
     bits = None if bits is None else checked_bits(bits)
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; pass one of {', '.join(map(repr, SIZES))}")
     if sensitivity is not None and checkpoint is not None:
         raise ValueError("sensitivity and checkpoint both name a table; pass one of them")
     known = sensitivity or _known(checkpoint)
+    ranks.require_same({"the sensitivity": _version(known)})
     batches = _batches_for(model, calibration)
     gm = _traced(model, batches)
     sites, measurable = find_sites(gm), checked_bits(bits) if known is None else known.bits
@@ -105,9 +115,9 @@ def prepare(
     )
     settings = _settings(model, batches, known, checkpoint)
     widths = bits if known is None else None  # else those of the table, all of them
-    plan = plan_lazily(
-        task, SensitivityMeter(gm, batches, lmbda=lmbda, bits=widths, progress=progress, **settings)
-    )
+    meter = SensitivityMeter(gm, batches, lmbda=lmbda, bits=widths, progress=progress, **settings)
+    plan = ranks.from_first(plan_lazily(task, meter))
+    del meter  # and the activations that it keeps
 
     float_rd = mean_rd(gm, batches, plan.lmbda)
     quantized = quantize(gm, plan)
@@ -145,7 +155,9 @@ def analyze(
         FmpqError: the model cannot be traced or run on the images, there are no usable images, or the checkpoint is of
             another model, other weights or other images.
     """
+    progress = progress if ranks.is_first() else False
     known = _known(checkpoint)
+    ranks.require_same({"the sensitivity": _version(known)})
     batches = _batches_for(model, calibration)
     gm = _traced(model, batches)
     settings = _settings(model, batches, known, checkpoint)
@@ -172,11 +184,31 @@ def rewrite(model: nn.Module, plan: Plan) -> fx.GraphModule:
 
 
 def _batches_for(model: nn.Module, calibration: Calibration) -> list[Tensor]:
-    """Return the calibration batches, (B, 3, H, W) each, on the device and in the dtype of ``model``."""
+    """Return the calibration batches, (B, 3, H, W) each, on the device and in the dtype of ``model``.
+
+    Raises:
+        FmpqError: the model has no parameters, there are no usable images, or ranks have others.
+    """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is None:
         raise FmpqError(f"{type(model).__name__} has no parameters, so there is nothing to quantize")
-    return [x.to(parameter.device, parameter.dtype) for x in images.batches(calibration)]
+    given = images.batches(calibration)
+    if ranks.count() > 1:
+        pixels = fingerprint.of_images(given)[:12]
+        weights = fingerprint.of_model(model)[:12]
+        ranks.require_same(
+            {
+                "the calibration": f"{images.describe(given)}, {pixels}",
+                "the model": f"{type(model).__name__}, weights {weights}",
+            }
+        )
+    return [x.to(parameter.device, parameter.dtype) for batch in given for x in batch.split(TOGETHER)]
+
+
+def _version(sensitivity: Sensitivity | None) -> str:
+    if sensitivity is None:
+        return "to be measured"
+    return f"a table, {hashlib.sha256(sensitivity.to_json().encode()).hexdigest()[:12]}"
 
 
 def _traced(model: nn.Module, batches: list[Tensor]) -> fx.GraphModule:

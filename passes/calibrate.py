@@ -8,10 +8,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
+from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.incremental import RDDescent
 from fmpq_fx.passes.rewrite import plan_of, quantized_layers
@@ -67,15 +69,18 @@ def _observe(
     for quantizer in quantizers.values():
         quantizer.observe()  # what was run before this, with other weights perhaps, does not count
     with torch.no_grad():
-        for x in batches:
+        for x in ranks.share(batches):
             gm(x)
-    for site, quantizer in quantizers.items():
-        if not all(map(math.isfinite, quantizer.range)):
+    seen = ranks.gathered([(*quantizer.range, quantizer.integral) for quantizer in quantizers.values()])
+    for (site, quantizer), of_ranks in zip(quantizers.items(), zip(*seen, strict=True), strict=True):
+        lows, highs, integral = zip(*of_ranks, strict=True)
+        low, high = float(np.min(lows)), float(np.max(highs))
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise FmpqError(
                 f"the input of {site!r} is not finite on the calibration images once the weights are quantized; "
                 "allow more bits, or pass activation_bits=None"
             )
-        quantizer.freeze(*quantizer.range, quantizer.integral)
+        quantizer.freeze(low, high, all(integral))
 
 
 def _clip_range(descent: RDDescent, site: str, layer: QuantizedLayer, quantizer: ActivationFakeQuant) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from fmpq_fx import ranks
 from fmpq_fx.passes.memory import freed_memory_kept
 from fmpq_fx.passes.trace import run
 from fmpq_fx.rd import RDSums, squared_error, total_bits
@@ -154,7 +155,7 @@ class IncrementalRD:
 class RDDescent:
     """Lowers the RD loss of a graph by exchanging its layers one after the other.
 
-    The values of all nodes for all batches are kept in memory meanwhile.
+    The values of all nodes for all batches are kept in memory meanwhile, by each rank those of its share.
 
     Args:
         gm: a functionalized graph in evaluation mode whose sites are marked; it is changed.
@@ -165,8 +166,8 @@ class RDDescent:
     def __init__(self, gm: fx.GraphModule, batches: Sequence[Tensor], lmbda: float):
         self.lmbda = lmbda
         with torch.no_grad():
-            self.measured = [IncrementalRD(gm, x) for x in batches]
-        self.rd = sum((m.sums() for m in self.measured), RDSums()).rd(lmbda)
+            self.measured = [IncrementalRD(gm, x) for x in ranks.share(batches)]
+        self.rd = _total([m.sums() for m in self.measured]).rd(lmbda)
 
     @torch.no_grad()
     def best_clip(self, site: str, make: Callable[[float], nn.Module], clips: Sequence[float]) -> float:
@@ -181,7 +182,7 @@ class RDDescent:
         best = 1.0
         for clip in clips:
             module = make(clip)
-            rd = sum((m.sums_with(site, module) for m in self.measured), RDSums()).rd(self.lmbda)
+            rd = _total([m.sums_with(site, module) for m in self.measured]).rd(self.lmbda)
             if not rd < self.rd:
                 break
             self.rd, best = rd, clip
@@ -212,18 +213,19 @@ def rd_of_changes(
     Raises:
         FmpqError: see :class:`IncrementalRD`.
     """
-    base, changed = RDSums(), dict.fromkeys(changes, RDSums())
+    own = dict(ranks.share(list(changes.items())))
+    base, changed = RDSums(), dict.fromkeys(own, RDSums())
     hide = None if progress is None else not progress
-    total = len(batches) * len(changes)
+    total = len(batches) * len(own)
     bar = tqdm(total=total, desc=description, unit="run", disable=hide, leave=False)
     with bar, torch.no_grad(), freed_memory_kept():
         for x in batches:  # outermost, so that the values of one batch at a time are kept
             measured = IncrementalRD(gm, x)
             base += measured.sums()
-            for key, (site, make) in changes.items():
+            for key, (site, make) in own.items():
                 changed[key] += measured.sums_with(site, make(gm.get_submodule(site)))
                 bar.update()
-    return base, changed
+    return ranks.from_first(base), dict(ranks.merged(list(changed.items())))
 
 
 class ChangeMeter:
@@ -243,5 +245,10 @@ class ChangeMeter:
 
 def mean_rd(gm: fx.GraphModule, batches: Sequence[Tensor], lmbda: float) -> float:
     """Return the RD loss of ``gm``, a model in evaluation mode, over all ``batches`` (B, 3, H, W)."""
-    sums, _ = rd_of_changes(gm, batches, {})
-    return sums.rd(lmbda)
+    with torch.no_grad(), freed_memory_kept():
+        return _total([IncrementalRD(gm, x).sums() for x in ranks.share(batches)]).rd(lmbda)
+
+
+def _total(shared: Sequence[RDSums]) -> RDSums:
+    """Return the sum over the batches of all ranks, in the order in which one process adds them."""
+    return sum(ranks.merged(shared), RDSums())

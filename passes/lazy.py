@@ -8,6 +8,7 @@ that of the full table as long as no value is outside of its bounds; where noise
 import math
 from collections.abc import Iterator, Mapping
 
+from fmpq_fx import ranks
 from fmpq_fx.passes.interpolation import noise_of
 from fmpq_fx.passes.plan import Task
 from fmpq_fx.passes.planners import Assignment, bits_at, search
@@ -25,10 +26,10 @@ def plan_lazily(task: Task, meter: SensitivityMeter) -> Plan:
     The plan's own bits are always among it, so that what the plan says of itself was measured. Zeta is written on
     the nodes of the meter's graph, ``node.meta["fmpq"]["zeta"]``.
     """
-    points = set(_first_points(task, meter.table)) or unsettled(task, meter.table)
+    points = set(_first_points(task, meter.table)) or ranks.from_first(unsettled(task, meter.table))
     while points:
         meter.measure(points)
-        points = unsettled(task, meter.table)
+        points = ranks.from_first(unsettled(task, meter.table))
     annotate(meter.gm, "zeta", meter.table.zeta)
     return task.plan(meter.table)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.incremental import ChangeMeter
 from fmpq_fx.passes.sites import annotate, find_sites, float_remainder
@@ -111,7 +112,7 @@ class SensitivityMeter:
             if (site, b) in wanted
         }
         self._add(self._meter.sums_of(changes, description="sensitivity", progress=self.progress))
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and ranks.is_first():
             self.table.save(self.checkpoint)
 
     def _add(self, measured: Mapping[Point, RDSums]) -> None:
