@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fmpq_fx import fingerprint, image_files
 from fmpq_fx.byte_reader import ByteReader, counted
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.quant.coder import padded
 
 MAGIC, VERSION = b"\x89FMI", 1
 
@@ -100,10 +101,10 @@ def decode(codec: nn.Module, data: bytes) -> Tensor:
     shape = _shape(reader.take_counted(2), _MOST_LATENTS * pixels)
     strings = [reader.take_counted(4) for _ in range(reader.take(1)[0])]
     reader.end()
-    padded = [[_guarded(string, _MOST_LATENTS * pixels)] for string in strings]
+    guarded = [[padded(string, _MOST_LATENTS * pixels)] for string in strings]
     try:
         with torch.no_grad():
-            decoded: Tensor = coder.decompress(padded, shape)["x_hat"]
+            decoded: Tensor = coder.decompress(guarded, shape)["x_hat"]
     except Exception as error:  # a forged stream may make anything go wrong
         raise FmpqError(f"its strings cannot be decoded: {type(error).__name__}: {error}") from error
     return F.pad(decoded, unpad)[0].float().clamp(0, 1).cpu()
@@ -142,16 +143,6 @@ def _checked_body(data: bytes) -> bytes:
     if zlib.crc32(body) != checksum:
         raise FmpqError("it is damaged: its checksum is not that of its content; get or encode it again")
     return body
-
-
-def _guarded(string: bytes, symbols: int) -> bytes:
-    """Return ``string`` with zeros behind it, so many that CompressAI's decoder stays inside it, whatever it is.
-
-    The decoder does not look where its string ends. It reads at most a word of 4 bytes for a symbol, and for one
-    outside of its table so many more as the 4-bit numbers that come first sum to: at most 30 words per byte of the
-    string, and none once it reads zeros.
-    """
-    return string + bytes(4 * 30 * len(string) + 4 * symbols + 256)
 
 
 def _plain(shape: Any) -> Any:
