@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.quant.coder import StringReader, Tables, encode, trimmed_tables
 from fmpq_fx.quant.exact import ExactLayer
-from fmpq_fx.quant.fixed_point import from_integers
 from fmpq_fx.quant.products import ConvProduct
 
 
@@ -94,9 +93,7 @@ class Scan:
         places = rows * self.stride + columns
         seen = self.known[:, self.taps[:, None] + places].transpose(0, 1).flatten(0, 1)
         sums = torch.matmul(self.matrix, seen)
-        predicted = from_integers(
-            self.context.prediction.rescaling(sums[None, :, :, None]), self.params.dtype
-        )
+        predicted = self.context.prediction.outputs(sums[None, :, :, None], self.params.dtype)
         given = self.params[None, :, rows, columns, None]
         scales, means = self.context.parameters(torch.cat((given, predicted), 1)).chunk(2, 1)
         return scales, means
