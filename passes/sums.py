@@ -17,7 +17,13 @@ from fmpq_fx.quant.fixed_point import FRACTION_BITS, MOST
 from fmpq_fx.quant.products import product_of
 
 SUMS = (torch.add, torch.sub, operator.add, operator.sub, "add", "sub")
-NO_NUMBERS = ("size", "dim", "shape", "dtype", "device")  # what asks a tensor for something else than its values
+NO_NUMBERS = (
+    "size",
+    "dim",
+    "shape",
+    "dtype",
+    "device",
+)  # what asks a tensor for something else than its values
 MOST_TERMS = 16
 """Of a sum of sums, altogether. A constant has the room of one of as many."""
 

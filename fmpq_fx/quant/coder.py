@@ -2,7 +2,7 @@
 
 Its encoder does not end on symbols far outside of their tables, which a NaN among the latents is enough for. Its
 decoder does not look where a string ends. It takes symbols one after the other from a state, an integer of 64 bits,
-which is :data:`_STATE` after the last one; so a string that was damaged betrays itself, almost surely, by another.
+which is 2^31 after the last one; so a string that was damaged betrays itself, almost surely, by another.
 """
 
 import warnings
@@ -20,10 +20,12 @@ Tables = tuple[Any, Any, Any]
 MOST_SYMBOL = 2**26
 """The largest magnitude of a symbol; with its table's offset, CompressAI's encoder ends below 2^27."""
 
-# The decoder's state when nothing is left is 2^31. A symbol of probability 2^-16 whose interval starts at 0 takes 16
-# zeros off it, and four bytes of the string are read where less than 2^31 is left.
-_STATE = [0] * 6
-_STATE_TABLES = ([[0, 1, 2**16 - 1, 2**16]], [4], [0])
+_FILL = b"\1"
+# What the decoder, with 2^31 left and only filling to come, takes from the state: 16 zeros, and then those 16 bits that
+# the filling has, again and again. Both are symbols of probability 2^-16 here, so that each takes just these bits off.
+_FILLING = int.from_bytes(2 * _FILL, "little")
+_END = [0, 2, 2, 2, 2, 2]
+_END_TABLES = ([[0, 1, _FILLING, _FILLING + 1, 2**16 - 1, 2**16]], [6], [0])
 
 
 def trimmed_tables(cdfs: Tensor, lengths: Tensor, offsets: Tensor) -> Tables:
@@ -34,13 +36,14 @@ def trimmed_tables(cdfs: Tensor, lengths: Tensor, offsets: Tensor) -> Tables:
 
 
 def padded(string: bytes, symbols: int) -> bytes:
-    """Return ``string`` with zeros behind it, so many that CompressAI's decoder stays inside it, whatever it is.
+    """Return ``string`` with filling behind it, so much that CompressAI's decoder stays inside it, whatever it is.
 
     It reads at most a word of 4 bytes for a symbol, and for one outside of its table so many more as the 4-bit
-    numbers that come first sum to: at most 30 words per byte of the string, and none once it reads zeros.
+    numbers that come first sum to: at most 30 words per byte of the string. They end with one below 15, as those of the
+    filling are. It is no zeros: a decoder in the middle of a string that is cut could read them as its end.
     """
-    string = string.rstrip(b"\0")  # those of an earlier call as well
-    return string + bytes(4 * 30 * len(string) + 4 * symbols + 256)
+    string = string.rstrip(_FILL)  # that of an earlier call as well
+    return string + _FILL * (4 * 30 * len(string) + 4 * symbols + 256)
 
 
 def encode(symbols: Sequence[int], indexes: Sequence[int], tables: Tables) -> bytes:
@@ -75,7 +78,7 @@ class StringReader:
 
     def end(self) -> None:
         """Warn unless the string ends here."""
-        if self.read(_STATE, _STATE_TABLES) != _STATE:
+        if self.read([0] * len(_END), _END_TABLES) != _END:
             warnings.warn(
                 "a string does not end with its last symbol: it was cut or altered, or encoded with another model or "
                 "by other arithmetic, and what is decoded from it is damaged",
