@@ -63,7 +63,7 @@ def convert(gm: fx.GraphModule, *, exact: Exact = True) -> nn.Module:
 
 
 def with_exact_path(model: nn.Module, path: EntropyPath, exact: Exact) -> nn.Module:
-    """Return the quantized ``model``, ready to code, with its entropy ``path`` in exact arithmetic, as ``exact`` says."""
+    """Return the quantized ``model``, guarded, with its entropy ``path`` in exact arithmetic, as ``exact`` says."""
     if exact not in (True, False, "require"):
         raise ValueError(f'exact is {exact!r}; pass True, False or "require"')
     guard(model)

@@ -24,7 +24,7 @@ def guard(codec: nn.Module) -> nn.Module:
 
 
 class _Guarded:
-    """One of the two methods. An object that knows its model, so that a copy of the model, or a pickled one, has its own.
+    """One of the two methods: an object that knows its model, so that a copy of it, or a pickled one, has its own.
 
     The coders are put in their places at every call, since the entropy models make new ones when they are copied.
     """

@@ -58,7 +58,7 @@ class TermCounter:
         self._known: dict[fx.Node, float] = {}
 
     def __call__(self, node: fx.Node) -> float:
-        """Return the most outputs of layers that ``node`` may be the sum of: infinitely many for latents, which are unbounded."""
+        """Return of how many outputs of layers ``node`` may be the sum: of infinitely many if of latents, unbounded."""
         if node not in self._known:
             self._known[node] = self._count(node)
         return self._known[node]

@@ -1,4 +1,4 @@
-"""A second implementation of the exact layers: integers of NumPy where they fit into 64 bits, and Python's where not."""
+"""A second implementation of the exact layers: integers of NumPy where they fit into 64 bits, else Python's."""
 
 import copy
 from typing import Any
@@ -56,7 +56,7 @@ def convolved(product: ConvProduct, matrix: Integers, x: Integers) -> Integers:
 def convolved_transposed(product: ConvTransposeProduct, matrix: Integers, x: Integers) -> Integers:
     """Convolve ``x`` (B, C, H, W) by a transposed convolution."""
     (kh, kw), (sh, sw), (dh, dw) = product.kernel, product.stride, product.dilation
-    (ph, pw), (oh, ow) = product.padding, product.output_padding
+    (ph, pw), (oh, ow) = map(int, product.padding), map(int, product.output_padding)
     rows, columns = (x.shape[2] - 1) * sh + 1, (x.shape[3] - 1) * sw + 1
     weight = matrix.reshape(product.groups, -1, kh, kw, matrix.shape[2])
     out = []
@@ -68,7 +68,7 @@ def convolved_transposed(product: ConvTransposeProduct, matrix: Integers, x: Int
             for j in range(kw):
                 target = sums[:, :, i * dh : i * dh + rows : sh, j * dw : j * dw + columns : sw]
                 target += np.einsum("oi,bihw->bohw", group[:, i, j], part)
-        out.append(sums[:, :, int(ph) : sums.shape[2] - int(ph), int(pw) : sums.shape[3] - int(pw)])
+        out.append(sums[:, :, ph : sums.shape[2] - ph, pw : sums.shape[3] - pw])
     return np.concatenate(out, 1)
 
 

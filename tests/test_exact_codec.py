@@ -59,7 +59,8 @@ class _Added(nn.Module):
         self.shuffle, self.conv = nn.PixelShuffle(4), nn.ConvTranspose2d(8, 24, 4, 4)
 
     def forward(self, z_hat: Tensor) -> Tensor:
-        return self.conv(z_hat) + torch.cat([self.shuffle(z_hat.repeat(1, 2, 1, 1))] * 24, 1)
+        shuffled = self.shuffle(z_hat.repeat(1, 2, 1, 1))
+        return torch.add(self.conv(z_hat), torch.cat([shuffled] * 24, 1))
 
 
 EXACT: dict[str, Callable[[], nn.Module]] = {
@@ -117,7 +118,8 @@ def test_sums_of_saturated_numbers_are_the_same_in_every_type() -> None:
     with torch.no_grad():
         for layer in (model.more, model.h_s[0][4]):
             layer.bias.uniform_(2000, 4000)
-    h_s = fmpq_fx.convert(graph_of(model, images(), None), exact="require").h_s
+    exact: Any = fmpq_fx.convert(graph_of(model, images(), None), exact="require")
+    h_s = exact.h_s
     z_hat = 3 * torch.randn(1, 8, 4, 4).round()
     with torch.no_grad():
         params = h_s(z_hat)

@@ -1,4 +1,4 @@
-"""What CompressAI's coder cannot do is an error, and what was damaged a warning; nothing crashes or goes on for ever."""
+"""What CompressAI's coder cannot do is an error, and what was damaged a warning; nothing crashes or hangs."""
 
 import copy
 import subprocess
@@ -21,7 +21,7 @@ DAMAGED = "does not end with its last symbol"
 @pytest.mark.parametrize("name", ["scale hyperprior", "mbt2018", "cheng2020-checkerboard"])
 def test_latents_that_are_no_numbers_are_an_error(name: str) -> None:
     _, x = lively(name)
-    with torch.no_grad(), pytest.raises(FmpqError, match="steps away from its mean.*hold NaN"):
+    with torch.no_grad(), pytest.raises(FmpqError, match=r"steps away from its mean.*hold NaN"):
         codec(name).compress(x[:1] * float("nan"))
 
 

@@ -103,17 +103,17 @@ def decoded(codec: Any, which: str, coded: dict[str, Any]) -> Tensor:
 @each_coded
 def test_every_setting_decodes_what_every_other_encoded(name: str) -> None:
     x = lively(name)[1][:, :, :64]
-    coded: list[dict[str, Any]] = []
+    made: list[dict[str, Any]] = []
     for which in SETTINGS:
         with setting(which, codec(name)) as encoder:
-            coded.append(encoded(encoder, which, x))
-    expected = [latents(codec(name), made) for made in coded]
+            made.append(encoded(encoder, which, x))
+    expected = [latents(codec(name), coded) for coded in made]
     for number, which in enumerate(SETTINGS):
         # All pairs where that is quick; else what one other setting encoded: what it decodes to was compared above.
         sources = range(len(SETTINGS)) if name in QUICK else [number - 1]
         with setting(which, codec(name)) as decoder:
             for source in sources:
-                assert torch.equal(decoded(decoder, which, coded[source]), expected[source]), which
+                assert torch.equal(decoded(decoder, which, made[source]), expected[source]), which
     values = expected[0]
     values = expected[next(iter(coded))]
     assert values.abs().max() > 3, "images that say something"

@@ -1,4 +1,4 @@
-"""Bitstreams against a second implementation, in NumPy; and models whose sums are as large, and as often ties, as can be."""
+"""Bitstreams against a second implementation, in NumPy; models whose sums are largest, or mostly ties."""
 
 from typing import Any
 

@@ -138,6 +138,7 @@ class WeightFakeQuant(_Quantizer):
     """
 
     log_scale: nn.Parameter
+    zero_point: Tensor
 
     def __init__(
         self,
