@@ -2,8 +2,8 @@
 
 For each model, 512 x 768, the transforms alone (analysis, synthesis) and encoding and decoding with real bitstreams,
 all variants in turn in one run, so that a busy machine slows all of them alike; medians, and ratios to eager float32.
-Peak memory is that of the synthesis in a process of its own, with
-one thread. The RD loss is measured on crops of the images.
+Peak memory is that of the synthesis in a process of its own, with one thread. The RD loss is measured on crops of the
+images.
 
     python benchmarks/inference.py --images ../data/kodak --calibration ../data/bsds500/val
 """
@@ -28,9 +28,10 @@ from compressai.models import MeanScaleHyperprior, ScaleHyperprior
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from fmpq_fx import convert, export_onnx, images, prepare, samples
+from fmpq_fx import convert, export_onnx, images, plan_of, prepare, samples
 from fmpq_fx.files import write_text
 from fmpq_fx.onnx_codec import with_sessions
+from fmpq_fx.passes.planners import PLANNERS
 from fmpq_fx.rd import RDSums, rd_sums
 from fmpq_fx.zoo import model_of_state
 
@@ -79,7 +80,7 @@ class Variant:
         return jobs
 
 
-def variants(gm: fx.GraphModule, model: Any, folder: Path, options: argparse.Namespace) -> dict[str, Variant]:
+def variants(gm: fx.GraphModule, model: Any, folder: Path) -> dict[str, Variant]:
     """Return all variants of ``model``, of which ``gm`` is the quantized graph."""
     found = {
         EAGER: Variant(copy.deepcopy(model)),
@@ -95,11 +96,11 @@ def variants(gm: fx.GraphModule, model: Any, folder: Path, options: argparse.Nam
     except Exception as error:  # it needs a compiler, which not every machine has
         print(f"torch.compile does not work here: {type(error).__name__}: {str(error).splitlines()[0]}")
     everything_float = prepare(model, 1.0, calibration=torch.rand(1, 3, 64, 64), bits=[10], fixed={"*": None})
-    exports = {"ONNX Runtime float32": (everything_float, 0.0)}
-    exports |= {f"ours, tolerance {tolerance:g}": (gm, tolerance) for tolerance in options.tolerance}
-    for index, (name, (graph, tolerance)) in enumerate(exports.items()):
+    for index, (name, graph) in enumerate(
+        {"ONNX Runtime float32": everything_float, "ours, int8": gm}.items()
+    ):
         place = folder / str(index)
-        export_onnx(graph, place, calibration=options.calibration, tolerance=tolerance)
+        export_onnx(graph, place)
         found[name] = Variant(with_sessions(convert(graph), place))
     return found
 
@@ -139,9 +140,7 @@ def timed(jobs: dict[tuple[str, str], Job], repeats: int) -> dict[tuple[str, str
 
 def peak_memory(variant: Variant, y: Tensor) -> float:
     """Return by how many MB memory grows in a fresh process that loads ``variant`` and synthesizes from ``y``."""
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # not a fork, which has the memory but not the threads of this one
+    context = multiprocessing.get_context("spawn")  # a fork has the memory, but not the threads of this one
     results = context.SimpleQueue()
     process = context.Process(target=_synthesize, args=(pickle.dumps((variant, y)), results))
     process.start()
@@ -177,9 +176,9 @@ def main() -> None:
     add("--calibration", help="image folder; default: scikit-image's photographs")
     add("--images", help="image folder to measure the RD loss on; default: the calibration")
     add("--crops", type=int, default=12)
-    add("--bits", type=int, default=8, help="of all weights")
+    add("--target-cr", type=float, default=0.25)
+    add("--planner", choices=PLANNERS, default="uniform")
     add("--lmbda", type=float, default=0.013)
-    add("--tolerance", type=float, nargs="+", default=[0.001, 0.01])
     add("--threads", type=int, nargs="+", default=[1, 2])
     add("--repeats", type=int, default=7)
     add("--out", type=Path, default=Path("benchmarks/results"))
@@ -219,16 +218,16 @@ def measure(name: str, model: Any, crops: list[Tensor], args: argparse.Namespace
     """Return a row per variant: RD loss, memory in MB, and seconds of each job."""
     gm = prepare(
         model,
-        args.bits / 32,
+        args.target_cr,
         calibration=args.calibration,
         lmbda=args.lmbda,
-        bits=[args.bits],
-        planner="uniform",
+        planner=args.planner,
     )
+    print(f"{name}: {args.planner}, W{plan_of(gm).average_bits:.2f}A8", flush=True)
     photo = samples.photos()["astronaut"][None]
     x = F.interpolate(photo, (HEIGHT, WIDTH), mode="bicubic").clamp(0, 1)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        found = variants(gm, model, Path(folder), args)
+        found = variants(gm, model, Path(folder))
         rd = {key: rd_of(variant, crops, args.lmbda) for key, variant in found.items()}
         rd["fake-quantized graph"] = rd_of(Variant(convert(gm)), crops, args.lmbda)
         jobs = {(key, what): job for key, variant in found.items() for what, job in variant.jobs(x).items()}

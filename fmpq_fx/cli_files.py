@@ -120,21 +120,13 @@ def add_export(command: argparse.ArgumentParser) -> None:
     add = onnx.add_argument
     add("state", type=Path, metavar="STATE", help="what 'prepare' or 'finetune' wrote, or a .fmpq file")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the graphs and their manifest")
-    add("--images", type=Path, metavar="DIR", help="calibration images; default: scikit-image's photographs")
-    add(
-        "--tolerance",
-        type=float,
-        default=0.001,
-        metavar="X",
-        help="rise of the RD loss; default 0.001, 0.1 %%",
-    )
     _add_class(onnx)
     onnx.set_defaults(run=_export_onnx)
 
 
 def _export_onnx(args: argparse.Namespace) -> None:
     gm = load(args.state, model=_made_by(args)) if args.state.suffix == MODEL else load_state(args.state)
-    print(export_onnx(gm, args.out, calibration=args.images, tolerance=args.tolerance))
+    print(export_onnx(gm, args.out))
     print(f"graphs: {args.out}")
 
 

@@ -39,7 +39,7 @@ from fmpq_fx.prepare import rewrite
 from fmpq_fx.quant import QUANTIZERS, QuantizedLayer
 
 _WEIGHTS_PER_BYTE = (
-    1024  # that a file may claim to have: what makes a small file ask for all memory is a fraud
+    256  # that a file may claim to have: what makes a small file ask for all memory is a fraud
 )
 
 

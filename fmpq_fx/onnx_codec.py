@@ -5,25 +5,51 @@ torch, so that what one backend encodes the other decodes: an analysis that roun
 but any decoder reads it.
 """
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from fmpq_fx import fingerprint
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.onnx_export import export_onnx
-from fmpq_fx.onnx_graph import package
+from fmpq_fx.onnx_graph import OPSET, package
 from fmpq_fx.onnx_manifest import NAME, OnnxManifest, PartFile
 
 BACKENDS = ("torch", "onnxruntime")
 
 TRANSFORMS = ("analysis", "hyper_analysis", "synthesis")
 """The parts that ONNX Runtime runs: none of them decides how symbols are coded."""
+
+
+@functools.cache
+def products_overflow() -> bool:
+    """Say whether ONNX Runtime multiplies 8-bit matrices inexactly here.
+
+    It does on x64 processors without VNNI instructions, which add pairs of products in 16 bits.
+    """
+    helper, types = package("onnx").helper, package("onnx").TensorProto
+    x = np.full((16, 64), 255, np.uint8)
+    weight = package("onnx").numpy_helper.from_array(np.full((64, 16), 127, np.int8), "weight")
+    ends = [
+        helper.make_tensor_value_info(name, kind, (16, None))
+        for name, kind in (("x", types.UINT8), ("y", types.INT32))
+    ]
+    product = helper.make_node("MatMulInteger", ["x", "weight"], ["y"])
+    graph = helper.make_graph([product], "product", ends[:1], ends[1:], [weight])
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
+    session = package("onnxruntime").InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (y,) = session.run(None, {"x": x})
+    return bool((y != 255 * 127 * 64).any())
 
 
 class SessionForward:
@@ -40,8 +66,8 @@ class SessionForward:
         options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # Processors without VNNI add pairs of products in 16 bits, which may overflow; this makes them exact.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if products_overflow():
+            options.add_session_config_entry("session.x64quantprecision", "1")  # exact, and slower
         # Threads that wait without sleeping take the processor from torch, which runs the rest.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.arguments = model, threads
@@ -81,7 +107,7 @@ def with_sessions(
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; pass 1 or more, or None for as many as torch uses")
     manifest = OnnxManifest.of_folder(folder)
-    if manifest.fingerprint != fingerprint.of_codec(codec):
+    if fingerprint.of_codec(codec) not in manifest.fingerprints:
         raise FmpqError(
             f"{folder} is the export of another {manifest.model['class']}, or of the same before it was changed; "
             "export this one with export_onnx()"

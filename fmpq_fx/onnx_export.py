@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from fmpq_fx import fingerprint, images
-from fmpq_fx.codec import convert
+from fmpq_fx import fingerprint
+from fmpq_fx.codec import convert, with_exact_path
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.images import Calibration
+from fmpq_fx.model_identity import identity_of
 from fmpq_fx.onnx_graph import OPSET, OnnxGraph, checked_opset, failed, package, shape_of
 from fmpq_fx.onnx_manifest import (
     NAME,
@@ -25,15 +25,15 @@ from fmpq_fx.onnx_manifest import (
 )
 from fmpq_fx.onnx_modules import modules_of_parts
 from fmpq_fx.onnx_ops import emit
-from fmpq_fx.passes.incremental import mean_rd
+from fmpq_fx.passes.entropy_path import entropy_path
 from fmpq_fx.passes.integers import Run, run_in_integers
 from fmpq_fx.passes.parts import Part, cut
 from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.passes.subpixel import subpixel
 from fmpq_fx.passes.tables import FLOAT_BITS, Plan
 from fmpq_fx.passes.trace import run
-from fmpq_fx.zoo import zoo_name
 
+_SIDE = 128  # pixels of the image that the graph runs on once, so that shapes are known
 _CONTAINER_BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "int16": 16, "float32": FLOAT_BITS}
 
 
@@ -41,26 +41,19 @@ def export_onnx(
     gm: fx.GraphModule,
     folder: str | os.PathLike[str],
     *,
-    calibration: Calibration = None,
-    tolerance: float = 0.001,
     opset: int = OPSET,
-    progress: bool | None = None,
 ) -> OnnxManifest:
     """Write ``gm`` as ONNX graphs into ``folder``, with a manifest that says which is what.
 
-    Layers of up to 8 bits whose input has up to 8 bits become integer convolutions, where that costs no
-    more than the tolerance; which do, and why others do not, the manifest lists. Weights are stored as integers in any
-    case. Transposed convolutions become convolutions and a pixel shuffle. Batch, height and width are dynamic.
+    Convolutions whose input has up to 8 bits are computed in integers, exactly; which are, and why others are not, the
+    manifest lists. Weights are stored as integers in any case. Transposed convolutions become
+    convolutions and a pixel shuffle. Batch, height and width are dynamic.
 
     Args:
         gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned, trained further or not. It is not
             modified.
         folder: is made; an export that is there already is replaced.
-        calibration: images to measure ranges and costs on, as for :func:`fmpq_fx.prepare`.
-        tolerance: by how much the RD loss on them may rise, 0.001 for 0.1 %. With 0, layers run in integers only
-            where it makes no difference.
         opset: of ONNX, at least 21.
-        progress: show a progress bar; None shows it on terminals only.
 
     Returns:
         the manifest; printed, it is a table of the layers.
@@ -68,21 +61,17 @@ def export_onnx(
     Raises:
         FmpqError: onnx is not installed, the opset is too old, an operation has no ONNX form (no file is left
             then), ``folder`` holds something else, or ``gm`` carries no plan.
-        ValueError: the tolerance is negative.
         FileNotFoundError: the folder that ``folder`` is to be in does not exist.
     """
     plan, opset = plan_of(gm), checked_opset(opset)
-    if not tolerance >= 0:
-        raise ValueError(f"the tolerance is {tolerance}; pass 0 or more, 0.001 for 0.1 %")
-    batches = images.batches(calibration)
-    codec = convert(gm).cpu().float()
-    # In floating point: modules on the entropy path compute what the graph does only up to fixed-point rounding else.
-    modules = modules_of_parts(convert(gm, exact=False).cpu().float(), gm, batches[0][:1])
-    lowered = subpixel(gm).cpu().float().eval()
-    before = mean_rd(lowered, batches, plan.lmbda)
-    run_in_integers(lowered, batches, plan.lmbda, tolerance=tolerance, progress=progress)
-    rise = mean_rd(lowered, batches, plan.lmbda) / before - 1
-    constants = _example(lowered, batches[0][:1])
+    x = torch.rand(1, 3, _SIDE, _SIDE, generator=torch.Generator().manual_seed(0))
+    codec = convert(gm, exact=False).cpu().float()
+    # Before its entropy path is exact, which computes what the graph does up to fixed-point rounding.
+    modules = modules_of_parts(codec, gm, x)
+    fingerprints = [fingerprint.of_codec(codec)]
+    fingerprints.append(fingerprint.of_codec(with_exact_path(codec, entropy_path(gm), True)))
+    lowered = run_in_integers(subpixel(gm).cpu().float().eval())
+    constants = _example(lowered, x)
     with replacing_folder(folder) as temporary:
         files: list[PartFile] = []
         stored: dict[str, str] = {}
@@ -98,21 +87,15 @@ def export_onnx(
         here = {layer.site for layer in layers if layer.part is not None}
         manifest = OnnxManifest(
             version=VERSION,
-            model=_identity(codec),
-            fingerprint=fingerprint.of_codec(codec),
+            model=identity_of(gm.meta["model"]),
+            fingerprints=tuple(fingerprints),
             opset=opset,
             parts=tuple(files),
             layers=layers,
             nominal_bytes=sum(s.bytes_at(plan.bits[s.name]) for s in plan.sites if s.name in here),
-            rd_rise=rise,
         )
         manifest.save(temporary / NAME)
     return manifest
-
-
-def _identity(codec: nn.Module) -> dict[str, Any]:
-    cls = type(codec)
-    return {"class": f"{cls.__module__}.{cls.__qualname__}", "zoo": zoo_name(codec)}
 
 
 class _Recorder(fx.Interpreter):
@@ -208,5 +191,5 @@ def _layers(gm: fx.GraphModule, plan: Plan, stored: Mapping[str, str]) -> tuple[
         how = runs.get(site.name, Run("float32", reason))
         container = stored.get(site.name, "float32")
         size = site.params * _CONTAINER_BITS[container] / 8
-        layers.append(LayerRun(site.name, part, bits, how.kind, container, size, how.why, how.cost))
+        layers.append(LayerRun(site.name, part, bits, how.kind, container, size, how.why))
     return tuple(layers)

@@ -49,22 +49,14 @@ def checked_opset(opset: int) -> int:
     return opset
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """Where a value came from that lies on a grid of 8-bit integers per channel."""
-
-    integers: str  # name of the uint8 value
-    scale: Array  # (C,)
-    zero_point: Array  # (C,)
-
-
 @dataclass
 class OnnxGraph:
     """An ONNX graph that is being put together."""
 
     nodes: list[Any] = field(default_factory=list)
     initializers: dict[str, Any] = field(default_factory=dict)
-    rounded: dict[str, Rounded] = field(default_factory=dict)  # by the name of the float value
+    last: dict[str, str] = field(default_factory=dict)  # values (B, C, H, W) that exist as (B, H, W, C), too
+    by_place: set[str] = field(default_factory=set)  # values whose channels are ordered for a pixel shuffle
     names: dict[str, int] = field(default_factory=dict)  # how often each name was wanted
     values: dict[str, str] = field(default_factory=dict)  # names of values by the names of their nodes
     stored: dict[str, str] = field(default_factory=dict)  # what the integers of each site are stored in
@@ -97,6 +89,22 @@ class OnnxGraph:
             np.ascontiguousarray(array), unique
         )
         return unique
+
+    def is_scalar(self, x: str) -> bool:
+        """Say whether ``x`` is a constant without dimensions."""
+        return x in self.initializers and not self.initializers[x].dims
+
+    def channels_last(self, x: str) -> str:
+        """Return the value ``x`` (B, C, H, W) as (B, H, W, C)."""
+        if x not in self.last:
+            self.last[x] = self.add("Transpose", [x], perm=[0, 2, 3, 1])
+        return self.last[x]
+
+    def channels_first(self, x: str, name: str = "") -> str:
+        """Return the value ``x`` (B, H, W, C) as (B, C, H, W); nothing is computed unless that is read."""
+        first = self.add("Transpose", [x], name, perm=[0, 3, 1, 2])
+        self.last[first] = x
+        return first
 
     def integers(self, values: Array, bits: int, signed: bool, name: str) -> tuple[str, str]:
         """Add integer weights in the least container, and return their name and what they are stored in.

@@ -1,9 +1,7 @@
-"""The ONNX form of layers: integer convolutions as QuantizeLinear and DequantizeLinear around a Conv, and GDN.
+"""The ONNX form of layers that compute in float.
 
-ONNX Runtime makes one integer kernel of DequantizeLinear, Conv, QuantizeLinear. A kernel has one output step. Where
-there is one per channel, it goes into the steps of the weights: the convolution then computes in steps of its
-output, and the DequantizeLinear behind it has the steps. Layers that run in float multiply with the dequantized
-weights; they are stored as integers, too, and multiplied by their steps when the graph is loaded.
+Their inputs and weights are rounded as in the quantized graph. Weights are stored as integers and multiplied by their
+steps when the graph is loaded.
 """
 
 from typing import Any
@@ -13,7 +11,7 @@ import torch
 from compressai.layers import GDN, GDN1, MaskedConv2d
 from torch import Tensor, fx, nn
 
-from fmpq_fx.onnx_graph import Array, OnnxGraph, Rounded, failed, package
+from fmpq_fx.onnx_graph import OnnxGraph, failed, package
 from fmpq_fx.passes.subpixel import Axis, original_weight
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer
 from fmpq_fx.quant.layers import (
@@ -22,30 +20,34 @@ from fmpq_fx.quant.layers import (
     QuantizedGDN1,
     QuantizedLinear,
 )
-from fmpq_fx.quant.outputs import RoundedOutput
 
 WIDEST = 16
 """Bits of activations that ONNX can round to; more are as good as float."""
 
-_MIDDLE = 128  # the zero point of a grid of 8 bits that is shifted per channel
 _PADDING = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 def rounded_input(graph: OnnxGraph, quantizer: ActivationFakeQuant | None, x: str) -> str:
-    """Return ``x`` on the grid of ``quantizer``."""
+    """Return ``x`` (B, C, ...) on the grid of ``quantizer``."""
     if quantizer is None or quantizer.bits > WIDEST:
         return x
+    if x in graph.last:  # integers are quicker to move than floats
+        integers, grid = quantized(graph, quantizer, graph.last[x])
+        integers = graph.add("Transpose", [integers], perm=[0, 3, 1, 2])
+    else:
+        integers, grid = quantized(graph, quantizer, x)
+    return graph.add("DequantizeLinear", [integers, *grid])
+
+
+def quantized(graph: OnnxGraph, quantizer: ActivationFakeQuant, x: str) -> tuple[str, list[str]]:
+    """Return the integers of ``x`` on the grid of ``quantizer``, up to 16 bits, and its scale and zero point."""
     scale, zero_point = grid_of(quantizer)
-    known = graph.rounded.get(x)
-    if known is not None and np.all(known.scale == scale) and np.all(known.zero_point == zero_point):
-        return x
     container = np.uint8 if quantizer.bits <= 8 else np.uint16
     if quantizer.high < np.iinfo(container).max:
-        # Before rounding, where it does not stand between the nodes that make an integer kernel.
         ends = [(end - zero_point) * scale for end in (0, quantizer.high)]
         x = graph.add("Clip", [x, *(graph.constant(np.float32(end)) for end in ends)])
     grid = [graph.constant(scale, "scale"), graph.constant(container(zero_point), "zero_point")]
-    return graph.add("DequantizeLinear", [graph.add("QuantizeLinear", [x, *grid]), *grid])
+    return graph.add("QuantizeLinear", [x, *grid]), grid
 
 
 def grid_of(quantizer: ActivationFakeQuant) -> tuple[np.float32, int]:
@@ -71,82 +73,6 @@ def convolution(graph: OnnxGraph, node: fx.Node, layer: Any, x: str) -> str:
     return graph.add("Conv", inputs, node.name, pads=pads, **_geometry(inner))
 
 
-def integer_convolution(graph: OnnxGraph, node: fx.Node, rounded: RoundedOutput, x: str) -> str:
-    """Convolve ``x`` in integers; the output is on the grid of ``rounded``."""
-    layer: Any = rounded.layer
-    x_scale, _ = grid_of(layer.input_quantizer)
-    x = rounded_input(graph, layer.input_quantizer, x)
-    weight, weight_scale = _spread_weight(graph, node, layer)
-    scale, zero_point = (t.cpu().numpy() for t in (rounded.scale, rounded.zero_point))
-    bias = np.zeros_like(scale) if layer.layer.bias is None else layer.layer.bias.detach().cpu().numpy()
-    attributes = {"pads": _padded(graph, node, layer.layer, x)[1], **_geometry(layer.layer)}
-    if np.ptp(scale) == np.ptp(zero_point) == 0:
-        out = _integer_conv(
-            graph, node.name, x, x_scale, weight, weight_scale, bias, scale[0], zero_point[0], attributes
-        )
-    else:
-        steps = bias / scale + zero_point - _MIDDLE
-        out = _integer_conv(
-            graph, node.name, x, x_scale, weight, weight_scale / scale, steps, 1.0, _MIDDLE, attributes
-        )
-    return dequantized(graph, Rounded(out, scale, zero_point))
-
-
-def dequantized(graph: OnnxGraph, value: Rounded) -> str:
-    """Return the float value of integers, and remember where it came from."""
-    uniform = np.ptp(value.scale) == np.ptp(value.zero_point) == 0
-    scale, zero_point = value.scale.astype(np.float32), value.zero_point.astype(np.uint8)
-    grid = [scale[0], zero_point[0]] if uniform else [scale, zero_point]
-    inputs = [value.integers, graph.constant(grid[0], "scale"), graph.constant(grid[1], "zero_point")]
-    out = graph.add("DequantizeLinear", inputs, axis=1)  # which counts only where there are several steps
-    graph.rounded[out] = value
-    return out
-
-
-def unfused(graph: OnnxGraph, x: str) -> str:
-    """Return ``x`` so that ONNX Runtime makes no integer operation of what reads it.
-
-    It would, of additions, activations and others, and fail, since these have one step for all channels.
-    """
-    value = graph.rounded.get(x)
-    if value is None or np.ptp(value.scale) == np.ptp(value.zero_point) == 0:
-        return x
-    one = [graph.constant(np.float32(1), "scale"), graph.constant(np.uint8(0), "zero_point")]
-    counts = graph.add("DequantizeLinear", [value.integers, *one])
-    scale, zero_point = (
-        grid.astype(np.float32).reshape(-1, 1, 1) for grid in (value.scale, value.zero_point)
-    )
-    scaled = graph.add("Mul", [counts, graph.constant(scale)])
-    return graph.add("Sub", [scaled, graph.constant(scale * zero_point)])
-
-
-def _integer_conv(
-    graph: OnnxGraph,
-    name: str,
-    x: str,
-    x_scale: np.float32,
-    weight: str,
-    weight_scale: Array,
-    bias: Array,
-    scale: float,
-    zero_point: float,
-    attributes: dict[str, Any],
-) -> str:
-    """Return the integers (uint8) of a convolution whose output has one ``scale`` and ``zero_point``.
-
-    Weights and bias are dequantized per output channel; a bias is counted in the products' steps, int32.
-    """
-    wide = np.iinfo(np.int32)
-    steps = (x_scale * weight_scale).astype(np.float32)
-    counted = np.clip(np.round(bias / steps.astype(np.float64)), wide.min, wide.max).astype(np.int32)
-    scales = graph.constant(weight_scale.astype(np.float32), f"{name}.weight_scale")
-    w = graph.add("DequantizeLinear", [weight, scales], axis=0)
-    b = graph.add("DequantizeLinear", [graph.constant(counted), graph.constant(steps)], axis=0)
-    out = graph.add("Conv", [x, w, b], name, **attributes)
-    grid = [graph.constant(np.float32(scale), "scale"), graph.constant(np.uint8(zero_point), "zero_point")]
-    return graph.add("QuantizeLinear", [out, *grid])
-
-
 def linear(graph: OnnxGraph, node: fx.Node, layer: Any, x: str) -> str:
     """Map the last dimension of ``x`` with a ``layer`` that is float or runs in float."""
     inner = layer.layer if isinstance(layer, QuantizedLinear) else layer
@@ -162,13 +88,27 @@ def gdn(graph: OnnxGraph, node: fx.Node, layer: Any, x: str) -> str:
     inner = layer.layer if isinstance(layer, QuantizedGDN) else layer
     absolute = isinstance(layer, GDN1 | QuantizedGDN1)
     seen = rounded_input(graph, layer.input_quantizer, x) if isinstance(layer, QuantizedGDN) else x
+    last = x in graph.last
+    if last:
+        seen, x = graph.channels_last(seen), graph.last[x]
     powers = graph.add("Abs", [seen]) if absolute else graph.add("Mul", [seen, seen])
-    shape = graph.constant(np.array([*_gamma(layer).shape, 1, 1]))
-    weight = graph.add("Reshape", [_float_weight(graph, node, layer), shape])
+    gamma = _float_weight(graph, node, layer)
     beta = graph.constant(inner.beta_reparam(inner.beta).detach(), f"{node.target}.beta")
-    norm = graph.add("Conv", [powers, weight, beta], node.name)
+    if last:
+        product = graph.add("MatMul", [powers, graph.add("Transpose", [gamma], perm=[1, 0])])
+        norm = graph.add("Add", [product, beta])
+    else:
+        shape = graph.constant(np.array([*_gamma(layer).shape, 1, 1]))
+        norm = graph.add("Conv", [powers, graph.add("Reshape", [gamma, shape]), beta])
     root = norm if absolute else graph.add("Sqrt", [norm])
-    return graph.add("Mul" if inner.inverse else "Div", [x, root], node.name)
+    out = graph.add("Mul" if inner.inverse else "Div", [x, root], "" if last else node.name)
+    return graph.channels_first(out, node.name) if last else out
+
+
+def runs_in_integers(node: fx.Node) -> bool:
+    """Say whether ``node`` calls a layer that :func:`fmpq_fx.passes.integers.run_in_integers` lets run in integers."""
+    run = node.meta.get("fmpq", {}).get("run")
+    return run is not None and run.kind == "int8"
 
 
 def _gamma(layer: Any) -> Tensor:
@@ -181,7 +121,7 @@ def _float_weight(graph: OnnxGraph, node: fx.Node, layer: Any) -> str:
     """Return the weight that a layer that runs in float multiplies with; quantized ones are stored as integers."""
     target = str(node.target)
     if isinstance(layer, QuantizedLayer):
-        integers = _integer_weight(graph, node, layer, "FLOAT")
+        integers = integer_weight(graph, node, layer, "FLOAT")
         scale = layer.weight_quantizer.scale.detach()
         if isinstance(layer, QuantizedConvTranspose2d):  # (groups, 1, out / groups, 1, 1)
             scale = scale.expand(-1, layer.float_weight().size(1), -1, -1, -1).flatten(0, 1)
@@ -193,7 +133,7 @@ def _float_weight(graph: OnnxGraph, node: fx.Node, layer: Any) -> str:
 
 
 @torch.no_grad()
-def _integer_weight(graph: OnnxGraph, node: fx.Node, layer: QuantizedLayer, cast: str) -> str:
+def integer_weight(graph: OnnxGraph, node: fx.Node, layer: QuantizedLayer, cast: str = "") -> str:
     """Return the integers of a weight; with ``cast`` as another type. Those of lowered layers are stored compactly."""
     values = layer.weight_quantizer.integers(layer.float_weight())
     if isinstance(layer, QuantizedConvTranspose2d):
@@ -210,22 +150,6 @@ def _integer_weight(graph: OnnxGraph, node: fx.Node, layer: QuantizedLayer, cast
     if cast:
         name = graph.add("Cast", [name], to=getattr(package("onnx").TensorProto, cast))
     return _lowered(graph, name, array.shape, groups, axes) if compact else name  # type: ignore[arg-type]
-
-
-def _spread_weight(graph: OnnxGraph, node: fx.Node, layer: QuantizedLayer) -> tuple[str, Array]:
-    """Return integers that use all 8 bits, and their steps per output channel.
-
-    A bias is counted in steps of the products, which would be coarse with the few, large steps of narrow weights.
-    """
-    weight = _integer_weight(graph, node, layer, "")
-    scale = layer.weight_quantizer.scale.detach().flatten().cpu().numpy()
-    factor = 127 // layer.weight_quantizer.high
-    if factor > 1:
-        types = package("onnx").TensorProto
-        wide = graph.add("Cast", [weight], to=types.INT32)
-        wide = graph.add("Mul", [wide, graph.constant(np.int32(factor))])
-        weight = graph.add("Cast", [wide], to=types.INT8)
-    return weight, scale / max(factor, 1)
 
 
 def _lowered(

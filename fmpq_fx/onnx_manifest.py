@@ -16,7 +16,7 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.files import JsonFile
 
 NAME = "manifest.json"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class LayerRun:
     stored: str  # "int4", "uint4", "int8", "uint8", "int16" or "float32"
     bytes: float  # of the stored weights
     why: str
-    cost: float | None  # of int8, in RD loss, where it was measured
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,14 @@ class OnnxManifest(JsonFile):
     """What is in the folder of an export."""
 
     version: int
-    model: dict[str, Any]  # "class", and "zoo", its name in CompressAI's zoo or None
-    fingerprint: str  # of the codec (:func:`fmpq_fx.fingerprint.of_codec`)
+    model: dict[str, Any]  # :func:`fmpq_fx.model_identity.identity_of` it
+    fingerprints: tuple[
+        str, ...
+    ]  # of its codecs, with and without exact entropy path (:mod:`fmpq_fx.fingerprint`)
     opset: int
     parts: tuple[PartFile, ...]
     layers: tuple[LayerRun, ...]
     nominal_bytes: float  # parameters * bits / 8 over the layers that are in parts
-    rd_rise: float  # RD loss above that of the graph, on the calibration images; a fraction
 
     @property
     def bytes(self) -> int:
@@ -78,13 +78,14 @@ class OnnxManifest(JsonFile):
         table = tabulate(rows, ["layer", "part", "bits", "runs", "stored", "bytes", "why"])
         return (
             f"{table}\n\n{len(self.parts)} graphs, {self.bytes:,} bytes; weights {self.stored_bytes:,.0f}, nominal "
-            f"{self.nominal_bytes:,.0f}; RD loss {100 * self.rd_rise:+.3f} % on the calibration images"
+            f"{self.nominal_bytes:,.0f}"
         )
 
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> "OnnxManifest":
         if fields["version"] != VERSION:
             raise ValueError(f"version {fields['version']}; this fmpq_fx reads {VERSION}")
+        fields["fingerprints"] = tuple(fields["fingerprints"])
         fields["parts"] = tuple(PartFile(**part) for part in fields["parts"])
         fields["layers"] = tuple(LayerRun(**layer) for layer in fields["layers"])
         return cls(**fields)

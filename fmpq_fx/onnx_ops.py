@@ -11,7 +11,8 @@ from compressai.layers import GDN, GDN1, MaskedConv2d
 from torch import fx, nn
 
 from fmpq_fx import onnx_layers as layers
-from fmpq_fx.onnx_graph import OnnxGraph, Rounded, failed, shape_of
+from fmpq_fx.onnx_graph import OnnxGraph, failed, shape_of
+from fmpq_fx.onnx_integers import integer_convolution
 from fmpq_fx.quant.layers import (
     QuantizedConv2d,
     QuantizedConvTranspose2d,
@@ -20,7 +21,6 @@ from fmpq_fx.quant.layers import (
     QuantizedLinear,
     QuantizedMaskedConv2d,
 )
-from fmpq_fx.quant.outputs import RoundedOutput
 
 Emit = Callable[..., Any]
 """From the graph, the node, and the arguments of the operation to the name of the result, or several names."""
@@ -39,13 +39,7 @@ def emit(graph: OnnxGraph, gm: fx.GraphModule, node: fx.Node, values: dict[fx.No
         FmpqError: there is no ONNX form.
     """
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    keeps = isinstance(module, _KEEPS_GRIDS) or node.target in (F.pixel_shuffle, F.relu, torch.relu)
-
-    def name(read: fx.Node) -> Any:
-        value = values[read]
-        return layers.unfused(graph, value) if isinstance(value, str) and not keeps else value
-
-    args, kwargs = fx.map_arg((node.args, node.kwargs), name)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
     if module is not None:
         for kind in type(module).__mro__:
             if kind in MODULES:
@@ -62,22 +56,9 @@ def emit(graph: OnnxGraph, gm: fx.GraphModule, node: fx.Node, values: dict[fx.No
         raise failed(node, f"{node.format_node()} has arguments that are not known here ({error})") from error
 
 
-_KEEPS_GRIDS = (  # modules whose ONNX form can read values with a step per channel
-    nn.Conv2d,
-    QuantizedConv2d,
-    QuantizedConvTranspose2d,
-    RoundedOutput,
-    GDN,
-    QuantizedGDN,
-    nn.PixelShuffle,
-    nn.ReLU,
-    nn.Identity,
-)
-
-
 def _unary(op: str, **attributes: Any) -> Emit:
     def emitter(graph: OnnxGraph, node: fx.Node, x: str, inplace: bool = False) -> str:
-        return graph.add(op, [x], node.name, **attributes)
+        return _pointwise(graph, node, op, [x], **attributes)
 
     return emitter
 
@@ -85,9 +66,19 @@ def _unary(op: str, **attributes: Any) -> Emit:
 def _binary(op: str, swapped: bool = False) -> Emit:
     def emitter(graph: OnnxGraph, node: fx.Node, a: Any, b: Any) -> str:
         inputs = [_operand(graph, node, operand) for operand in (a, b)]
-        return graph.add(op, inputs[::-1] if swapped else inputs, node.name)
+        return _pointwise(graph, node, op, inputs[::-1] if swapped else inputs)
 
     return emitter
+
+
+def _pointwise(graph: OnnxGraph, node: fx.Node, op: str, inputs: Sequence[str], **attributes: Any) -> str:
+    """Compute each element from those at its place, with the channels last if they are so already."""
+    shapes = {read.meta.get("example_shape") for read in node.all_input_nodes}
+    shape = shapes.pop()
+    if shapes or shape is None or len(shape) != 4 or not any(x in graph.last for x in inputs):
+        return graph.add(op, inputs, node.name, **attributes)
+    moved = [x if graph.is_scalar(x) else graph.channels_last(x) for x in inputs]
+    return graph.channels_first(graph.add(op, moved, **attributes), node.name)
 
 
 def _operand(graph: OnnxGraph, node: fx.Node, operand: Any) -> str:
@@ -99,16 +90,13 @@ def _operand(graph: OnnxGraph, node: fx.Node, operand: Any) -> str:
 
 
 def _relu(graph: OnnxGraph, node: fx.Node, x: str, inplace: bool = False) -> str:
-    known = graph.rounded.get(x)
-    if known is not None and not known.zero_point.any():
-        return x  # integers without a sign
-    return graph.add("Relu", [x], node.name)
+    return _pointwise(graph, node, "Relu", [x])
 
 
 def _leaky_relu(
     graph: OnnxGraph, node: fx.Node, x: str, negative_slope: float = 0.01, inplace: bool = False
 ) -> str:
-    return graph.add("LeakyRelu", [x], node.name, alpha=float(negative_slope))
+    return _pointwise(graph, node, "LeakyRelu", [x], alpha=float(negative_slope))
 
 
 def _clamp(graph: OnnxGraph, node: fx.Node, x: str, min: Any = None, max: Any = None) -> str:
@@ -161,17 +149,22 @@ def _item(graph: OnnxGraph, node: fx.Node, x: Any, index: Any) -> str:
     return graph.add("Slice", [x, *tables], node.name)
 
 
+def _convolution(graph: OnnxGraph, node: fx.Node, layer: QuantizedConv2d, x: str) -> str:
+    form = integer_convolution if layers.runs_in_integers(node) else layers.convolution
+    return form(graph, node, layer, x)
+
+
 def _pixel_shuffle(graph: OnnxGraph, node: fx.Node, x: str, upscale_factor: int) -> str:
-    known = graph.rounded.get(x)
-    attributes = {"blocksize": upscale_factor, "mode": "CRD"}
-    if known is None:
-        return graph.add("DepthToSpace", [x], node.name, **attributes)
-    grids = [grid.reshape(-1, upscale_factor**2) for grid in (known.scale, known.zero_point)]
-    if any(np.ptp(grid, axis=1).any() for grid in grids):
-        return graph.add("DepthToSpace", [x], node.name, **attributes)
-    # A quarter of the bytes to move.
-    shuffled = graph.add("DepthToSpace", [known.integers], node.name, **attributes)
-    return layers.dequantized(graph, Rounded(shuffled, *(grid[:, 0] for grid in grids)))
+    if x not in graph.by_place:
+        return graph.add("DepthToSpace", [x], node.name, blocksize=upscale_factor, mode="CRD")
+    last = graph.last[x]  # (B, H, W, factor * factor * C)
+    apart = graph.add("Reshape", [last, graph.constant(np.array([0, 0, 0, upscale_factor, -1]))])
+    rows = graph.add("Transpose", [apart], perm=[0, 1, 3, 2, 4])
+    shape = graph.add(
+        "Mul", [graph.add("Shape", [last]), graph.constant(np.array([1, *[upscale_factor] * 2, 1]))]
+    )
+    shape = graph.add("Div", [shape, graph.constant(np.array([1, 1, 1, upscale_factor**2]))])
+    return graph.channels_first(graph.add("Reshape", [rows, shape]), node.name)
 
 
 def _pad(
@@ -277,15 +270,14 @@ MODULES: dict[type[nn.Module], Emit] = {
             nn.Conv2d,
             nn.ConvTranspose2d,
             MaskedConv2d,
-            QuantizedConv2d,
             QuantizedMaskedConv2d,
             QuantizedConvTranspose2d,
         ),
         layers.convolution,
     ),
+    QuantizedConv2d: _convolution,
     **dict.fromkeys((nn.Linear, QuantizedLinear), layers.linear),
     **dict.fromkeys((GDN, GDN1, QuantizedGDN, QuantizedGDN1), layers.gdn),
-    RoundedOutput: layers.integer_convolution,
     nn.ReLU: lambda graph, node, module, x: _relu(graph, node, x),
     nn.LeakyReLU: lambda graph, node, module, x: _leaky_relu(graph, node, x, module.negative_slope),
     nn.GELU: lambda graph, node, module, x: _gelu(graph, node, x, module.approximate),
