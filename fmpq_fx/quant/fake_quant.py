@@ -50,8 +50,7 @@ class _FakeQuantize(torch.autograd.Function):
         leak: float,
         grad_scale: float,
     ) -> Tensor:
-        # In place where it can be: on large activations the time goes into memory, not arithmetic.
-        integers = (x / scale).round_().add_(zero_point)
+        integers = _integers(x, scale, zero_point)
         clamped = integers.clamp(low, high)
         inside = clamped == integers
         y = clamped.sub_(zero_point).mul_(scale)
@@ -76,16 +75,22 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_x, grad_scale, grad_zero, None, None, None, None
 
 
+def _integers(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return the integers that stand for ``x``, not clipped, a new tensor in the wider type of ``x`` and ``scale``."""
+    # In place where it can be, here and below: on large activations the time goes into memory, not arithmetic.
+    return (x / scale).round_().add_(zero_point)
+
+
 def _fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, leak: float, grad_scale: float
 ) -> Tensor:
-    """Return what :class:`_FakeQuantize` does, without what only its backward needs where there will be none."""
-    if torch.is_grad_enabled():
+    """Apply :class:`_FakeQuantize`; without gradients, what only its backward needs is left out."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, scale, zero_point)):
         return _FakeQuantize.apply(  # type: ignore[no-any-return]
             x, scale, zero_point, low, high, leak, grad_scale
         )
-    integers = (x / scale).round_().add_(zero_point).clamp_(low, high)
-    return integers.sub_(zero_point).mul_(scale).to(x.dtype)
+    clamped = _integers(x, scale, zero_point).clamp_(low, high)
+    return clamped.sub_(zero_point).mul_(scale).to(x.dtype)
 
 
 class _ToInteger(torch.autograd.Function):

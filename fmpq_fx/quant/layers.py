@@ -236,7 +236,9 @@ class QuantizedGDN(QuantizedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (B, C, H, W): x / sqrt(beta + gamma * x^2), or the inverse (Ballé et al. 2016)."""
         norm = self._norm(self.quantized_input(x) ** 2)
-        return x * (norm.sqrt() if self.layer.inverse else norm.rsqrt())
+        if norm.requires_grad:
+            return x * (norm.sqrt() if self.layer.inverse else norm.rsqrt())
+        return x * (norm.sqrt_() if self.layer.inverse else norm.rsqrt_())
 
 
 class QuantizedGDN1(QuantizedGDN):
