@@ -43,7 +43,7 @@ STRIDE = 64
 _START = struct.Struct(">4sBI")
 _HEAD = struct.Struct(">8sII")
 _MOST_LATENTS = 4  # per pixel; CompressAI's models have at most 1.3
-_LARGE = 2**21  # pixels
+_LARGE = 2**18  # pixels
 
 
 def encode(codec: nn.Module, image: Tensor, *, memory: int | str | None = None) -> bytes:

@@ -67,6 +67,7 @@ class Transform:
         self.graph = module
         self.reaches: Reaches | None = None
         self.obstacle = ""  # why it cannot run in tiles
+        self.sizes: dict[tuple[object, ...], tuple[int, tuple[int, ...]]] = {}  # what was found out so far
         try:
             if isinstance(module, ExactLayer):
                 self.reaches = layer_reach(module)
@@ -81,11 +82,13 @@ class Transform:
 
     def peak(self, like: Tensor, size: Size) -> int:
         """Return the bytes that it takes for an input of ``size``, with batch, channels and dtype of ``like``."""
-        return peak_bytes(self.graph, (*like.shape[:2], *size), like.dtype)[0]
+        return self._tried(like, size)[0]
 
-    def out_shape(self, like: Tensor) -> tuple[int, ...]:
-        """Return the shape of the output for ``like``."""
-        return peak_bytes(self.graph, tuple(like.shape), like.dtype)[1]
+    def _tried(self, like: Tensor, size: Size) -> tuple[int, tuple[int, ...]]:
+        key = (*like.shape[:2], *size, like.dtype)
+        if key not in self.sizes:
+            self.sizes[key] = peak_bytes(self.graph, (*like.shape[:2], *size), like.dtype)
+        return self.sizes[key]
 
     def grid(self, like: Tensor, budget: int) -> Grid:
         """Return the grid with the least work of those whose tiles take at most ``budget`` bytes.
@@ -101,7 +104,7 @@ class Transform:
         """
         if self.reaches is None:
             raise FmpqError(self.obstacle)
-        height, width = self.out_shape(like)[-2:]
+        height, width = self._tried(like, (like.size(-2), like.size(-1)))[1][-2:]
         rows, columns = map(_divisions, self.reaches, like.shape[-2:], (height, width))
         grids = [Grid(r, c, (height, width)) for r in rows for c in columns]
         smallest = min(grids, key=lambda grid: (math.prod(grid.largest), grid.work))

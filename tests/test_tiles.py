@@ -68,7 +68,8 @@ def test_what_fits_runs_as_a_whole() -> None:
 
     def forward(x: Tensor) -> Tensor:
         calls.append(x)
-        return layer(x)
+        out: Tensor = layer(x)
+        return out
 
     x = noise(1, 3, 20, 20)
     TiledForward(Transform(layer), forward, 10**9)(x)
