@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from fmpq_fx import analyze, images, plan_of, prepare, samples
 from fmpq_fx.image_files import evenly_spaced
+from fmpq_fx.memory import bytes_of, words
 from fmpq_fx.passes.incremental import substituted
-from fmpq_fx.passes.memory import in_words, memory_limit
 from fmpq_fx.passes.sensitivity import CANDIDATE_BITS
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.trace import trace
@@ -186,7 +186,7 @@ def main() -> None:
     options = parser.parse_args()
     photos = options.images or list(samples.photos().values())
     x = images.crops(photos, size=options.size, count=options.crops)[0]
-    limit = in_words(memory_limit(options.memory, x.device))
+    limit = words(bytes_of(options.memory, x.device))
     print(f"{len(x)} crops of {x.size(-1)} x {x.size(-2)}, memory {limit}, {options.threads} threads", end="")
     print(f", torch {torch.__version__}, target CR {options.target}")
     for name in options.models:

@@ -53,8 +53,8 @@ def encode(codec: nn.Module, image: Tensor, *, memory: int | str | None = None) 
         codec: what :func:`fmpq_fx.load_codec` or :func:`fmpq_fx.convert` returned, or any model with CompressAI's
             ``compress``.
         image: (3, H, W) or (1, 3, H, W) in [0, 1], of any size.
-        memory: the most that this may take beside the codec, in bytes or as "2GB"; None is half of what the machine
-            has. An image that would take more is transformed in tiles (:func:`fmpq_fx.tiling.within`).
+        memory: the most that this may take beside the codec, in bytes or as "2GB"; None is a quarter of the
+            machine's. An image that would take more is transformed in tiles (:func:`fmpq_fx.tiling.within`).
 
     Raises:
         FmpqError: the codec cannot code, or not within the ``memory`` given; the message says what it needs.

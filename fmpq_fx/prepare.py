@@ -14,12 +14,12 @@ from fmpq_fx import fingerprint, images, ranks
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.files import check_folder
 from fmpq_fx.images import Calibration
+from fmpq_fx.memory import bytes_of
 from fmpq_fx.passes.calibrate import calibrate
 from fmpq_fx.passes.coded_sizes import measure_coded_sizes
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.incremental import mean_rd, parts_of
 from fmpq_fx.passes.lazy import plan_lazily
-from fmpq_fx.passes.memory import memory_limit
 from fmpq_fx.passes.plan import make_task, widths_by_site
 from fmpq_fx.passes.rewrite import plan_of, quantize
 from fmpq_fx.passes.scales import choose_scales
@@ -97,7 +97,7 @@ def prepare(
     known = sensitivity or _known(checkpoint)
     ranks.require_same({"the sensitivity": _version(known)})
     batches = _batches_for(model, calibration)
-    limit = memory_limit(memory, batches[0].device)
+    limit = bytes_of(memory, batches[0].device)
     gm = _traced(model, batches)
     sites, measurable = find_sites(gm), checked_bits(bits) if known is None else known.bits
     coded = None
@@ -161,7 +161,7 @@ def analyze(
     known = _known(checkpoint)
     ranks.require_same({"the sensitivity": _version(known)})
     batches = _batches_for(model, calibration)
-    limit = memory_limit(memory, batches[0].device)
+    limit = bytes_of(memory, batches[0].device)
     gm = _traced(model, batches)
     settings = _settings(model, batches, limit, known, checkpoint)
     return measure_sensitivity(gm, batches, lmbda=lmbda, bits=bits, progress=progress, **settings)

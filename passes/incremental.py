@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.memory import bytes_of
 from fmpq_fx.passes.kept_values import Budget
-from fmpq_fx.passes.memory import freed_memory_kept, memory_limit
+from fmpq_fx.passes.memory import freed_memory_kept
 from fmpq_fx.passes.rerun import UNCHANGED, IncrementalInterpreter, Reach, find_reach
 from fmpq_fx.passes.trace import run
 from fmpq_fx.quant import weights_kept
@@ -144,7 +145,7 @@ def _measured_parts(
 ) -> list[IncrementalRD]:
     if not parts:  # more ranks than parts
         return []
-    budget = Budget(memory_limit(memory, parts[0].device), shares=len(parts))
+    budget = Budget(bytes_of(memory, parts[0].device), shares=len(parts))
     return [IncrementalRD(gm, x, reach, budget) for x in parts]
 
 
@@ -163,7 +164,7 @@ class ChangeMeter:
     Args:
         gm: a functionalized graph in evaluation mode whose sites are marked. It is left as it was.
         batches: images, (B, 3, H, W) each, in [0, 1].
-        memory: bytes of activations to keep at most; see :func:`fmpq_fx.passes.memory.memory_limit`. An evaluation
+        memory: bytes of activations to keep at most; see :func:`fmpq_fx.memory.bytes_of`. An evaluation
             takes besides what a plain run of one part takes.
 
     Raises:

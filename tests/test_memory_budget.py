@@ -13,7 +13,6 @@ from fmpq_fx.passes import incremental
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.incremental import Change, ChangeMeter, mean_rd
 from fmpq_fx.passes.kept_values import Budget, KeptValues
-from fmpq_fx.passes.memory import in_words, memory_limit
 from fmpq_fx.passes.rewrite import quantized_layers
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.trace import trace
@@ -177,15 +176,6 @@ def test_small_values_stay_and_large_ones_make_room() -> None:
     store.demand({nodes[2]: torch.zeros(16)}, "c")
     assert list(store.values) == nodes[2:]
     assert store.held == 64
-
-
-@pytest.mark.parametrize(
-    ("memory", "size"),
-    [(1000, 1000), ("2GB", 2**31), ("1.5 MB", 3 * 2**19), ("512KiB", 2**19), ("64m", 2**26), ("7", 7)],
-)
-def test_memory_in_words(memory: int | str, size: int) -> None:
-    assert memory_limit(memory, CPU) == size
-    assert memory_limit(in_words(size), CPU) >= size
 
 
 @pytest.mark.parametrize("memory", [0, -1, "", "GB", "2 gigs", "-1GB", "0MB", 1.5, True])
