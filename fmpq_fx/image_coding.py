@@ -101,7 +101,7 @@ def decode(codec: nn.Module, data: bytes) -> Tensor:
     shape = _shape(reader.take_counted(2), _MOST_LATENTS * pixels)
     strings = [reader.take_counted(4) for _ in range(reader.take(1)[0])]
     reader.end()
-    guarded = [[padded(string, _MOST_LATENTS * pixels)] for string in strings]
+    guarded = [[padded(string, pixels)] for string in strings]
     try:
         with torch.no_grad():
             decoded: Tensor = coder.decompress(guarded, shape)["x_hat"]

@@ -40,10 +40,11 @@ def padded(string: bytes, symbols: int) -> bytes:
 
     It reads at most a word of 4 bytes for a symbol, and for one outside of its table so many more as the 4-bit
     numbers that come first sum to: at most 30 words per byte of the string. They end with one below 15, as those of the
-    filling are. It is no zeros: a decoder in the middle of a string that is cut could read them as its end.
+    filling are; three words more per symbol are for numbers that the decoder's state still holds a part of. The filling
+    is no zeros: a decoder in the middle of a string that is cut could take them for its end.
     """
     string = string.rstrip(_FILL)  # that of an earlier call as well
-    return string + _FILL * (4 * 30 * len(string) + 4 * symbols + 256)
+    return string + _FILL * (4 * 30 * len(string) + 16 * symbols + 256)
 
 
 def encode(symbols: Sequence[int], indexes: Sequence[int], tables: Tables) -> bytes:
