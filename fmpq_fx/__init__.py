@@ -7,7 +7,7 @@ arXiv 2506.01221). Two arguments are enough::
     print(fmpq_fx.bit_table(gm))
 """
 
-from fmpq_fx import _compressai, samples  # noqa: F401  (_compressai comes first: see there)
+from fmpq_fx import _compressai, ranks, samples  # noqa: F401  (_compressai comes first: see there)
 from fmpq_fx.codec import convert, export_checkpoint
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.evaluate import Evaluation, evaluate
@@ -51,6 +51,7 @@ __all__ = [
     "plan_of",
     "plot_plan",
     "prepare",
+    "ranks",
     "rewrite",
     "samples",
     "save",

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from torch import fx
+
 from fmpq_fx import cli_files as files
+from fmpq_fx import ranks
 from fmpq_fx.demo import demo
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.files import check_folder
 from fmpq_fx.finetune import finetune
-from fmpq_fx.history import LOSSES, Settings
+from fmpq_fx.history import LOSSES, History, Settings
 from fmpq_fx.passes.planners import PLANNERS
 from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.passes.tables import Sensitivity
@@ -26,12 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (those of the process by default) and return the exit status."""
     args = _parser().parse_args(arguments)
     try:
+        if ranks.started() > 1 and not args.shared:
+            raise FmpqError("this command runs in one process; torchrun is for 'prepare' and 'finetune'")
         args.run(args)
     except KeyboardInterrupt:
         print("fmpq-fx: interrupted; no file was left half-written", file=sys.stderr)
         return 130
     except (FmpqError, ValueError, OSError) as error:
-        print(f"fmpq-fx: error: {error}", file=sys.stderr)
+        print(f"fmpq-fx: error: {ranks.who()}{error}", file=sys.stderr)
         return 2
     return 0
 
@@ -40,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fmpq-fx",
         description="Mixed-precision quantization of learned image compression models, as a torch.fx pass.",
+        epilog="'torchrun --nproc-per-node N -m fmpq_fx …' runs prepare and finetune in N processes.",
     )
+    parser.set_defaults(shared=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_prepare(
         commands.add_parser("prepare", help="quantize a model to a size and print its bit-width table")
@@ -73,7 +80,7 @@ def _add_finetune(command: argparse.ArgumentParser) -> None:
     add("--loss", choices=LOSSES, default=Settings.loss)
     numbers = {
         "--steps": "of training",
-        "--batch-size": "crops in a step",
+        "--batch-size": "crops in a step, of all processes together",
         "--crop": "their side, pixels",
         "--quantizer-lr": "learning rate of the logarithms of steps",
         "--aux-lr": "learning rate of the entropy bottleneck's quantiles",
@@ -93,29 +100,37 @@ def _add_finetune(command: argparse.ArgumentParser) -> None:
     add("--bfloat16", action="store_true", help="compute the transforms in bfloat16")
     add("--workers", type=int, metavar="X", help="processes that read images ahead")
     add("--history", type=Path, metavar="F", help="write losses and validations (JSON)")
-    command.set_defaults(run=_finetune)
+    files.add_device(command)
+    command.set_defaults(run=_finetune, shared=True)
 
 
 def _finetune(args: argparse.Namespace) -> None:
     options = {
         name: value
         for name, value in vars(args).items()
-        if name not in ("run", "state", "images", "out", "history")
+        if name not in ("run", "shared", "state", "images", "out", "history", "device")
     }
     for path in filter(None, (args.out, args.history)):
         check_folder(path)
-    gm, spec = load_state(args.state), spec_of(args.state)
     checkpoint = args.out.with_name(args.out.name + ".training")
-    try:
-        history = finetune(gm, args.images, checkpoint=checkpoint, **options)
-    except KeyboardInterrupt:
-        if checkpoint.exists():
-            print(
-                f"\n{checkpoint} holds the training so far; the same command goes on from it", file=sys.stderr
-            )
-        raise
+    with ranks.joined(args.device) as device:
+        gm = load_state(args.state).to(device)
+        try:
+            history = finetune(gm, args.images, checkpoint=checkpoint, **options)
+        except KeyboardInterrupt:
+            if checkpoint.exists() and ranks.is_first():
+                print(
+                    f"\n{checkpoint} holds the training so far; the same command goes on from it",
+                    file=sys.stderr,
+                )
+            raise
+        if ranks.is_first():
+            _write_tuned(gm, history, checkpoint, args)
+
+
+def _write_tuned(gm: fx.GraphModule, history: History, checkpoint: Path, args: argparse.Namespace) -> None:
     print(history)
-    save_state(gm, args.out, model=spec)
+    save_state(gm, args.out, model=spec_of(args.state))
     checkpoint.unlink(missing_ok=True)
     print(f"state: {args.out}")
     if args.history is not None:
@@ -162,12 +177,16 @@ def _add_prepare(command: argparse.ArgumentParser) -> None:
         "--sensitivity",
         type=Path,
         metavar="F",
-        help="table to reuse (JSON); measured and written if not there",
+        help="table to reuse (JSON); what it lacks is measured and written, as it goes",
+    )
+    add(
+        "--memory", metavar="2GB", help="what activations may be kept in; default: a quarter of the machine's"
     )
     add("--plot", type=Path, metavar="F", help="draw bits and zeta per site (png, svg or pdf)")
     add("--plan-out", type=Path, metavar="F", help="write the plan (JSON)")
     add("--out", type=Path, metavar="STATE", help="write the quantized model, for 'finetune' and the others")
-    command.set_defaults(run=_prepare)
+    files.add_device(command)
+    command.set_defaults(run=_prepare, shared=True)
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -176,22 +195,29 @@ def _prepare(args: argparse.Namespace) -> None:
         check_plot_path(args.plot)
     for path in filter(None, (args.plan_out, args.sensitivity, args.out)):
         check_folder(path)
-    reuse = args.sensitivity is not None and args.sensitivity.exists()
-    model = load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
-    gm = prepare(
-        model,
-        args.target_cr,
-        calibration=args.images,
-        lmbda=args.lmbda,
-        bits=args.bits,
-        activation_bits=args.activation_bits,
-        planner=args.planner,
-        size=args.size,
-        fixed=dict(args.fixed),
-        sensitivity=Sensitivity.load(args.sensitivity) if reuse else None,
-    )
-    if args.sensitivity is not None and not reuse:
-        plan_of(gm).sensitivity.save(args.sensitivity)
+    table = Sensitivity.load(args.sensitivity) if args.sensitivity and args.sensitivity.exists() else None
+    reuse = table is not None and table.complete
+    with ranks.joined(args.device) as device:
+        model = load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
+        gm = prepare(
+            model.to(device),
+            args.target_cr,
+            calibration=args.images,
+            lmbda=args.lmbda,
+            bits=args.bits,
+            activation_bits=args.activation_bits,
+            planner=args.planner,
+            size=args.size,
+            fixed=dict(args.fixed),
+            sensitivity=table if reuse else None,
+            checkpoint=None if reuse else args.sensitivity,
+            memory=args.memory,
+        )
+        if ranks.is_first():
+            _write_prepared(gm, args)
+
+
+def _write_prepared(gm: fx.GraphModule, args: argparse.Namespace) -> None:
     print(bit_table(gm))
     if args.plot is not None:
         plot_plan(gm, args.plot)

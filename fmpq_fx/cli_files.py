@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fmpq_fx import image_coding, image_files
+from fmpq_fx import image_coding, image_files, ranks
 from fmpq_fx.codec import export_checkpoint
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.evaluate import evaluate
@@ -37,6 +37,16 @@ def add_model(command: argparse.ArgumentParser, others: str = "") -> None:
     add("--checkpoint", type=Path, metavar="F", help="trained weights of the model")
 
 
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Add the argument that says where to compute."""
+    command.add_argument(
+        "--device",
+        default="cpu",
+        metavar="cpu|cuda",
+        help="what to compute on; default cpu; cuda:1 is the second GPU",
+    )
+
+
 def add_evaluate(command: argparse.ArgumentParser) -> None:
     """Add the arguments of ``evaluate``."""
     add_model(command, "a STATE or .fmpq file, ")
@@ -44,6 +54,8 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("images", type=Path, metavar="DIR", help="folder of images, of any size")
     command.add_argument("--json", type=Path, metavar="F", help="write the results per image and their means")
     add_backend(command)
+    add_device(command)
+    _add_memory(command)
     command.set_defaults(run=_evaluate)
 
 
@@ -60,7 +72,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         check_folder(args.json)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    results = evaluate(_model(args), args.images)
+    model = _model(args).to(ranks.own_device(args.device))
+    results = evaluate(model, args.images, memory=args.memory)
     print(results)
     if args.json is not None:
         write_text(args.json, results.to_json())
@@ -71,6 +84,8 @@ def _model(args: argparse.Namespace) -> nn.Module:
     """Return the model or what is in the file that the command names."""
     if args.backend != "torch" and Path(args.model).suffix != MODEL:
         raise ValueError(f"--backend {args.backend} runs model files (*{MODEL}); got {args.model}")
+    if args.backend != "torch" and args.device != "cpu":
+        raise ValueError(f"--backend {args.backend} runs on the CPU; leave --device {args.device} out")
     if not Path(args.model).is_file():
         return load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
     if args.quality is not None or args.checkpoint is not None:
@@ -78,6 +93,14 @@ def _model(args: argparse.Namespace) -> nn.Module:
             f"{args.model} is a file, which has its weights; leave --quality and --checkpoint out"
         )
     return load_state(args.model) if Path(args.model).suffix != MODEL else _codec(args.model, args)
+
+
+def _add_memory(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="that coding may take, as 2GB or 500MB, by tiles if need be; default: half of the machine's",
+    )
 
 
 def _add_class(command: argparse.ArgumentParser) -> None:
@@ -175,6 +198,8 @@ def _add_coding(
     add("-m", "--model", required=True, metavar="F", help="the model file (.fmpq)")
     add("-o", "--out", type=Path, required=True, metavar="OUT", help=out)
     _add_class(command)
+    add_device(command)
+    _add_memory(command)
     command.set_defaults(run=run)
 
 
@@ -183,11 +208,11 @@ def _encode(args: argparse.Namespace) -> None:
         jobs = _jobs(image_files.find(args.source), args.out, CODED)
     else:
         jobs = {args.source: _file(args.out)}
-    codec = _codec(args.model, args)
+    codec = _codec(args.model, args).to(ranks.own_device(args.device))
     pixels = coded = 0
     for source, out in tqdm(jobs.items(), desc="encode", unit="image", disable=None, leave=False):
         image = image_files.read(source)
-        data = image_coding.encode(codec, image)
+        data = image_coding.encode(codec, image, memory=args.memory)
         with replacing(out) as temporary:
             temporary.write_bytes(data)
         pixels, coded = pixels + image[0].numel(), coded + len(data)
@@ -203,10 +228,10 @@ def _decode(args: argparse.Namespace) -> None:
         jobs = _jobs(found, args.out, ".png")
     else:
         jobs = {args.source: image_files.check_writable(_file(args.out))}
-    codec = _codec(args.model, args)
+    codec = _codec(args.model, args).to(ranks.own_device(args.device))
     for source, out in tqdm(jobs.items(), desc="decode", unit="image", disable=None, leave=False):
         try:
-            image = image_coding.decode(codec, source.read_bytes())
+            image = image_coding.decode(codec, source.read_bytes(), memory=args.memory)
         except FmpqError as error:
             raise FmpqError(f"{source}: {error}") from error
         image_files.write(image, out)

@@ -42,6 +42,9 @@ def finetune(
     entropy bottleneck. What is kept is the state with the lowest loss on the validation images, that before the
     first step included: the model is never worse on them than it came.
 
+    Within :func:`fmpq_fx.ranks.joined` all ranks train together, by DistributedDataParallel, and end with the same
+    model; rank 0 writes the checkpoint, which all of them read.
+
     Args:
         gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned. Its training mode is restored.
         images: a folder, or (3, H, W) or (B, 3, H, W) float tensors in [0, 1]; of at least ``crop`` pixels.
@@ -50,7 +53,7 @@ def finetune(
         loss: "rd" is rate + lmbda * 255^2 * MSE, "mse" its second term alone.
         validation: a folder or tensors to validate on, by 256 x 256 crops from their centres; None holds out a
             tenth of ``images``, one to eight.
-        batch_size: random crops in a step.
+        batch_size: random crops in a step, of all ranks together.
         crop: their side in pixels, a multiple of 64.
         lr: learning rate of weights, biases and entropy models; None is :func:`learning_rate` of the plan.
         quantizer_lr: of the logarithms of the quantizers' steps.
@@ -62,7 +65,7 @@ def finetune(
         checkpoint: a file that is written at every validation. Where it is there, training goes on from it, to
             the result of an uninterrupted run; a finished run is not repeated. It is of use for that run alone:
             name another, or remove it, to train further.
-        workers: processes that read images ahead; 0 reads in this one, None chooses.
+        workers: processes that read images ahead, for each rank; 0 reads in this one, None chooses.
         progress: show a progress bar; None shows it on terminals only.
 
     Returns:
@@ -71,7 +74,8 @@ def finetune(
     Raises:
         ValueError: an argument is out of its range.
         FmpqError: ``gm`` carries no plan, there are too few images or none that is large enough, or the
-            checkpoint is of another plan, other weights, other images or other settings.
+            checkpoint is of another plan, other weights, other images or other settings; ranks were given different
+            things.
         KeyboardInterrupt: an interruption; ``gm`` is in its best state so far.
 
     A warning tells where training diverged or ended above where it began, and what to try.

@@ -3,6 +3,10 @@
 Crops and noise of a step are functions of the seed and the step's number alone, so that a run that was
 interrupted goes on from its checkpoint to the result of an uninterrupted one: bit for bit on a CPU with as many
 threads; a GPU's own arithmetic is not that repeatable.
+
+Within :func:`fmpq_fx.ranks.joined` each rank takes its share of a step's crops. They are the crops that one process
+would take; the noise is each rank's own, and sums are rounded otherwise. So a run is repeatable for a number of
+ranks, and a checkpoint goes on with any number of them, on the same crops.
 """
 
 import dataclasses
@@ -14,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fmpq_fx import training_images
+from fmpq_fx import ranks, training_images
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.files import check_folder
 from fmpq_fx.history import History, Settings
@@ -55,11 +59,17 @@ def train(
         progress: show a progress bar; None shows it on terminals only.
 
     Raises:
-        FmpqError: the images or the checkpoint cannot be used.
+        ValueError: ``settings.batch_size`` is no multiple of the number of ranks.
+        FmpqError: the images or the checkpoint cannot be used, or ranks have others.
         KeyboardInterrupt: an interruption, after the best state so far was restored.
     """
     if checkpoint is not None:
         check_folder(checkpoint)
+    if settings.batch_size % ranks.count():
+        raise ValueError(
+            f"batch_size counts the crops of all ranks: {settings.batch_size} cannot be shared evenly by "
+            f"{ranks.count()}; pass a multiple of {ranks.count()}"
+        )
     parameter = next(model.parameters())
     narrow = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
     if narrow:
@@ -74,12 +84,16 @@ def train(
         "validation": fingerprint(sources(to_validate_on)),
         **{name: str(value) for name, value in dataclasses.asdict(settings).items()},
     }
+    resumed = checkpoint is not None and Path(checkpoint).exists()
+    ranks.require_same({**about, "whether the checkpoint is there": str(resumed)})
     mode = model.training
-    run = TrainingRun(model, [x.to(parameter) for x in to_validate_on], settings)
+    # One image at a time, so that ranks can share them, and the result is the same for any number of ranks.
+    held_out = [image for x in to_validate_on for image in x.to(parameter).split(1)]
+    run = TrainingRun(model, held_out, settings)
     devices = [parameter.device] if parameter.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), freed_memory_kept():
-            if checkpoint is not None and Path(checkpoint).exists():
+            if checkpoint is not None and resumed:
                 run.load(Path(checkpoint), about)
             else:
                 run.validate()
@@ -90,7 +104,7 @@ def train(
                 workers=workers,
                 pin_memory=bool(devices),
             )
-            hide = None if progress is None else not progress
+            hide = (None if progress is None else not progress) if ranks.is_first() else True
             with tqdm(
                 batches,
                 desc="training",
@@ -105,7 +119,7 @@ def train(
                         break
                     if run.due:
                         run.validate()
-                        if checkpoint is not None:
+                        if checkpoint is not None and ranks.is_first():
                             run.save(Path(checkpoint), about)
     finally:
         model.load_state_dict(run.best)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
+from fmpq_fx import ranks
 from fmpq_fx.bfloat16 import transforms_in_bfloat16
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.files import read_tensors, replacing
@@ -30,10 +31,16 @@ class TrainingRun:
     Weights and quantization parameters are in groups of their own; the quantiles of entropy bottlenecks have an
     optimizer and a loss of their own, as CompressAI trains them.
 
+    Of several ranks each has a copy of the model and takes its share of a step's images. Gradients and figures are
+    means over all of them, so that every rank takes the same steps and the same decisions.
+
     Args:
         model: to train.
         batches: (B, 3, H, W) images each, to validate on.
         settings: how to train.
+
+    Raises:
+        FmpqError: ranks have other weights.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Tensor], settings: Settings):
@@ -50,6 +57,8 @@ class TrainingRun:
         self.diverged = False
         self.best = _copied(model.state_dict())
         self.start = digest(self.best)
+        ranks.require_same({"the model": f"{type(model).__name__}, weights {self.start[:12]}"})
+        self.objective = ranks.replicated(_Objective(model, settings))
 
     @property
     def due(self) -> bool:
@@ -57,36 +66,36 @@ class TrainingRun:
         return len(self.losses) % self.settings.validate_every == 0 or len(self.losses) == self.settings.steps
 
     def step(self, x: Tensor) -> dict[str, str]:
-        """Train on the images ``x``, and return figures to show; sets :attr:`diverged`."""
+        """Train on the images ``x``, those of this rank, and return figures to show; sets :attr:`diverged`."""
         settings = self.settings
         self._seed(x.device)
         self.model.train()
         self.optimizer.zero_grad()
-        with transforms_in_bfloat16(self.model, x.device) if settings.bfloat16 else nullcontext():
-            output = self.model(x)
-        rate, distortion = rate_and_distortion(output, x, settings.lmbda)
-        loss = rate + distortion if settings.loss == "rd" else distortion
-        loss.backward()
+        rate, distortion = self.objective(x)
+        (rate + distortion if settings.loss == "rd" else distortion).backward()
         norm = clip_grad_norm_(self.parameters, settings.max_norm)
-        self.losses.append(loss.item())
+        bpp, weighted = ranks.mean(torch.stack([rate, distortion]).detach()).tolist()
+        self.losses.append(bpp + weighted if settings.loss == "rd" else weighted)
         if not (math.isfinite(self.losses[-1]) and math.isfinite(norm)):
             self.diverged = True
             return {}
         self.optimizer.step()
         self.scheduler.step()
         self._train_quantiles()
-        db = psnr(distortion.item() / (settings.lmbda * PEAK**2))
-        return {"loss": f"{self.losses[-1]:.3f}", "bpp": f"{rate.item():.3f}", "PSNR": f"{db:.2f}"}
+        db = psnr(weighted / (settings.lmbda * PEAK**2))
+        return {"loss": f"{self.losses[-1]:.3f}", "bpp": f"{bpp:.3f}", "PSNR": f"{db:.2f}"}
 
     def _seed(self, device: torch.device) -> None:
-        """Make the noise of this step a function of the seed and the step's number, on ``device`` alone."""
-        (seed,) = np.random.SeedSequence([self.settings.seed, len(self.losses)]).generate_state(1).tolist()
+        """Make the noise of this step a function of seed, step's number and rank, on ``device`` alone."""
+        source = np.random.SeedSequence([self.settings.seed, len(self.losses), ranks.rank()])
+        (seed,) = source.generate_state(1).tolist()
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
 
     def _train_quantiles(self) -> None:
+        # Their loss depends on parameters alone, and so is the same on every rank.
         if self.aux_optimizer is not None:
             self.aux_optimizer.zero_grad()
             torch.stack([m.loss() for m in self.bottlenecks]).sum().backward()
@@ -96,7 +105,7 @@ class TrainingRun:
     def validate(self) -> None:
         """Measure the model as it is, in evaluation mode and full precision, and keep it if it is the best."""
         self.model.eval()
-        sums = sum((rd_sums(self.model(x), x) for x in self.batches), RDSums())
+        sums = sum(ranks.merged([rd_sums(self.model(x), x) for x in ranks.share(self.batches)]), RDSums())
         result = Validation(len(self.losses), sums.rate, sums.mse, sums.rd(self.settings.lmbda))
         self.validation.append(result)
         if best_of(self.validation, self.settings.loss) is result:
@@ -167,6 +176,23 @@ class TrainingRun:
         self.start, self.best = state["start"], state["best"]
         self.losses = state["losses"]
         self.validation = [Validation(**v) for v in state["validation"]]
+        ranks.require_same(
+            {"the checkpoint": f"of step {len(self.losses)}, weights {digest(state['model'])[:12]}"}
+        )
+
+
+class _Objective(nn.Module):
+    """The two parts of the RD loss that ``model`` reaches on images; where the rate is not trained, it is detached."""
+
+    def __init__(self, model: nn.Module, settings: Settings):
+        super().__init__()
+        self.model, self.settings = model, settings
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with transforms_in_bfloat16(self.model, x.device) if self.settings.bfloat16 else nullcontext():
+            output = self.model(x)
+        rate, distortion = rate_and_distortion(output, x, self.settings.lmbda)
+        return (rate if self.settings.loss == "rd" else rate.detach()), distortion
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:

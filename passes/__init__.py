@@ -10,6 +10,7 @@ pass                takes and returns                            what it does
 ``sites``           GraphModule -> sites                         finds what can be quantized, and marks its nodes
 ``sensitivity``     GraphModule, images -> Sensitivity           measures what each bit-width costs
 ``plan``            Sensitivity, target -> Plan                  assigns bits to every site (``planners``)
+``lazy``            task, GraphModule, images -> Plan            measures only what the plan rests on
 ``rewrite``         GraphModule, Plan -> GraphModule             swaps in quantized layers
 ``scales``          GraphModule, images -> GraphModule           chooses where weights are clipped
 ``calibrate``       GraphModule, images -> GraphModule           sets the ranges of activations
@@ -24,6 +25,12 @@ What runs elsewhere than in torch is lowered by further passes, which :func:`fmp
 ``integers``        GraphModule -> GraphModule                   decides which layers run in 8-bit integers
 ``parts``           GraphModule -> parts                         cuts it between entropy coding steps
 ==================  ===========================================  =====================================
+
+And one says how large images can be divided, which :func:`fmpq_fx.encode` and others ask:
+
+===================  ==========================================  =====================================
+``receptive_field``  GraphModule -> reaches                      finds what of its input each place sees
+===================  ==========================================  =====================================
 
 What a pass finds out it writes on the graph, in ``node.meta["fmpq"]``, and in the :class:`tables.Plan`
 that the rewritten GraphModule carries in ``gm.meta["fmpq"]``.

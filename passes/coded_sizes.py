@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 
-from torch import fx
+from torch import fx, nn
 from tqdm import tqdm
 
+from fmpq_fx import ranks
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.tables import Table
 from fmpq_fx.quant import quantize_layer
@@ -29,12 +30,21 @@ def measure_coded_sizes(
     """
     candidates = tuple(bits)
     table: Table = {site.name: {} for site in find_sites(gm)}
-    jobs = [(site, b) for site in table for b in ((given[site],) if site in given else candidates)]
+    jobs = [
+        (site, b)
+        for site in table
+        for b in ((given[site],) if site in given else candidates)
+        if b is not None
+    ]
     hide = None if progress is None else not progress
-    for site, b in tqdm(jobs, desc="coded sizes", unit="width", disable=hide, leave=False):
-        if b is not None:
-            layer = quantize_layer(gm.get_submodule(site), b)
-            quantizer = layer.weight_quantizer
-            integers = layer.integers.cpu().long().numpy()
-            table[site][b] = float(coded_bytes(integers, quantizer.low, quantizer.high))
+    bar = tqdm(ranks.share(jobs), desc="coded sizes", unit="width", disable=hide, leave=False)
+    sizes = ranks.merged([_coded_size(gm.get_submodule(site), b) for site, b in bar])
+    for (site, b), size in zip(jobs, sizes, strict=True):
+        table[site][b] = size
     return table
+
+
+def _coded_size(module: nn.Module, bits: int) -> float:
+    layer = quantize_layer(module, bits)
+    quantizer = layer.weight_quantizer
+    return float(coded_bytes(layer.integers.cpu().long().numpy(), quantizer.low, quantizer.high))

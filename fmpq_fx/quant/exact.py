@@ -7,6 +7,7 @@ choose, multiplies numbers that are no integers.
 """
 
 import math
+from contextlib import nullcontext
 from fractions import Fraction
 
 import torch
@@ -113,7 +114,9 @@ class ExactLayer(IntegerModule):
 
     def sums(self, integers: Tensor) -> Tensor:
         """Return the sums of products, below :attr:`bound`."""
-        with torch.autocast(integers.device.type, enabled=False):
+        device = integers.device.type
+        available = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if available else nullcontext():
             return self.product.sums(integers, self.matrix)
 
     def __repr__(self) -> str:

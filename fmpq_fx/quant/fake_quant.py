@@ -138,7 +138,7 @@ class WeightFakeQuant(_Quantizer):
     """
 
     log_scale: nn.Parameter
-    zero_point: Tensor
+    zero_point: Tensor  # 0
 
     def __init__(
         self,

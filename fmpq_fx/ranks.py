@@ -1,0 +1,194 @@
+"""The processes that share a job, its ranks, and what they tell each other.
+
+Within :func:`joined`, ``prepare``, ``analyze`` and ``finetune`` divide their work among the ranks, each of which must
+make the same calls. Everywhere else a process is alone: rank 0 of 1, and what is here hands its argument through.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fmpq_fx.errors import FmpqError
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for one that lives and does not answer; that one has ended is known at once."""
+
+_sharing = False
+
+
+@contextmanager
+def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
+    """Within the block, share the work with the other processes of the job.
+
+    Those are the ones that torchrun started, or those of the process group where there is one already. With neither
+    this process stays alone. Warnings are left to rank 0, since all would have the same. The block ends for all ranks
+    together, when what rank 0 writes in it is there.
+
+    Example, for ``torchrun --nproc-per-node 2 script.py``::
+
+        with ranks.joined("cuda") as device:
+            gm = fmpq_fx.prepare(model.to(device), 0.25)
+            fmpq_fx.finetune(gm, "photos/")
+            if ranks.is_first():
+                fmpq_fx.save(gm, "model.fmpq")
+
+    Args:
+        device: what this process computes on; "cuda" is a GPU for each process on the machine.
+        timeout: how long to wait for a rank that does not answer, where the process group is still to be made.
+
+    Yields:
+        the device of this process.
+
+    Raises:
+        ValueError: torch knows no such device.
+        FmpqError: it is not there, or there are fewer GPUs than processes.
+    """
+    global _sharing
+    own = own_device(device)
+    if _sharing or not (dist.is_initialized() or dist.is_torchelastic_launched()):
+        yield own
+        return
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    if not dist.is_initialized():
+        # It stays for the blocks that follow, since torchrun's processes cannot make a second one.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timeout)
+    _sharing = True
+    try:
+        with warnings.catch_warnings():
+            if not is_first():
+                warnings.simplefilter("ignore")
+            yield own
+        gathered(None)
+    finally:
+        _sharing = False
+
+
+def own_device(device: str | torch.device) -> torch.device:
+    """Return ``device``, or of "cuda" under torchrun the GPU of this process.
+
+    Raises:
+        ValueError: torch knows no such device.
+        FmpqError: it is not there, or there are fewer GPUs than processes.
+    """
+    try:
+        own = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"there is no device {device!r}; pass cpu, cuda or cuda:1, say ({error})") from error
+    if own.type != "cuda":
+        return own
+    if not torch.cuda.is_available():
+        raise FmpqError(
+            f"the device {own} is not there: torch {torch.__version__} finds no GPU; pass cpu, or install the "
+            "torch that is built for this machine's GPU and driver"
+        )
+    if own.index is None and dist.is_torchelastic_launched():
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    found = torch.cuda.device_count()
+    if (own.index or 0) >= found:
+        raise FmpqError(
+            f"the device {own} is not there: this machine has {found} GPU{'s' * (found != 1)}; start at most one "
+            "process for each (torchrun --nproc-per-node)"
+        )
+    return own
+
+
+def started() -> int:
+    """Return how many processes torchrun started, joined or not; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
+def who() -> str:
+    """Return what stands before a message of this process: nothing if torchrun started no other."""
+    return f"rank {os.environ['RANK']} of {started()}: " if started() > 1 else ""
+
+
+def count() -> int:
+    """Return the number of ranks that share the work."""
+    return dist.get_world_size() if _sharing else 1
+
+
+def rank() -> int:
+    """Return the number of this process among them, from 0."""
+    return dist.get_rank() if _sharing else 0
+
+
+def is_first() -> bool:
+    """Return whether this is the process that prints and writes."""
+    return rank() == 0
+
+
+def gathered(value: T) -> list[T]:
+    """Return the ``value`` of every rank, in their order."""
+    if count() == 1:
+        return [value]
+    values = [value] * count()
+    with _in_touch():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: T) -> T:
+    """Return the ``value`` of rank 0, for what may differ in its last bits where machines differ."""
+    return gathered(value)[0]
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Return those of ``items`` that fall to this rank. Neighbours, which often cost alike, go to different ones."""
+    return items[rank() :: count()]
+
+
+def merged(results: Sequence[T]) -> list[T]:
+    """Return what all ranks made of their :func:`share`, in the order of the items."""
+    shares = gathered(results)
+    return [shares[i % count()][i // count()] for i in range(sum(map(len, shares)))]
+
+
+def mean(x: Tensor) -> Tensor:
+    """Return the mean of ``x``, of equal shape on every rank; in place."""
+    if count() > 1:
+        with _in_touch():
+            dist.all_reduce(x)
+        x /= count()
+    return x
+
+
+def replicated(module: nn.Module) -> nn.Module:
+    """Return ``module``, with gradients that are the means over all ranks; it need not use all its parameters."""
+    return DistributedDataParallel(module, find_unused_parameters=True) if count() > 1 else module
+
+
+def require_same(about: Mapping[str, str]) -> None:
+    """Check that all ranks have the same texts ``about`` what they were given, by its name.
+
+    Raises:
+        FmpqError: they have not; the message names what differs.
+    """
+    first, *others = gathered(dict(about))
+    for number, other in enumerate(others, start=1):
+        for name, text in first.items():
+            if other.get(name) != text:
+                raise FmpqError(
+                    f"the ranks were given different things: {name} is {text!r} for rank 0 and {other.get(name)!r} for "
+                    f"rank {number}; start all of them with the same options, files and weights"
+                )
+
+
+@contextmanager
+def _in_touch() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise FmpqError(
+            f"the other ranks cannot be reached any more: one of them failed, was ended, or does not answer ({error})"
+        ) from error

@@ -1,0 +1,180 @@
+"""Several processes on one job, started by torchrun: the results of one, printed once, and errors instead of hangs."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from finetuning import photos
+from rank_jobs import both_sizes, uniform, without_noise
+from test_finetune_checkpoints import stopping_at
+from torch import Tensor, fx
+
+from fmpq_fx import FmpqError, History, plan_of, ranks
+from fmpq_fx.cli import main
+from fmpq_fx.image_files import sources, write
+from fmpq_fx.training_images import RandomCrops, batches
+from fmpq_fx.training_run import TrainingRun
+
+SCRIPT = Path(__file__).with_name("rank_jobs.py")
+
+
+def torchrun(job: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``job`` of rank_jobs.py in two processes of one thread."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    return subprocess.run(
+        [*command, str(SCRIPT), job, str(folder)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def gm4() -> fx.GraphModule:
+    return uniform()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, gm4: fx.GraphModule) -> list[dict[str, Any]]:
+    """Return what each of two ranks made; they went on from a checkpoint of one process, after half of the steps."""
+    folder = tmp_path_factory.mktemp("ranks")
+    gm = copy.deepcopy(gm4)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TrainingRun, "step", stopping_at(4, KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            without_noise(gm, checkpoint=folder / "training.pt")
+    job = torchrun("share_work", folder)
+    assert job.returncode != 0
+    assert "SIGKILL" in job.stderr, f"a killed rank ends the job, and it is to come so far: {job.stderr}"
+    made = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    history = without_noise(copy.deepcopy(gm4), checkpoint=folder / "training.pt")
+    assert history.to_json() == made[0]["resumed"]["history"], "rank 0 wrote the checkpoint to the end"
+    return made
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return math.sqrt(sum((a[name].double() - b[name].double()).square().sum().item() for name in a))
+
+
+def test_ranks_prepare_what_one_process_does_bit_for_bit(found: list[dict[str, Any]]) -> None:
+    for name, gm in both_sizes().items():
+        for rank in found:
+            assert rank[name]["plan"] == plan_of(gm).to_json()
+            assert all(torch.equal(value, rank[name]["state"][key]) for key, value in gm.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["tuned", "resumed", "mse", "bfloat16"])
+def test_all_ranks_end_with_the_same_model_and_history(found: list[dict[str, Any]], name: str) -> None:
+    first, second = (rank[name] for rank in found)
+    assert first["history"] == second["history"]
+    assert distance(first["state"], second["state"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("tuned", {}), ("resumed", {}), ("mse", {"loss": "mse"}), ("bfloat16", {"bfloat16": True})],
+)
+def test_ranks_train_to_nearly_what_one_process_does(
+    found: list[dict[str, Any]], gm4: fx.GraphModule, name: str, options: dict[str, Any]
+) -> None:
+    """But for rounding the gradient is that of the whole batch; bfloat16 rounds more."""
+    gm = copy.deepcopy(gm4)
+    history = without_noise(gm, **options)
+    there = History.from_json(found[0][name]["history"])
+    assert there.losses == pytest.approx(history.losses, rel=1e-2 if options.get("bfloat16") else 1e-4)
+    moved = distance(gm.state_dict(), gm4.state_dict())
+    assert (
+        distance(gm.state_dict(), found[0][name]["state"])
+        < (0.3 if options.get("bfloat16") else 0.03) * moved
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with photographs to prepare and train on."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "photos").mkdir()
+    for index, image in enumerate(photos(3)):
+        write(image, folder / "photos" / f"{index}.png")
+    return folder
+
+
+def test_rank_0_prints_and_writes_what_one_process_does_and_a_failing_rank_ends_the_job(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = time.monotonic()
+    job = torchrun("command_line", folder)
+    assert job.returncode != 0
+    assert time.monotonic() - start < 200, "it waited for a rank that was gone"
+    assert "fmpq-fx: error: rank 1 of 2: its disk is full" in job.stderr
+    assert "rank 0 of 2: this command runs in one process" in job.stderr
+    alone = folder / "alone"
+    given = ("--target-cr", 8, "--images", folder / "photos", "--bits", "3-5", "--out", alone)
+    assert main(["prepare", "rank_jobs:model", *map(str, given)]) == 0
+    printed = capsys.readouterr().out.replace(str(alone), str(folder / "state"))
+    assert job.stdout.startswith(printed)
+    assert alone.read_bytes() == (folder / "state").read_bytes()
+    assert [line for line in job.stdout.splitlines() if "state:" in line] == [
+        f"state: {folder / name}" for name in ("state", "tuned")
+    ]
+    assert {path.name for path in folder.iterdir()} <= {"photos", "alone", "state", "tuned", "x.training"}
+
+
+def test_a_rank_that_is_gone_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", closed)
+    with pytest.raises(FmpqError, match=r"the other ranks cannot be reached .*\(Connection closed by peer\)"):
+        ranks.gathered(1)
+
+
+def test_alone_nothing_is_shared() -> None:
+    with ranks.joined() as device:
+        assert device == torch.device("cpu")
+        assert not dist.is_initialized()
+        assert (ranks.rank(), ranks.count(), ranks.is_first()) == (0, 1, True)
+        assert ranks.merged(ranks.share([3, 1, 2])) == [3, 1, 2]
+
+
+def test_the_crops_of_a_step_are_dealt_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    crops = RandomCrops(sources(photos(5)), 64, seed=3)
+    (whole,) = batches(crops, 4, range(2, 3), workers=0)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        (own,) = batches(crops, 4, range(2, 3), workers=0)
+        assert torch.equal(own, whole[rank::2])
+
+
+def test_devices_that_are_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["prepare", "sample", "--target-cr", "4", "--device", "cuda"]) == 2
+    assert "the device cuda is not there" in capsys.readouterr().err
+    assert main(["prepare", "sample", "--target-cr", "4", "--device", "gpu"]) == 2
+    assert "there is no device 'gpu'" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(
+        FmpqError, match=r"cuda:1 is not there: this machine has 1 GPU; start at most one process"
+    ):
+        ranks.own_device("cuda")
