@@ -40,11 +40,10 @@ def padded(string: bytes, symbols: int) -> bytes:
 
     It reads at most a word of 4 bytes for a symbol, and for one outside of its table so many more as the 4-bit
     numbers that come first sum to: at most 30 words per byte of the string. They end with one below 15, as those of the
-    filling are; three words more per symbol are for numbers that the decoder's state still holds a part of. The filling
-    is no zeros: a decoder in the middle of a string that is cut could take them for its end.
+    filling are. It is no zeros: a decoder in the middle of a string that is cut could take them for its end.
     """
     string = string.rstrip(_FILL)  # that of an earlier call as well
-    return string + _FILL * (4 * 30 * len(string) + 16 * symbols + 256)
+    return string + _FILL * (4 * 30 * len(string) + 4 * symbols + 256)
 
 
 def encode(symbols: Sequence[int], indexes: Sequence[int], tables: Tables) -> bytes:
@@ -70,7 +69,8 @@ class StringReader:
 
     def __init__(self, string: bytes, symbols: int):
         self._decoder = RansDecoder()
-        self._decoder.set_stream(padded(string, symbols))
+        # As much again, thrice, for 4-bit numbers that the decoder's state still holds a part of behind the string.
+        self._decoder.set_stream(padded(string, 4 * symbols))
 
     def read(self, indexes: Sequence[int], tables: Tables) -> list[int]:
         """Return the next symbols, one per index."""
