@@ -179,6 +179,9 @@ def _add_prepare(command: argparse.ArgumentParser) -> None:
         metavar="F",
         help="table to reuse (JSON); what it lacks is measured and written, as it goes",
     )
+    add(
+        "--memory", metavar="2GB", help="what activations may be kept in; default: a quarter of the machine's"
+    )
     add("--plot", type=Path, metavar="F", help="draw bits and zeta per site (png, svg or pdf)")
     add("--plan-out", type=Path, metavar="F", help="write the plan (JSON)")
     add("--out", type=Path, metavar="STATE", help="write the quantized model, for 'finetune' and the others")
@@ -208,6 +211,7 @@ def _prepare(args: argparse.Namespace) -> None:
             fixed=dict(args.fixed),
             sensitivity=table if reuse else None,
             checkpoint=None if reuse else args.sensitivity,
+            memory=args.memory,
         )
         if ranks.is_first():
             _write_prepared(gm, args)

@@ -55,6 +55,7 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", type=Path, metavar="F", help="write the results per image and their means")
     add_backend(command)
     add_device(command)
+    _add_memory(command)
     command.set_defaults(run=_evaluate)
 
 
@@ -71,7 +72,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         check_folder(args.json)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    results = evaluate(_model(args).to(ranks.own_device(args.device)), args.images)
+    model = _model(args).to(ranks.own_device(args.device))
+    results = evaluate(model, args.images, memory=args.memory)
     print(results)
     if args.json is not None:
         write_text(args.json, results.to_json())
@@ -91,6 +93,14 @@ def _model(args: argparse.Namespace) -> nn.Module:
             f"{args.model} is a file, which has its weights; leave --quality and --checkpoint out"
         )
     return load_state(args.model) if Path(args.model).suffix != MODEL else _codec(args.model, args)
+
+
+def _add_memory(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="that coding may take, as 2GB or 500MB, by tiles if need be; default: half of the machine's",
+    )
 
 
 def _add_class(command: argparse.ArgumentParser) -> None:
@@ -189,6 +199,7 @@ def _add_coding(
     add("-o", "--out", type=Path, required=True, metavar="OUT", help=out)
     _add_class(command)
     add_device(command)
+    _add_memory(command)
     command.set_defaults(run=run)
 
 
@@ -201,7 +212,7 @@ def _encode(args: argparse.Namespace) -> None:
     pixels = coded = 0
     for source, out in tqdm(jobs.items(), desc="encode", unit="image", disable=None, leave=False):
         image = image_files.read(source)
-        data = image_coding.encode(codec, image)
+        data = image_coding.encode(codec, image, memory=args.memory)
         with replacing(out) as temporary:
             temporary.write_bytes(data)
         pixels, coded = pixels + image[0].numel(), coded + len(data)
@@ -220,7 +231,7 @@ def _decode(args: argparse.Namespace) -> None:
     codec = _codec(args.model, args).to(ranks.own_device(args.device))
     for source, out in tqdm(jobs.items(), desc="decode", unit="image", disable=None, leave=False):
         try:
-            image = image_coding.decode(codec, source.read_bytes())
+            image = image_coding.decode(codec, source.read_bytes(), memory=args.memory)
         except FmpqError as error:
             raise FmpqError(f"{source}: {error}") from error
         image_files.write(image, out)

@@ -22,11 +22,16 @@ from tqdm import tqdm
 from fmpq_fx import image_files
 from fmpq_fx.codec import convert
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.image_coding import STRIDE, checked_codec
+from fmpq_fx.image_coding import STRIDE, checked_codec, padded_size
+from fmpq_fx.memory import bytes_of
 from fmpq_fx.rd import PEAK, psnr, total_bits
+from fmpq_fx.tiling import within
 
 MS_SSIM_LEAST = 161
 """The shortest side that has the five scales of MS-SSIM."""
+
+_MS_SSIM_BYTES = 250  # per pixel, of all three channels at once (measured)
+_IMAGES = 5  # that coding and comparing have in memory at once, beside what the transforms take
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ def evaluate(
     model: nn.Module,
     images: str | os.PathLike[str] | Mapping[str, Tensor],
     *,
+    memory: int | str | None = None,
     progress: bool | None = None,
 ) -> Evaluation:
     """Code every image for real, decode it, and measure both.
@@ -141,6 +147,8 @@ def evaluate(
         model: a rewritten graph, which is converted first, or any model with CompressAI's ``compress`` and
             ``decompress``. It is not modified.
         images: an image folder, or (3, H, W) tensors in [0, 1] by name; of any size.
+        memory: the most that this may take beside the codec, in bytes or as "2GB"; None is half of what the machine
+            has. An image that would take more is transformed in tiles (:func:`fmpq_fx.tiling.within`).
         progress: show a progress bar; None shows it on terminals only.
 
     Returns:
@@ -150,8 +158,9 @@ def evaluate(
         pass rounds latents otherwise than coding does, and a deviation is no fault.
 
     Raises:
-        FmpqError: the model cannot code, or there are no usable images.
+        FmpqError: the model cannot code, or not within the ``memory`` given; or there are no usable images.
     """
+    budget = bytes_of(memory)
     codec = _codec(model)
     parameter = next(codec.parameters())
     named = list(_named(images))
@@ -164,7 +173,9 @@ def evaluate(
             except FmpqError as error:
                 warnings.warn(f"image skipped: {error}", stacklevel=2)
                 continue
-            results.append(_code(codec, name, x.to(parameter.device, parameter.dtype)))
+            x = x.to(parameter.device, parameter.dtype)
+            coder = within(codec, padded_size(*x.shape[-2:]), memory, images=_IMAGES)
+            results.append(_code(coder, name, x, budget))
     if not results:
         raise FmpqError("none of the images can be read; see the warnings")
     return Evaluation(tuple(results))
@@ -194,8 +205,8 @@ def _named(images: str | os.PathLike[str] | Mapping[str, Tensor]) -> Iterator[tu
             yield path.name, lambda path=path: image_files.read(path)
 
 
-def _code(codec: Any, name: str, x: Tensor) -> ImageResult:
-    """Code the image ``x`` (3, H, W)."""
+def _code(codec: Any, name: str, x: Tensor, budget: int) -> ImageResult:
+    """Code the image ``x`` (3, H, W); compute MS-SSIM within ``budget`` bytes."""
     height, width = x.shape[-2:]
     pad, unpad = compute_padding(height, width, min_div=STRIDE)
     padded = F.pad(x.unsqueeze(0), pad)
@@ -204,23 +215,37 @@ def _code(codec: Any, name: str, x: Tensor) -> ImageResult:
     middle = time.perf_counter()
     decoded = codec.decompress(coded["strings"], coded["shape"])["x_hat"]
     end = time.perf_counter()
+    bits = 8 * sum(len(strings[0]) for strings in coded["strings"])
+    x_hat = _to_8_bits(F.pad(decoded, unpad))
+    del coded, decoded
     forward = codec(padded)
-    original, x_hat, predicted = (_to_8_bits(F.pad(y, unpad)) for y in (padded, decoded, forward["x_hat"]))
-    mse = (x_hat - original).square().mean().item()
+    estimated_bits = sum(total_bits(p).item() for p in forward["likelihoods"].values())
+    deviation = int((_to_8_bits(F.pad(forward["x_hat"], unpad)) - x_hat).abs_().max())
+    del forward, padded
+    original = _to_8_bits(x.unsqueeze(0))
+    mse = (x_hat - original).square_().mean().item()
     large = min(height, width) >= MS_SSIM_LEAST
     return ImageResult(
         name=name,
         width=width,
         height=height,
-        bpp=8 * sum(len(strings[0]) for strings in coded["strings"]) / (height * width),
-        estimated_bpp=sum(total_bits(p).item() for p in forward["likelihoods"].values()) / (height * width),
+        bpp=bits / (height * width),
+        estimated_bpp=estimated_bits / (height * width),
         psnr=psnr(mse, PEAK),
-        ms_ssim=ms_ssim(original, x_hat, data_range=255).item() if large else None,
+        ms_ssim=_ms_ssim(original, x_hat, budget) if large else None,
         encode_seconds=middle - start,
         decode_seconds=end - middle,
-        deviation=int((x_hat - predicted).abs().max()),
+        deviation=deviation,
     )
 
 
 def _to_8_bits(x: Tensor) -> Tensor:
-    return (x * 255).clamp(0, 255).round()
+    return (x * 255).clamp_(0, 255).round_()
+
+
+def _ms_ssim(x: Tensor, y: Tensor, budget: int) -> float:
+    """Return the MS-SSIM of two images (1, 3, H, W): the mean over channels, one by one where all take too much."""
+    channels = 3 if _MS_SSIM_BYTES * x[0, 0].numel() <= budget else 1
+    pairs = zip(x.split(channels, 1), y.split(channels, 1), strict=True)
+    values: list[float] = [ms_ssim(*pair, data_range=255).item() for pair in pairs]
+    return sum(values) / len(values)

@@ -16,8 +16,10 @@ Big-endian, in this order:
 """
 
 import json
+import math
 import struct
 import zlib
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -29,6 +31,9 @@ from torch import Tensor, nn
 from fmpq_fx import fingerprint, image_files
 from fmpq_fx.byte_reader import ByteReader, counted
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.quant.coder import padded
+from fmpq_fx.tiles import Size
+from fmpq_fx.tiling import latents_of, within
 
 MAGIC, VERSION = b"\x89FMI", 1
 
@@ -38,27 +43,31 @@ STRIDE = 64
 _START = struct.Struct(">4sBI")
 _HEAD = struct.Struct(">8sII")
 _MOST_LATENTS = 4  # per pixel; CompressAI's models have at most 1.3
+_LARGE = 2**18  # pixels
 
 
-def encode(codec: nn.Module, image: Tensor) -> bytes:
+def encode(codec: nn.Module, image: Tensor, *, memory: int | str | None = None) -> bytes:
     """Return ``image`` as the content of a ``.fmi`` file.
 
     Args:
         codec: what :func:`fmpq_fx.load_codec` or :func:`fmpq_fx.convert` returned, or any model with CompressAI's
             ``compress``.
         image: (3, H, W) or (1, 3, H, W) in [0, 1], of any size.
+        memory: the most that this may take beside the codec, in bytes or as "2GB"; None is half of what the machine
+            has. An image that would take more is transformed in tiles (:func:`fmpq_fx.tiling.within`).
 
     Raises:
-        FmpqError: the codec cannot code.
+        FmpqError: the codec cannot code, or not within the ``memory`` given; the message says what it needs.
         TypeError, ValueError: ``image`` is no such tensor.
     """
-    coder = checked_codec(codec)
+    checked_codec(codec)
     batch = image_files.checked(image, "the image")
     if len(batch) != 1:
         raise ValueError(f"the image has shape {tuple(image.shape)}; pass one image, (3, H, W)")
     parameter = next(codec.parameters())
     height, width = batch.shape[-2:]
     pad, _ = compute_padding(height, width, min_div=STRIDE)
+    coder: Any = within(codec, padded_size(height, width), memory, images=2)
     with torch.no_grad():
         coded = coder.compress(F.pad(batch.to(parameter.device, parameter.dtype), pad))
     strings = [string for string, *_ in coded["strings"]]
@@ -73,17 +82,19 @@ def encode(codec: nn.Module, image: Tensor) -> bytes:
     return _START.pack(MAGIC, VERSION, zlib.crc32(body)) + body
 
 
-def decode(codec: nn.Module, data: bytes) -> Tensor:
+def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) -> Tensor:
     """Return the image in ``data``, what :func:`encode` returned: (3, H, W), float, in [0, 1], on the CPU.
 
     Args:
         codec: the one that it was encoded with.
         data: the content of a ``.fmi`` file.
+        memory: as for :func:`encode`, and independent of what that was given.
 
     Raises:
-        FmpqError: ``data`` is something else, damaged, of a newer version, or was encoded with another model.
+        FmpqError: ``data`` is something else, damaged, of a newer version, or was encoded with another model, or
+            decoding needs more than the ``memory`` given.
     """
-    coder = checked_codec(codec)
+    checked_codec(codec)
     reader = ByteReader(_checked_body(data))
     fingerprint_of_data, height, width = _HEAD.unpack(reader.take(_HEAD.size))
     name = reader.take_counted(1).decode(errors="replace")
@@ -95,18 +106,28 @@ def decode(codec: nn.Module, data: bytes) -> Tensor:
     limit = Image.MAX_IMAGE_PIXELS or 2**31
     if not 0 < height * width <= limit:
         raise FmpqError(f"it claims {width} x {height} pixels, and at most {limit} are decoded")
-    pad, unpad = compute_padding(height, width, min_div=STRIDE)
-    pixels = (height + pad[2] + pad[3]) * (width + pad[0] + pad[1])
+    (left, _, top, _), _ = compute_padding(height, width, min_div=STRIDE)
+    size = padded_size(height, width)
+    pixels = math.prod(size)
     shape = _shape(reader.take_counted(2), _MOST_LATENTS * pixels)
     strings = [reader.take_counted(4) for _ in range(reader.take(1)[0])]
     reader.end()
-    padded = [[_guarded(string, _MOST_LATENTS * pixels)] for string in strings]
+    coder: Any = within(codec, size, memory, images=3)
+    symbols = _most_symbols(codec, size)
+    guarded = [[padded(string, symbols)] for string in strings]
     try:
         with torch.no_grad():
-            decoded: Tensor = coder.decompress(padded, shape)["x_hat"]
+            decoded: Tensor = coder.decompress(guarded, shape)["x_hat"]
     except Exception as error:  # a forged stream may make anything go wrong
         raise FmpqError(f"its strings cannot be decoded: {type(error).__name__}: {error}") from error
-    return F.pad(decoded, unpad)[0].float().clamp(0, 1).cpu()
+    if decoded.shape[-2:] != size:
+        raise FmpqError(f"its latents are not those of an image of {width} x {height} pixels")
+    return decoded[0, :, top : top + height, left : left + width].float().clamp(0, 1).cpu()
+
+
+def padded_size(height: int, width: int) -> Size:
+    """Return the size as which an image of ``height`` and ``width`` is coded, in multiples of :data:`STRIDE`."""
+    return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
 
 
 def checked_codec(codec: nn.Module) -> Any:
@@ -144,14 +165,13 @@ def _checked_body(data: bytes) -> bytes:
     return body
 
 
-def _guarded(string: bytes, symbols: int) -> bytes:
-    """Return ``string`` with zeros behind it, so many that CompressAI's decoder stays inside it, whatever it is.
-
-    The decoder does not look where its string ends. It reads at most a word of 4 bytes for a symbol, and for one
-    outside of its table so many more as the 4-bit numbers that come first sum to: at most 30 words per byte of the
-    string, and none once it reads zeros.
-    """
-    return string + bytes(4 * 30 * len(string) + 4 * symbols + 256)
+def _most_symbols(codec: nn.Module, size: Size) -> int:
+    """Return a number that no string of an image of ``size`` has more symbols than."""
+    most = _MOST_LATENTS * math.prod(size)
+    if math.prod(size) > _LARGE:  # knowing the latents takes time, and guards against that many take memory
+        with suppress(FmpqError):
+            return min(most, 2 * latents_of(codec, size))
+    return most
 
 
 def _plain(shape: Any) -> Any:

@@ -80,6 +80,10 @@ class SessionForward:
         (out,) = self.session.run(None, {self.input: array})
         return torch.from_numpy(out).to(x)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SessionForward":
+        """Return itself: it has no state."""
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy the graph; a session cannot be copied."""
         return SessionForward, self.arguments

@@ -17,8 +17,9 @@ from fmpq_fx.images import Calibration
 from fmpq_fx.passes.calibrate import calibrate
 from fmpq_fx.passes.coded_sizes import measure_coded_sizes
 from fmpq_fx.passes.functionalize import functionalize
-from fmpq_fx.passes.incremental import mean_rd
+from fmpq_fx.passes.incremental import mean_rd, parts_of
 from fmpq_fx.passes.lazy import plan_lazily
+from fmpq_fx.passes.memory import memory_limit
 from fmpq_fx.passes.plan import make_task, widths_by_site
 from fmpq_fx.passes.rewrite import plan_of, quantize
 from fmpq_fx.passes.scales import choose_scales
@@ -28,10 +29,6 @@ from fmpq_fx.passes.tables import Measured, Plan, Sensitivity
 from fmpq_fx.passes.trace import check_trace, trace
 
 SIZES = ("nominal", "coded")
-
-TOGETHER = 2
-"""Calibration images that run at once. Ranks share the work by such batches, and so the results do not depend on their
-number; on a CPU larger ones are no faster, and need more memory."""
 
 
 def prepare(
@@ -47,6 +44,7 @@ def prepare(
     fixed: Mapping[str, int | None] | None = None,
     sensitivity: Sensitivity | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    memory: int | str | None = None,
     progress: bool | None = None,
 ) -> fx.GraphModule:
     """Quantize ``model`` so that its weights take ``target_cr`` of their float32 bytes.
@@ -59,8 +57,7 @@ def prepare(
         target_cr: quantized weight bytes / float32 weight bytes, 0.25 for four times smaller; a number above 1
             is read as the factor (4 means 0.25).
         calibration: an image folder, an iterable of (B, 3, H, W) float tensors in [0, 1], or None for 256 x 256
-            crops of scikit-image's colour photographs. Eight crops suffice; the activations of all of them are
-            kept in memory.
+            crops of scikit-image's colour photographs. Eight crops suffice.
         lmbda: the Lagrangian of the RD loss; None makes rate and distortion weigh the same on the calibration.
         bits: candidate bit-widths of the weights; None is 2 … 10, or those of ``sensitivity``.
         activation_bits: of every site's input; None keeps activations float.
@@ -75,6 +72,9 @@ def prepare(
             the plan of the whole table but for what noise decides.
         checkpoint: a file that the table is written to as it is measured, instead of ``sensitivity``. Where it is
             there, only what it lacks is measured; it must be of the same weights and images.
+        memory: how much memory activations may be kept in: bytes, or a string as "2GB"; None is a quarter of the
+            machine's, or of the GPU's. With less, more is computed again, and the result is the same. Forward
+            passes take memory besides, for two images of 256 x 256 at once, sixteen on a GPU.
         progress: show progress bars; None shows them on terminals only.
 
     Returns:
@@ -97,6 +97,7 @@ def prepare(
     known = sensitivity or _known(checkpoint)
     ranks.require_same({"the sensitivity": _version(known)})
     batches = _batches_for(model, calibration)
+    limit = memory_limit(memory, batches[0].device)
     gm = _traced(model, batches)
     sites, measurable = find_sites(gm), checked_bits(bits) if known is None else known.bits
     coded = None
@@ -113,7 +114,7 @@ def prepare(
         activation_bits=activation_bits,
         coded=coded,
     )
-    settings = _settings(model, batches, known, checkpoint)
+    settings = _settings(model, batches, limit, known, checkpoint)
     widths = bits if known is None else None  # else those of the table, all of them
     meter = SensitivityMeter(gm, batches, lmbda=lmbda, bits=widths, progress=progress, **settings)
     plan = ranks.from_first(plan_lazily(task, meter))
@@ -122,9 +123,9 @@ def prepare(
     float_rd = mean_rd(gm, batches, plan.lmbda)
     quantized = quantize(gm, plan)
     if size == "nominal":
-        choose_scales(quantized, batches, progress=progress)
+        choose_scales(quantized, batches, memory=limit, progress=progress)
     weights_rd = mean_rd(quantized, batches, plan.lmbda)
-    calibrate(quantized, batches, progress=progress)
+    calibrate(quantized, batches, memory=limit, progress=progress)
     measured = Measured(float_rd, weights_rd, mean_rd(quantized, batches, plan.lmbda))
     if not (math.isfinite(measured.weights_rd) and math.isfinite(measured.rd)):
         raise FmpqError(
@@ -142,6 +143,7 @@ def analyze(
     lmbda: float | None = None,
     bits: Iterable[int] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    memory: int | str | None = None,
     progress: bool | None = None,
 ) -> Sensitivity:
     """Measure how much each candidate bit-width of each site raises the RD loss of ``model``.
@@ -159,8 +161,9 @@ def analyze(
     known = _known(checkpoint)
     ranks.require_same({"the sensitivity": _version(known)})
     batches = _batches_for(model, calibration)
+    limit = memory_limit(memory, batches[0].device)
     gm = _traced(model, batches)
-    settings = _settings(model, batches, known, checkpoint)
+    settings = _settings(model, batches, limit, known, checkpoint)
     return measure_sensitivity(gm, batches, lmbda=lmbda, bits=bits, progress=progress, **settings)
 
 
@@ -202,7 +205,7 @@ def _batches_for(model: nn.Module, calibration: Calibration) -> list[Tensor]:
                 "the model": f"{type(model).__name__}, weights {weights}",
             }
         )
-    return [x.to(parameter.device, parameter.dtype) for batch in given for x in batch.split(TOGETHER)]
+    return [x.to(parameter.device, parameter.dtype) for x in given]
 
 
 def _version(sensitivity: Sensitivity | None) -> str:
@@ -214,7 +217,8 @@ def _version(sensitivity: Sensitivity | None) -> str:
 def _traced(model: nn.Module, batches: list[Tensor]) -> fx.GraphModule:
     gm = functionalize(trace(model))
     find_sites(gm)  # refuses weights that are not finite, which nothing can be compared with
-    for x in {x.shape: x for x in batches}.values():  # a decision on the size would show at another one
+    # What is measured is run in such parts; a decision on the size would show at another one.
+    for x in {x.shape: x for x in parts_of(batches)}.values():
         check_trace(model, gm, x)
     return gm
 
@@ -230,10 +234,17 @@ def _known(checkpoint: str | os.PathLike[str] | None) -> Sensitivity | None:
 def _settings(
     model: nn.Module,
     batches: list[Tensor],
+    memory: int,
     known: Sensitivity | None,
     checkpoint: str | os.PathLike[str] | None,
 ) -> dict[str, Any]:
     """Return the arguments of a measurement that tell what it is of, and how it goes on."""
     identity = {"weights": fingerprint.of_model(model), "images": fingerprint.of_images(batches)}
     words = images.describe(batches)
-    return {"images": words, "identity": identity, "known": known, "checkpoint": checkpoint}
+    return {
+        "images": words,
+        "identity": identity,
+        "memory": memory,
+        "known": known,
+        "checkpoint": checkpoint,
+    }

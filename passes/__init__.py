@@ -26,6 +26,12 @@ What runs elsewhere than in torch is lowered by further passes, which :func:`fmp
 ``parts``           GraphModule -> parts                         cuts it between entropy coding steps
 ==================  ===========================================  =====================================
 
+And one says how large images can be divided, which :func:`fmpq_fx.encode` and others ask:
+
+===================  ==========================================  =====================================
+``receptive_field``  GraphModule -> reaches                      finds what of its input each place sees
+===================  ==========================================  =====================================
+
 What a pass finds out it writes on the graph, in ``node.meta["fmpq"]``, and in the :class:`tables.Plan`
 that the rewritten GraphModule carries in ``gm.meta["fmpq"]``.
 """

@@ -42,6 +42,7 @@ class SensitivityMeter:
         bits: candidate bit-widths, each 2 … 16; None is 2 … 10.
         images: what the batches are, in words, for the table.
         identity: digests of the model's "weights" and of the "images", by which measuring can go on from the table.
+        memory: bytes of activations to keep at most; see :class:`ChangeMeter`.
         known: what was measured already, of the same model; only what it lacks is measured. ``lmbda`` and ``bits``
             are then left out, or those of that table.
         checkpoint: a file to write the table to whenever something was measured; ``known`` is what it held.
@@ -62,11 +63,13 @@ class SensitivityMeter:
         bits: Iterable[int] | None = None,
         images: str = "",
         identity: Mapping[str, str] | None = None,
+        memory: int | None = None,
         known: Sensitivity | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool | None = None,
     ):
-        self.gm, self.batches, self.checkpoint, self.progress = gm, batches, checkpoint, progress
+        self.gm, self.batches, self.memory = gm, batches, memory
+        self.checkpoint, self.progress = checkpoint, progress
         sites = find_sites(gm)
         candidates = checked_bits(bits)
         _check_lmbda(lmbda)
@@ -95,7 +98,7 @@ class SensitivityMeter:
     @cached_property
     def _meter(self) -> ChangeMeter:
         """What measures; it runs the float model, so it is made when something is to be measured."""
-        meter = ChangeMeter(self.gm, self.batches)
+        meter = ChangeMeter(self.gm, self.batches, memory=self.memory)
         if not (math.isfinite(meter.base.rate) and math.isfinite(meter.base.mse)):
             raise FmpqError(
                 f"the model's RD loss on the calibration images is not finite (rate {meter.base.rate} bpp, MSE "

@@ -88,12 +88,26 @@ def test_folders_of_images(files: Path, tmp_path: Path) -> None:
     assert image_files.read(tmp_path / "back" / "1.png").shape == (3, 50, 90)
 
 
+def test_a_memory_that_is_too_little_is_an_error(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, model = files / "photos" / "1.png", files / "model.fmpq"
+    assert run("encode", photo, "-m", model, "-o", tmp_path / "a.fmi", "--memory", "1kB") == 2
+    assert "needs about" in capsys.readouterr().err
+    assert not (tmp_path / "a.fmi").exists()
+    assert run("encode", photo, "-m", model, "-o", tmp_path / "a.fmi", "--memory", "1GB") == 0
+    assert run("decode", tmp_path / "a.fmi", "-m", model, "-o", tmp_path / "a.png", "--memory", "1kB") == 2
+    assert "needs about" in capsys.readouterr().err
+    assert run("evaluate", model, files / "photos", "--memory", "2XB") == 2
+    assert "memory is '2XB'" in capsys.readouterr().err
+
+
 def test_evaluate_takes_a_model_file(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("evaluate", files / "model.fmpq", files / "photos") == 0
     by_file = capsys.readouterr().out
     assert run("evaluate", files / "model.state", files / "photos") == 0
     drop_times = [
-        [line.split()[:6] for line in text.splitlines()] for text in (by_file, capsys.readouterr().out)
+        [line.split()[:5] for line in text.splitlines()] for text in (by_file, capsys.readouterr().out)
     ]
     assert drop_times[0] == drop_times[1]
 

@@ -1,0 +1,66 @@
+"""How much memory a module takes for an input of a given size, without running it."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _Allocations(TorchDispatchMode):
+    """Adds up the tensors that are alive, after each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}  # bytes by storage
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self.note(value)
+        convolves = func is torch.ops.aten.convolution.default
+        workspace = _workspace(args[0], args[1], args[8], out) if convolves else 0
+        self.peak = max(self.peak, sum(self.alive.values()) + workspace)
+        return out
+
+    def note(self, tensor: Tensor) -> None:
+        """Count ``tensor`` until nobody holds it."""
+        storage = tensor.untyped_storage()
+        if id(storage) not in self.alive:
+            self.alive[id(storage)] = storage.nbytes()
+            weakref.finalize(storage, self.alive.pop, id(storage))
+
+
+def _workspace(x: Tensor, weight: Tensor, groups: int, out: Tensor) -> int:
+    """Return the bytes that a convolution takes beside its input and its output, as measured on CPUs.
+
+    The library that computes it in float32 copies what has another layout than its own. Otherwise there is a matrix
+    with a column for each place.
+    """
+    if x.dtype.itemsize <= torch.float32.itemsize:
+        return max(x.nbytes, out.nbytes)
+    places = min(x[0, 0].numel(), out[0, 0].numel())
+    return places * weight[0].numel() * groups * x.dtype.itemsize
+
+
+@torch.no_grad()
+def peak_bytes(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, tuple[int, ...]]:
+    """Return the most bytes of tensors that ``module`` holds at once for an input, and the shape of its output.
+
+    It runs on tensors without data. Its weights are not counted, the input and the output are.
+
+    Args:
+        module: takes one tensor, returns one, and decides nothing by values. It is not modified.
+        shape: of the input, (B, C, H, W).
+        dtype: of the input.
+    """
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    without_data = {name: value.detach().to("meta") for name, value in state.items()}
+    with _Allocations() as allocations:
+        out = functional_call(module, without_data, (torch.empty(shape, dtype=dtype, device="meta"),))
+    return allocations.peak, tuple(out.shape)

@@ -1,0 +1,269 @@
+"""Find how far the output of a graph sees: which part of the input each place of it is computed from.
+
+That is interval arithmetic over the operations, along each axis for itself, and exact fractions. Where an operation
+sees everything, or where nobody knows what it sees, there is an error that names it.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compressai.layers import GDN, GDN1
+from torch import Tensor, fx, nn
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.quant import ExactLayer, ExactLeakyReLU, QuantizedLayer, quantized_class
+from fmpq_fx.quant.products import ConvProduct, ConvTransposeProduct, Product, product_of
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What each place of an axis sees: place o the inputs ``stride * o + low`` … ``stride * o + high``.
+
+    Places beyond the ends of the input are among them where layers pad.
+    """
+
+    stride: Fraction = Fraction(1)  # inputs per place
+    low: Fraction = Fraction(0)  # inputs, relative to where the place lies; as a rule not positive
+    high: Fraction = Fraction(0)
+    align: int = (
+        1  # inputs; a part of the input that begins at a multiple has all values in the places of the whole
+    )
+
+    def windowed(self, stride: int, first: int, last: int) -> "Reach":
+        """Return the reach of what sees ``stride * o + first`` … ``stride * o + last`` of what has this one."""
+        return self._scaled(self.stride * stride, self.stride * first, self.stride * last)
+
+    def spread(self, stride: int, first: int, last: int) -> "Reach":
+        """Return the reach of what sees all i with ``stride * i`` in o + ``first`` … o + ``last``."""
+        step = self.stride / stride
+        return self._scaled(step, step * first, step * last)
+
+    def _scaled(self, stride: Fraction, first: Fraction, last: Fraction) -> "Reach":
+        align = math.lcm(self.align, stride.numerator)
+        return Reach(stride, self.low + first, self.high + last, align)
+
+    def joined(self, other: "Reach") -> "Reach":
+        """Return the reach of what is computed from both, which have the same stride."""
+        low, high = min(self.low, other.low), max(self.high, other.high)
+        return Reach(self.stride, low, high, math.lcm(self.align, other.align))
+
+    def inputs(self, first: int, last: int) -> tuple[int, int]:
+        """Return the first and the last input that the places ``first`` … ``last`` see, padding included."""
+        return math.ceil(self.stride * first + self.low), math.floor(self.stride * last + self.high)
+
+
+Reaches = tuple[Reach, Reach]
+"""Of rows and of columns."""
+
+_Rule = Callable[[Reaches], Reaches]
+
+_CATS = (torch.cat, torch.concat)
+_DIVISIONS = (torch.chunk, torch.split, "chunk", "split")
+_ALONG = (*_CATS, *_DIVISIONS)
+
+_NAMES = (
+    *("abs", "add", "add_", "clamp", "clamp_", "clone", "contiguous", "detach", "div", "div_", "exp", "log"),
+    *(
+        "maximum",
+        "minimum",
+        "mul",
+        "mul_",
+        "neg",
+        "pow",
+        "relu",
+        "relu_",
+        "round",
+        "rsqrt",
+        "sigmoid",
+        "sqrt",
+    ),
+    *("square", "sub", "sub_", "tanh", "where"),
+)
+_OPERATORS = ("abs", "add", "iadd", "imul", "isub", "itruediv", "mul", "neg", "pow", "sub", "truediv")
+_ACTIVATIONS = (
+    *("dropout", "elu", "gelu", "hardtanh", "leaky_relu", "mish", "relu", "relu6", "sigmoid", "silu"),
+    *("softplus", "tanh"),
+)
+_POINTWISE = frozenset(
+    [
+        *_NAMES,
+        *(getattr(torch, name) for name in _NAMES if hasattr(torch, name)),
+        *(getattr(operator, name) for name in _OPERATORS),
+        *(getattr(F, name) for name in _ACTIVATIONS),
+    ]
+)
+_POINTWISE_MODULES = (
+    *(nn.BatchNorm2d, nn.Dropout, nn.Dropout2d, nn.ELU, nn.GELU, nn.Hardswish, nn.Hardtanh, nn.Identity),
+    *(nn.LeakyReLU, nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Tanh),
+    ExactLeakyReLU,
+)
+"""In evaluation mode: what each place becomes depends on no other."""
+
+
+def receptive_field(gm: fx.GraphModule) -> Reaches:
+    """Return what of its input, (B, C, H, W), the output of ``gm`` sees, by rows and by columns.
+
+    Args:
+        gm: a graph with one input and one output, both images or feature maps, as
+            :class:`fmpq_fx.passes.trace.LicTracer` records the transforms of a codec.
+
+    Raises:
+        FmpqError: an operation sees more than a neighbourhood, or what it sees is not known; its name is said.
+    """
+    known: dict[fx.Node, Reaches] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            if known:
+                raise FmpqError(f"it has a second input, {node.name!r}")
+            known[node] = Reach(), Reach()
+        elif node.op == "output":
+            if not isinstance(node.args[0], fx.Node) or node.args[0] not in known:
+                raise FmpqError("its output is not one tensor that is computed from its input")
+            return known[node.args[0]]
+        elif reads := [known[read] for read in node.all_input_nodes if read in known]:
+            _check_constants(gm, node, known)
+            if any(read[axis].stride != reads[0][axis].stride for read in reads for axis in (0, 1)):
+                raise FmpqError(f"{_words(gm, node)} reads values of several sizes")
+            rows, columns = reads[0]
+            for other in reads[1:]:
+                rows, columns = rows.joined(other[0]), columns.joined(other[1])
+            known[node] = _seen(gm, node, (rows, columns))
+    raise FmpqError("it has no output")
+
+
+def layer_reach(layer: nn.Module) -> Reaches:
+    """Return what of its input one layer sees.
+
+    Raises:
+        FmpqError: more than a neighbourhood, or it is not known.
+    """
+    rule = _rule_of(layer)
+    if rule is None:
+        raise FmpqError(f"what a {type(layer).__name__} sees is not known")
+    return rule((Reach(), Reach()))
+
+
+def _seen(gm: fx.GraphModule, node: fx.Node, reads: Reaches) -> Reaches:
+    """Return the reach of ``node``, whose inputs have that of ``reads``."""
+    if node.op == "call_module":
+        rule = _rule_of(gm.get_submodule(str(node.target)))
+        if rule is not None and len(node.all_input_nodes) == 1:
+            return rule(reads)
+    elif (
+        node.target in _POINTWISE
+        or (node.target in _ALONG and _dimension(node) == 1)
+        or (node.target is operator.getitem and _picks_channels(node))
+    ):
+        return reads
+    elif node.target in (F.pixel_shuffle, torch.pixel_shuffle) and isinstance(node.args[-1], int):
+        return _shuffled(node.args[-1])(reads)
+    raise FmpqError(f"{_words(gm, node)} sees more than a neighbourhood, or what it sees is not known")
+
+
+def _words(gm: fx.GraphModule, node: fx.Node) -> str:
+    if node.op == "call_module":
+        return f"{str(node.target)!r} ({type(gm.get_submodule(str(node.target))).__name__})"
+    return f"{node.name!r} ({getattr(node.target, '__name__', node.target)})"
+
+
+def _check_constants(gm: fx.GraphModule, node: fx.Node, known: Mapping[fx.Node, Reaches]) -> None:
+    """Refuse a constant that may have a value of its own for each place."""
+    for read in node.all_input_nodes:
+        if read not in known:
+            value = attrgetter(str(read.target))(gm) if read.op == "get_attr" else None
+            if not isinstance(value, Tensor) or any(side != 1 for side in value.shape[-2:]):
+                raise FmpqError(
+                    f"{_words(gm, node)} reads {read.name!r}, which may differ from place to place"
+                )
+
+
+def _dimension(node: fx.Node) -> Any:
+    """Return the dimension that ``node`` puts together, or divides, tensors along."""
+    position = 1 if node.target in _CATS else 2
+    return node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+
+
+def _picks_channels(node: fx.Node) -> bool:
+    """Say whether ``node``, an item, is one of several chunks or some of the channels."""
+    source, index = node.args
+    if isinstance(index, tuple):
+        return all(isinstance(i, slice) for i in index) and all(i == slice(None) for i in index[2:])
+    return isinstance(source, fx.Node) and source.target in _DIVISIONS
+
+
+def _windowed(stride: Any, kernel: Any, dilation: Any, padding: Any) -> _Rule:
+    """Return the rule of what reads windows of ``kernel`` places, given as (rows, columns) or one number for both.
+
+    ``padding`` is what comes before the first place.
+    """
+
+    def rule(reads: Reaches) -> Reaches:
+        rows, columns = (
+            reach.windowed(s, -p, d * (k - 1) - p)
+            for reach, s, k, d, p in zip(reads, *map(_pair, (stride, kernel, dilation, padding)), strict=True)
+        )
+        return rows, columns
+
+    return rule
+
+
+def _spread(stride: Any, kernel: Any, dilation: Any, padding: Any) -> _Rule:
+    """Return the rule of what adds windows of ``kernel`` places to its output, the arguments as above."""
+
+    def rule(reads: Reaches) -> Reaches:
+        rows, columns = (
+            reach.spread(s, p - d * (k - 1), p)
+            for reach, s, k, d, p in zip(reads, *map(_pair, (stride, kernel, dilation, padding)), strict=True)
+        )
+        return rows, columns
+
+    return rule
+
+
+def _pair(numbers: Any) -> tuple[int, int]:
+    rows, columns = numbers if isinstance(numbers, tuple | list) else (numbers, numbers)
+    return int(rows), int(columns)
+
+
+def _shuffled(factor: int) -> _Rule:
+    return _spread(factor, factor, 1, 0)
+
+
+def _of_product(product: Product | None) -> _Rule | None:
+    """Return the rule of a convolution; None for what is none."""
+    if isinstance(product, ConvTransposeProduct):
+        return _spread(product.stride, product.kernel, product.dilation, product.padding)
+    if not isinstance(product, ConvProduct) or product.padding_mode not in ("constant", "replicate"):
+        return None
+    left, _, top, _ = product.padding
+    return _windowed(product.stride, product.kernel, product.dilation, (top, left))
+
+
+def _rule_of(module: nn.Module) -> _Rule | None:
+    """Return what takes the reach of the input of ``module`` to that of its output; None where it is not known."""
+    if isinstance(module, ExactLayer):
+        return _of_product(module.product)
+    layer = module.layer if isinstance(module, QuantizedLayer) else module
+    if quantized_class(layer) is not None:
+        return (lambda reads: reads) if isinstance(layer, GDN | GDN1) else _of_product(product_of(layer))
+    if type(layer) in _POINTWISE_MODULES:
+        return lambda reads: reads
+    if isinstance(layer, nn.PixelShuffle):
+        return _shuffled(layer.upscale_factor)
+    if isinstance(layer, nn.PixelUnshuffle):
+        return _windowed(layer.downscale_factor, layer.downscale_factor, 1, 0)
+    if isinstance(layer, nn.MaxPool2d):
+        return _windowed(layer.stride, layer.kernel_size, layer.dilation, layer.padding)
+    if isinstance(layer, nn.AvgPool2d):
+        return _windowed(layer.stride, layer.kernel_size, 1, layer.padding)
+    if isinstance(layer, nn.ZeroPad2d):
+        left, _, top, _ = layer.padding
+        return _windowed(1, 1, 1, (top, left))
+    return None
