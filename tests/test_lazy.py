@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import small_model
 from counted import lazy_plan
 from hypothesis import given
 from hypothesis import strategies as st
@@ -121,7 +122,7 @@ def test_interpolation_by_hand() -> None:
 
 def test_prepare_measures_a_part_and_makes_the_same_graph() -> None:
     model = fmpq_fx.samples.model()
-    photos = fmpq_fx.images.crops(fmpq_fx.samples.photos().values(), count=2, size=128)
+    photos = fmpq_fx.images.crops(fmpq_fx.samples.photos().values(), count=1, size=128)
     table = fmpq_fx.analyze(model, calibration=photos, lmbda=0.013)
     whole = fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.15, calibration=photos, sensitivity=table))
     lazy = fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.15, calibration=photos, lmbda=0.013))
@@ -152,13 +153,14 @@ def test_a_table_whose_values_are_no_candidates_is_refused() -> None:
 
 
 def test_a_partial_table_of_other_images_or_weights_is_refused(x: Tensor) -> None:
-    model = fmpq_fx.samples.model()
+    model, other = small_model("bmshj2018-hyperprior"), small_model("bmshj2018-hyperprior")
+    other.get_parameter("g_s.6.bias").data += 1e-3
     plan = fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.15, calibration=x, bits=(4, 5, 6), planner="uniform"))
     table = plan.sensitivity
     assert not table.complete
     with pytest.raises(FmpqError, match=r"20 of 60 values measured.*other images"):
         fmpq_fx.prepare(model, 0.15, calibration=x.flip(-1), sensitivity=table)
     with pytest.raises(FmpqError, match="other weights"):
-        fmpq_fx.prepare(fmpq_fx.samples.model(0.0067), 0.15, calibration=x, sensitivity=table)
+        fmpq_fx.prepare(other, 0.15, calibration=x, sensitivity=table)
     completed = fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.15, calibration=x, sensitivity=table))
     assert len(completed.sensitivity.missing) < len(table.missing)

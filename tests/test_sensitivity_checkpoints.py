@@ -103,7 +103,7 @@ def other_weights() -> nn.Module:
     [
         ({"model": other_weights}, FmpqError, "other weights"),
         ({"model": lambda: small_model("mbt2018-mean")}, FmpqError, "of another model"),
-        ({"flip": True}, FmpqError, "other images"),
+        ({"calibration": torch.zeros(2, 3, 64, 64)}, FmpqError, "other images"),
         ({"lmbda": 0.02}, ValueError, "measured with lmbda 0.01, and 0.02"),
         ({"bits": (2, 4)}, ValueError, r"for \[2, 4, 6, 8\] bits, and \[2, 4\]"),
     ],
@@ -122,10 +122,10 @@ def test_a_file_of_something_else_is_refused_and_stays(
     if complete:
         fmpq_fx.analyze(small_model(NAME), calibration=x, checkpoint=path, bits=BITS)
     before = path.read_bytes()
-    make = change.pop("model", lambda: small_model(NAME))
-    images = x.flip(-1) if change.pop("flip", False) else x
+    options = {"calibration": x, **{name: value for name, value in change.items() if name != "model"}}
+    make = change.get("model", lambda: small_model(NAME))
     with pytest.raises(error, match=says):
-        fmpq_fx.analyze(make(), calibration=images, checkpoint=path, **change)
+        fmpq_fx.analyze(make(), checkpoint=path, **options)
     assert path.read_bytes() == before
 
 
