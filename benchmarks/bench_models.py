@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from compressai.models import (
     Cheng2020Anchor,
+    Cheng2020AnchorCheckerboard,
+    Elic2022Official,
     JointAutoregressiveHierarchicalPriors,
     MeanScaleHyperprior,
 )
@@ -20,6 +22,12 @@ UNTRAINED = {
     "cheng2020-anchor": lambda: Cheng2020Anchor(32),
 }
 """Sizes that a naive loop over all bit-widths gets through in minutes on two cores."""
+
+WITH_CODECS = {
+    "cheng2020-checkerboard": lambda: Cheng2020AnchorCheckerboard(32),
+    "elic2022-official": lambda: Elic2022Official(32, 64, groups=[8, 8, 16, 32]),
+}
+"""Models of CompressAI whose latent codecs are one node of the graph each."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,10 +1,14 @@
-"""What fails to decode under another setting than it was encoded under: the float model, and ours in integers.
+r"""What fails to decode under another setting than it was encoded under: the float model, and ours in integers.
 
 An image fails where the decoder gets another symbol than the encoder had; for ours, where a latent differs in any
-bit. Then what exactness costs: bits on the wire against the same plan with a float entropy path, and the time to
-encode and decode against the float model in CompressAI's own code.
+bit. Then what exactness costs: bits on the wire against the same plan with a float entropy path, before and after
+fine-tuning, and the time to encode and decode against the float model in CompressAI's own code.
 
     python benchmarks/cross_setting.py --calibration ../data/bsds500/val --images ../data/kodak --lmbda 0.013
+    python benchmarks/cross_setting.py --model mbt2018-mean --checkpoint mbt2018-mean=mean-scale.pth \
+        --calibration ../data/bsds500/val --images ../data/kodak --training ../data/bsds500/train --steps 150
+    python benchmarks/cross_setting.py --model mbt2018 cheng2020-anchor cheng2020-checkerboard elic2022-official \
+        --images ../data/kodak --count 3 --planner uniform --bits 6
 """
 
 import argparse
@@ -18,17 +22,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_models import UNTRAINED
+from bench_models import UNTRAINED, WITH_CODECS, add_model_arguments
 from compressai.ops import compute_padding
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fmpq_fx import convert, exact_table, image_files, images, prepare
+from fmpq_fx import convert, exact_table, finetune, image_files, images, prepare
 from fmpq_fx.image_coding import STRIDE
 from fmpq_fx.zoo import load_model
 
-SETTINGS = ("1 thread", "2 threads", "no oneDNN", "channels_last", "float64")
+SETTINGS = ("1 thread", "2 threads", "no oneDNN", "channels_last", "float64", "compiled")
 
 
 class Latents(nn.Module):
@@ -56,7 +60,17 @@ def setting(which: str, codec: Any) -> Iterator[Any]:
             twin = twin.double()
         if which == "channels_last":
             twin = twin.to(memory_format=torch.channels_last)
+        if which == "compiled":
+            compile_networks(twin)
         yield twin
+
+
+def compile_networks(codec: nn.Module) -> None:
+    """Compile the networks of ``codec`` between latents and CDFs; coding loops stay Python."""
+    for parent in list(codec.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Sequential) and name not in ("g_a", "g_s", "h_a"):
+                child.compile(dynamic=True)
 
 
 def encode_all(codec: Any, which: str, pictures: list[Tensor]) -> list[Any]:
@@ -101,15 +115,15 @@ def coded_bytes(codec: Any, pictures: list[Tensor]) -> int:
 
 
 def seconds(codecs: dict[str, Any], pictures: list[Tensor]) -> dict[str, tuple[float, float]]:
-    """Return the median seconds to encode and to decode a picture, by codec, taken in turn on one thread."""
+    """Return the median seconds of processor time to encode and decode a picture, by codec, in turn on one thread."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in codecs}
     for x in tqdm(pictures, desc="time", leave=False):
         for name, codec in codecs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             coded = codec.compress(x)
-            middle = time.perf_counter()
+            middle = time.process_time()
             codec.decompress(coded["strings"], coded["shape"])
-            taken[name].append((middle - start, time.perf_counter() - middle))
+            taken[name].append((middle - start, time.process_time() - middle))
     return {
         name: (statistics.median(e for e, _ in times), statistics.median(d for _, d in times))
         for name, times in taken.items()
@@ -123,27 +137,12 @@ def padded(path: Path) -> Tensor:
     return F.pad(x, pad)
 
 
-def main() -> None:
-    """Print failures per pair of settings, bytes, times, and what each layer sums in."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="sample", help="'sample' or a name of CompressAI's zoo")
-    parser.add_argument(
-        "--checkpoint", type=Path, help="trained weights; without, others than 'sample' are random"
-    )
-    parser.add_argument("--calibration", help="image folder; default: scikit-image's photographs")
-    parser.add_argument("--images", required=True, type=Path, help="image folder")
-    parser.add_argument("--count", type=int, help="of the images; default: all")
-    parser.add_argument("--lmbda", type=float, default=0.013)
-    parser.add_argument("--target-cr", type=float, default=0.1875)
-    parser.add_argument("--planner", default="adaptive")
-    parser.add_argument("--bits", type=int, nargs="+", help="candidates; default: 2 to 10")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+def report(name: str, args: argparse.Namespace, pictures: list[Tensor]) -> None:
+    """Print all about one model: failures per pair of settings, bytes, times, and what each layer sums in."""
+    checkpoint = dict(args.checkpoint).get(name)
     torch.manual_seed(0)
-    untrained = args.checkpoint is None and args.model in UNTRAINED
-    model: Any = UNTRAINED[args.model]() if untrained else load_model(args.model, checkpoint=args.checkpoint)
+    untrained = {**UNTRAINED, **WITH_CODECS}.get(name) if checkpoint is None else None
+    model: Any = load_model(name, checkpoint=checkpoint) if untrained is None else untrained()
     model = model.eval()
     model.update()
     gm = prepare(
@@ -154,30 +153,68 @@ def main() -> None:
         bits=args.bits,
         planner=args.planner,
     )
-    pictures = [padded(path) for path in image_files.find(args.images)[: args.count]]
     with torch.no_grad():
         ours, inexact = convert(gm, exact="require"), convert(gm, exact=False)
-        print(exact_table(ours), "\n")
+        print(f"{name}, {'random' if untrained else 'trained'} weights\n\n{exact_table(ours)}\n")
         rows = failures(model, pictures, 0.5, "float model") + failures(ours, pictures, 0.0, "ours")
         headers = ["", "encoded with", *(f"decoded with {which}" for which in SETTINGS)]
         print(f"images of {len(pictures)} that fail:")
-        print(
-            tabulate(
-                rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * len(SETTINGS))
-            )
-        )
-        sizes = [coded_bytes(codec, pictures) for codec in (ours, inexact)]
-        print(
-            f"\nbytes: {sizes[0]}, with a float entropy path {sizes[1]}: {100 * (sizes[0] / sizes[1] - 1):+.3f} %"
-        )
-        times = seconds({"float model": model, "plan, float path": inexact, "plan, exact": ours}, pictures)
-    base = times["float model"]
+        alignment = ("left", "left", *["right"] * len(SETTINGS))
+        print(tabulate(rows, headers, disable_numparse=True, colalign=alignment) + "\n")
+        print_bytes("before fine-tuning", ours, inexact, pictures)
+    if args.steps:
+        finetune(gm, args.training or args.calibration, lmbda=args.lmbda, steps=args.steps)
+    with torch.no_grad():
+        if args.steps:
+            tuned = convert(gm, exact="require"), convert(gm, exact=False)
+            print_bytes(f"after {args.steps} steps of fine-tuning", *tuned, pictures)
+        print_times({"float model": model, "plan, float path": inexact, "plan, exact": ours}, pictures)
+
+
+def print_bytes(when: str, ours: nn.Module, inexact: nn.Module, pictures: list[Tensor]) -> None:
+    """Print the bytes that two codecs of one graph make."""
+    sizes = [coded_bytes(codec, pictures) for codec in (ours, inexact)]
+    share = 100 * (sizes[0] / sizes[1] - 1)
+    print(f"bytes {when}: {sizes[0]}, with a float entropy path {sizes[1]}: {share:+.3f} %")
+
+
+def print_times(codecs: dict[str, Any], pictures: list[Tensor]) -> None:
+    """Print the seconds per picture, the first codec's being 1."""
+    times = seconds(codecs, pictures)
+    base = next(iter(times.values()))
     rows = [
         [name, *(f"{t:.3f}" for t in pair), *(f"{t / b:.2f}" for t, b in zip(pair, base, strict=True))]
         for name, pair in times.items()
     ]
     headers = ["", "encode (s)", "decode (s)", "encode / float", "decode / float"]
-    print("\n" + tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 4)))
+    print("\n" + tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 4)) + "\n")
+
+
+def main() -> None:
+    """Print the report of every model that was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", nargs="+", default=["sample"], help="'sample' or names of CompressAI's zoo"
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--calibration", help="image folder; default: scikit-image's photographs")
+    parser.add_argument("--images", required=True, type=Path, help="image folder")
+    parser.add_argument("--count", type=int, help="of the images; default: all")
+    parser.add_argument("--lmbda", type=float, default=0.013)
+    parser.add_argument("--target-cr", type=float, default=0.1875)
+    parser.add_argument("--planner", default="adaptive")
+    parser.add_argument("--bits", type=int, nargs="+", help="candidates; default: 2 to 10")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="of fine-tuning, after which bytes are compared again"
+    )
+    parser.add_argument("--training", help="image folder for that; default: that of --calibration")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    pictures = [padded(path) for path in image_files.find(args.images)[: args.count]]
+    for name in args.model:
+        report(name, args, pictures)
 
 
 if __name__ == "__main__":

@@ -177,7 +177,10 @@ def _add_prepare(command: argparse.ArgumentParser) -> None:
         "--sensitivity",
         type=Path,
         metavar="F",
-        help="table to reuse (JSON); measured and written if not there",
+        help="table to reuse (JSON); what it lacks is measured and written, as it goes",
+    )
+    add(
+        "--memory", metavar="2GB", help="what activations may be kept in; default: a quarter of the machine's"
     )
     add("--plot", type=Path, metavar="F", help="draw bits and zeta per site (png, svg or pdf)")
     add("--plan-out", type=Path, metavar="F", help="write the plan (JSON)")
@@ -192,7 +195,8 @@ def _prepare(args: argparse.Namespace) -> None:
         check_plot_path(args.plot)
     for path in filter(None, (args.plan_out, args.sensitivity, args.out)):
         check_folder(path)
-    reuse = args.sensitivity is not None and args.sensitivity.exists()
+    table = Sensitivity.load(args.sensitivity) if args.sensitivity and args.sensitivity.exists() else None
+    reuse = table is not None and table.complete
     with ranks.joined(args.device) as device:
         model = load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
         gm = prepare(
@@ -205,15 +209,15 @@ def _prepare(args: argparse.Namespace) -> None:
             planner=args.planner,
             size=args.size,
             fixed=dict(args.fixed),
-            sensitivity=Sensitivity.load(args.sensitivity) if reuse else None,
+            sensitivity=table if reuse else None,
+            checkpoint=None if reuse else args.sensitivity,
+            memory=args.memory,
         )
         if ranks.is_first():
             _write_prepared(gm, args)
 
 
 def _write_prepared(gm: fx.GraphModule, args: argparse.Namespace) -> None:
-    if args.sensitivity is not None and not args.sensitivity.exists():
-        plan_of(gm).sensitivity.save(args.sensitivity)
     print(bit_table(gm))
     if args.plot is not None:
         plot_plan(gm, args.plot)

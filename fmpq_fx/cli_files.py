@@ -99,7 +99,7 @@ def _add_memory(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--memory",
         metavar="SIZE",
-        help="that coding may take, as 2GB or 500MB, by tiles if need be; default: half of the machine's",
+        help="that coding may take, as 2GB or 500MB, by tiles if need be; default: a quarter of the machine's",
     )
 
 

@@ -11,6 +11,7 @@ from torch import fx, nn
 from fmpq_fx import fingerprint
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.files import replacing
+from fmpq_fx.guarded import guard
 from fmpq_fx.passes.entropy_path import EntropyPath, entropy_path
 from fmpq_fx.passes.incremental import replace_module
 from fmpq_fx.passes.integerize import integerize
@@ -62,9 +63,10 @@ def convert(gm: fx.GraphModule, *, exact: Exact = True) -> nn.Module:
 
 
 def with_exact_path(model: nn.Module, path: EntropyPath, exact: Exact) -> nn.Module:
-    """Return the quantized ``model`` with its entropy ``path`` in exact arithmetic, as ``exact`` says."""
+    """Return the quantized ``model``, guarded, with its entropy ``path`` in exact arithmetic, as ``exact`` says."""
     if exact not in (True, False, "require"):
         raise ValueError(f'exact is {exact!r}; pass True, False or "require"')
+    guard(model)
     if not exact:
         return model
     try:

@@ -147,8 +147,8 @@ def evaluate(
         model: a rewritten graph, which is converted first, or any model with CompressAI's ``compress`` and
             ``decompress``. It is not modified.
         images: an image folder, or (3, H, W) tensors in [0, 1] by name; of any size.
-        memory: the most that this may take beside the codec, in bytes or as "2GB"; None is half of what the machine
-            has. An image that would take more is transformed in tiles (:func:`fmpq_fx.tiling.within`).
+        memory: the most that this may take beside the codec, in bytes or as "2GB"; None is a quarter of the
+            machine's. An image that would take more is transformed in tiles (:func:`fmpq_fx.tiling.within`).
         progress: show a progress bar; None shows it on terminals only.
 
     Returns:

@@ -1,7 +1,7 @@
 """Texts that tell whether two models are the same, by their values."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from compressai.entropy_models import EntropyModel
@@ -20,6 +20,22 @@ def digest(state: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def of_model(model: nn.Module) -> str:
+    """Return a digest of the weights of ``model``: of all its state but what ``update()`` sets."""
+    return digest(
+        {
+            name: value
+            for name, value in model.state_dict().items()
+            if not (_is_computed(name) or name.endswith("scale_table"))
+        }
+    )
+
+
+def of_images(batches: Iterable[Tensor]) -> str:
+    """Return a digest of ``batches``, (B, C, H, W) each, in their order."""
+    return digest({f"{i:06} {tuple(x.shape)} {x.dtype}": x for i, x in enumerate(batches)})
+
+
 def of_entropy_models(model: nn.Module) -> str:
     """Return a digest of what CompressAI's ``update()`` computes the CDF tables of ``model`` from."""
     parts = {name: module for name, module in model.named_modules() if isinstance(module, EntropyModel)}
@@ -28,9 +44,13 @@ def of_entropy_models(model: nn.Module) -> str:
             f"{name}.{key}": value
             for name, module in parts.items()
             for key, value in module.state_dict().items()
-            if key.rpartition(".")[2] not in ("_quantized_cdf", "_cdf_length", "_offset")
+            if not _is_computed(key)
         }
     )
+
+
+def _is_computed(name: str) -> bool:
+    return name.rpartition(".")[2] in ("_quantized_cdf", "_cdf_length", "_offset")
 
 
 def of_codec(codec: nn.Module) -> str:

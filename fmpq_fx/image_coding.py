@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from fmpq_fx import fingerprint, image_files
 from fmpq_fx.byte_reader import ByteReader, counted
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.quant.coder import padded
 from fmpq_fx.tiles import Size
 from fmpq_fx.tiling import latents_of, within
 
@@ -52,8 +53,8 @@ def encode(codec: nn.Module, image: Tensor, *, memory: int | str | None = None) 
         codec: what :func:`fmpq_fx.load_codec` or :func:`fmpq_fx.convert` returned, or any model with CompressAI's
             ``compress``.
         image: (3, H, W) or (1, 3, H, W) in [0, 1], of any size.
-        memory: the most that this may take beside the codec, in bytes or as "2GB"; None is half of what the machine
-            has. An image that would take more is transformed in tiles (:func:`fmpq_fx.tiling.within`).
+        memory: the most that this may take beside the codec, in bytes or as "2GB"; None is a quarter of the
+            machine's. An image that would take more is transformed in tiles (:func:`fmpq_fx.tiling.within`).
 
     Raises:
         FmpqError: the codec cannot code, or not within the ``memory`` given; the message says what it needs.
@@ -113,10 +114,10 @@ def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) ->
     reader.end()
     coder: Any = within(codec, size, memory, images=3)
     symbols = _most_symbols(codec, size)
-    padded = [[_guarded(string, symbols)] for string in strings]
+    guarded = [[padded(string, symbols)] for string in strings]
     try:
         with torch.no_grad():
-            decoded: Tensor = coder.decompress(padded, shape)["x_hat"]
+            decoded: Tensor = coder.decompress(guarded, shape)["x_hat"]
     except Exception as error:  # a forged stream may make anything go wrong
         raise FmpqError(f"its strings cannot be decoded: {type(error).__name__}: {error}") from error
     if decoded.shape[-2:] != size:
@@ -162,16 +163,6 @@ def _checked_body(data: bytes) -> bytes:
     if zlib.crc32(body) != checksum:
         raise FmpqError("it is damaged: its checksum is not that of its content; get or encode it again")
     return body
-
-
-def _guarded(string: bytes, symbols: int) -> bytes:
-    """Return ``string`` with zeros behind it, so many that CompressAI's decoder stays inside it, whatever it is.
-
-    The decoder does not look where its string ends. It reads at most a word of 4 bytes for a symbol, and for one
-    outside of its table so many more as the 4-bit numbers that come first sum to: at most 30 words per byte of the
-    string, and none once it reads zeros.
-    """
-    return string + bytes(4 * 30 * len(string) + 4 * symbols + 256)
 
 
 def _most_symbols(codec: nn.Module, size: Size) -> int:

@@ -5,25 +5,29 @@ import os
 import re
 from pathlib import Path
 
+import torch
+
+_CPU = torch.device("cpu")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 _UNKNOWN = 8 * 2**30  # bytes, where the system does not say what it has
 
 
-def bytes_of(memory: int | str | None) -> int:
+def bytes_of(memory: int | str | None, device: torch.device = _CPU) -> int:
     """Return ``memory`` in bytes.
 
     Args:
-        memory: bytes; or a text like "500 MB", "2GB" (10^9) or "1.5 GiB" (2^30); or None for half of what the machine,
-            or the container that this runs in, has.
+        memory: bytes; or a text like "500 MB", "2GB" (10^9) or "1.5 GiB" (2^30); or None for a quarter of what the
+            machine, or the container that this runs in, or the GPU has.
+        device: where it will be used.
 
     Raises:
         TypeError: it is something else.
         ValueError: it is not positive, or a text of another form.
     """
     if memory is None:
-        return _physical() // 2
+        return _physical(device) // 4
     if isinstance(memory, bool) or not isinstance(memory, int | str):
         raise TypeError(f'memory is a {type(memory).__name__}; pass bytes, a text like "2GB", or None')
     if isinstance(memory, str):
@@ -46,7 +50,9 @@ def words(size: int) -> str:
     return f"{math.ceil(size / 1000)} kB"
 
 
-def _physical() -> int:
+def _physical(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
     try:
         sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     except (AttributeError, OSError, ValueError):

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import fx
@@ -125,12 +127,21 @@ def _draw_zeta(figure: Figure, axes: Axes, plan: Plan) -> None:
     for i, b in enumerate(chosen):
         corner = (i - 0.5, rows.index(b) - 0.5)
         axes.add_patch(Rectangle(corner, 1, 1, fill=False, lw=1.5, zorder=3, clip_on=False))
+    guessed = [
+        (i, rows.index(b))
+        for i, s in enumerate(plan.sites)
+        for b in plan.sensitivity.bits
+        if b not in plan.sensitivity.raw[s.name] and not math.isnan(table[s.name][b])
+    ]
+    if guessed:
+        axes.plot(*zip(*guessed, strict=True), ".", color="gray", markersize=2)
     axes.set_facecolor("lightgray")
     axes.set_yticks(range(len(rows)), ["float" if b is None else str(b) for b in rows])
     axes.set_ylabel("candidate bits")
     scale = axes.inset_axes((1 + 0.15 / figure.get_figwidth(), 0, 0.2 / figure.get_figwidth(), 1))
     label = "zeta: rise of the RD loss\nif only this site is quantized, %"
     figure.colorbar(mesh, cax=scale, extend="both", format="%g", label=label)
-    keys = [Patch(fill=False, lw=1.5, label="chosen bits")]
+    keys: list[Artist] = [Patch(fill=False, lw=1.5, label="chosen bits")]
+    keys += [Line2D([], [], color="gray", marker=".", linestyle="", label="interpolated")] * bool(guessed)
     keys += [Patch(color="lightgray", label="not measured")] * bool(np.isnan(shown).any())
     axes.legend(handles=keys, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderpad=0)

@@ -2,33 +2,33 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fmpq_fx import images, ranks
+from fmpq_fx import fingerprint, images, ranks
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.fingerprint import digest
+from fmpq_fx.files import check_folder
 from fmpq_fx.images import Calibration
+from fmpq_fx.memory import bytes_of
 from fmpq_fx.passes.calibrate import calibrate
 from fmpq_fx.passes.coded_sizes import measure_coded_sizes
 from fmpq_fx.passes.functionalize import functionalize
-from fmpq_fx.passes.incremental import mean_rd
-from fmpq_fx.passes.plan import make_plan, widths_by_site
+from fmpq_fx.passes.incremental import mean_rd, parts_of
+from fmpq_fx.passes.lazy import plan_lazily
+from fmpq_fx.passes.plan import make_task, widths_by_site
 from fmpq_fx.passes.rewrite import plan_of, quantize
 from fmpq_fx.passes.scales import choose_scales
-from fmpq_fx.passes.sensitivity import checked_bits, measure_sensitivity
-from fmpq_fx.passes.sites import annotate, find_sites
+from fmpq_fx.passes.sensitivity import SensitivityMeter, checked_bits, measure_sensitivity
+from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.tables import Measured, Plan, Sensitivity
 from fmpq_fx.passes.trace import check_trace, trace
 
 SIZES = ("nominal", "coded")
-
-TOGETHER = 2
-"""Calibration images that run at once. Ranks share the work by such batches, and so the results do not depend on their
-number; on a CPU larger ones are no faster, and need more memory."""
 
 
 def prepare(
@@ -43,6 +43,8 @@ def prepare(
     size: str = "nominal",
     fixed: Mapping[str, int | None] | None = None,
     sensitivity: Sensitivity | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    memory: int | str | None = None,
     progress: bool | None = None,
 ) -> fx.GraphModule:
     """Quantize ``model`` so that its weights take ``target_cr`` of their float32 bytes.
@@ -55,8 +57,7 @@ def prepare(
         target_cr: quantized weight bytes / float32 weight bytes, 0.25 for four times smaller; a number above 1
             is read as the factor (4 means 0.25).
         calibration: an image folder, an iterable of (B, 3, H, W) float tensors in [0, 1], or None for 256 x 256
-            crops of scikit-image's colour photographs. Eight crops suffice; the activations of all of them are
-            kept in memory.
+            crops of scikit-image's colour photographs. Eight crops suffice.
         lmbda: the Lagrangian of the RD loss; None makes rate and distortion weigh the same on the calibration.
         bits: candidate bit-widths of the weights; None is 2 … 10, or those of ``sensitivity``.
         activation_bits: of every site's input; None keeps activations float.
@@ -66,7 +67,14 @@ def prepare(
             are then min-max, since finer ones would cost bytes.
         fixed: site names or globs whose bits are given: {"g_s.6": 8, "h_*": 4, "g_a.0": None}; None keeps float32.
         sensitivity: what :func:`analyze` returned for this model, to plan for several targets from one
-            measurement; ``lmbda`` is then left out, or that of the table.
+            measurement, or the incomplete table of another plan, of which only what is missing is measured;
+            ``lmbda`` is then left out, or that of the table. None measures what the plan rests on, which leads to
+            the plan of the whole table but for what noise decides.
+        checkpoint: a file that the table is written to as it is measured, instead of ``sensitivity``. Where it is
+            there, only what it lacks is measured; it must be of the same weights and images.
+        memory: how much memory activations may be kept in: bytes, or a string as "2GB"; None is a quarter of the
+            machine's, or of the GPU's. With less, more is computed again, and the result is the same. Forward
+            passes take memory besides, for two images of 256 x 256 at once, sixteen on a GPU.
         progress: show progress bars; None shows them on terminals only.
 
     Returns:
@@ -75,41 +83,50 @@ def prepare(
 
     Raises:
         ValueError: an argument is out of its range; for an unreachable target the message names what is.
-        FmpqError: the model cannot be traced or run on the images, there are no usable images, or the RD loss of
-            the quantized model is not finite; the ranks were given different things.
+        FmpqError: the model cannot be traced or run on the images, there are no usable images, the RD loss of
+            the quantized model is not finite, or the table is of another model, or the checkpoint, or a table that
+            is to be completed, of other weights or images; the ranks were given different
+            things.
     """
     progress = progress if ranks.is_first() else False
     bits = None if bits is None else checked_bits(bits)
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; pass one of {', '.join(map(repr, SIZES))}")
-    ranks.require_same({"the sensitivity": _version(sensitivity)})
+    if sensitivity is not None and checkpoint is not None:
+        raise ValueError("sensitivity and checkpoint both name a table; pass one of them")
+    known = sensitivity or _known(checkpoint)
+    ranks.require_same({"the sensitivity": _version(known)})
     batches = _batches_for(model, calibration)
+    limit = bytes_of(memory, batches[0].device)
     gm = _traced(model, batches)
-    draft = sensitivity or _unmeasured(gm, bits)
+    sites, measurable = find_sites(gm), checked_bits(bits) if known is None else known.bits
     coded = None
     if size == "coded":
-        given = widths_by_site(fixed, find_sites(gm))
-        coded = measure_coded_sizes(gm, bits or draft.bits, given, progress=progress)
-    make = partial(
-        make_plan,
-        target_cr=target_cr,
+        given = widths_by_site(fixed, sites)
+        coded = measure_coded_sizes(gm, bits or measurable, given, progress=progress)
+    task = make_task(  # tells of mistakes before the long measurement
+        sites,
+        measurable,
+        target_cr,
         planner=planner,
         bits=bits,
         fixed=fixed,
         activation_bits=activation_bits,
         coded=coded,
     )
-    make(draft)  # tells of mistakes before the long measurement
-    table = _measured_or_given(gm, batches, sensitivity, lmbda, bits, progress)
-    plan = ranks.from_first(make(table))
+    settings = _settings(model, batches, limit, known, checkpoint)
+    widths = bits if known is None else None  # else those of the table, all of them
+    meter = SensitivityMeter(gm, batches, lmbda=lmbda, bits=widths, progress=progress, **settings)
+    plan = ranks.from_first(plan_lazily(task, meter))
+    del meter  # and the activations that it keeps
 
-    float_rd = mean_rd(gm, batches, table.lmbda)
+    float_rd = mean_rd(gm, batches, plan.lmbda)
     quantized = quantize(gm, plan)
     if size == "nominal":
-        choose_scales(quantized, batches, progress=progress)
-    weights_rd = mean_rd(quantized, batches, table.lmbda)
-    calibrate(quantized, batches, progress=progress)
-    measured = Measured(float_rd, weights_rd, mean_rd(quantized, batches, table.lmbda))
+        choose_scales(quantized, batches, memory=limit, progress=progress)
+    weights_rd = mean_rd(quantized, batches, plan.lmbda)
+    calibrate(quantized, batches, memory=limit, progress=progress)
+    measured = Measured(float_rd, weights_rd, mean_rd(quantized, batches, plan.lmbda))
     if not (math.isfinite(measured.weights_rd) and math.isfinite(measured.rd)):
         raise FmpqError(
             f"the RD loss of the quantized model is not finite ({measured}); allow more bits, or prepare the model "
@@ -125,16 +142,29 @@ def analyze(
     calibration: Calibration = None,
     lmbda: float | None = None,
     bits: Iterable[int] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    memory: int | str | None = None,
     progress: bool | None = None,
 ) -> Sensitivity:
     """Measure how much each candidate bit-width of each site raises the RD loss of ``model``.
 
-    The arguments are those of :func:`prepare`, which takes the table for any number of targets.
+    The arguments are those of :func:`prepare`, which takes the table for any number of targets. An interrupted
+    measurement goes on from its ``checkpoint``, to the same values; ``lmbda`` and ``bits`` are those of the file,
+    or left out.
+
+    Raises:
+        ValueError: an argument is out of its range, or ``lmbda`` or ``bits`` is not that of the checkpoint.
+        FmpqError: the model cannot be traced or run on the images, there are no usable images, or the checkpoint is of
+            another model, other weights or other images.
     """
     progress = progress if ranks.is_first() else False
+    known = _known(checkpoint)
+    ranks.require_same({"the sensitivity": _version(known)})
     batches = _batches_for(model, calibration)
+    limit = bytes_of(memory, batches[0].device)
     gm = _traced(model, batches)
-    return _measured_or_given(gm, batches, None, lmbda, bits, progress)
+    settings = _settings(model, batches, limit, known, checkpoint)
+    return measure_sensitivity(gm, batches, lmbda=lmbda, bits=bits, progress=progress, **settings)
 
 
 def rewrite(model: nn.Module, plan: Plan) -> fx.GraphModule:
@@ -167,15 +197,15 @@ def _batches_for(model: nn.Module, calibration: Calibration) -> list[Tensor]:
         raise FmpqError(f"{type(model).__name__} has no parameters, so there is nothing to quantize")
     given = images.batches(calibration)
     if ranks.count() > 1:
-        pixels = digest({f"batch {i}": x for i, x in enumerate(given)})[:12]
-        weights = digest(model.state_dict())[:12]
+        pixels = fingerprint.of_images(given)[:12]
+        weights = fingerprint.of_model(model)[:12]
         ranks.require_same(
             {
                 "the calibration": f"{images.describe(given)}, {pixels}",
                 "the model": f"{type(model).__name__}, weights {weights}",
             }
         )
-    return [x.to(parameter.device, parameter.dtype) for batch in given for x in batch.split(TOGETHER)]
+    return [x.to(parameter.device, parameter.dtype) for x in given]
 
 
 def _version(sensitivity: Sensitivity | None) -> str:
@@ -187,37 +217,34 @@ def _version(sensitivity: Sensitivity | None) -> str:
 def _traced(model: nn.Module, batches: list[Tensor]) -> fx.GraphModule:
     gm = functionalize(trace(model))
     find_sites(gm)  # refuses weights that are not finite, which nothing can be compared with
-    for x in {x.shape: x for x in batches}.values():  # a decision on the size would show at another one
+    # What is measured is run in such parts; a decision on the size would show at another one.
+    for x in {x.shape: x for x in parts_of(batches)}.values():
         check_trace(model, gm, x)
     return gm
 
 
-def _unmeasured(gm: fx.GraphModule, bits: Iterable[int] | None) -> Sensitivity:
-    """Return a table of zeros for ``gm``, which is enough to find out whether a plan can be made at all."""
-    sites = find_sites(gm)
-    zeros = {site.name: dict.fromkeys(checked_bits(bits), 0.0) for site in sites}
-    return Sensitivity(sites, 1.0, 0.0, 0.0, zeros, zeros, {}, "")
+def _known(checkpoint: str | os.PathLike[str] | None) -> Sensitivity | None:
+    """Return the table in the file ``checkpoint``, None where there is none yet."""
+    if checkpoint is None:
+        return None
+    check_folder(checkpoint)
+    return Sensitivity.load(checkpoint) if Path(checkpoint).exists() else None
 
 
-def _measured_or_given(
-    gm: fx.GraphModule,
+def _settings(
+    model: nn.Module,
     batches: list[Tensor],
-    given: Sensitivity | None,
-    lmbda: float | None,
-    bits: Iterable[int] | None,
-    progress: bool | None,
-) -> Sensitivity:
-    if given is None:
-        words = images.describe(batches)
-        return measure_sensitivity(gm, batches, lmbda=lmbda, bits=bits, images=words, progress=progress)
-    if lmbda is not None and lmbda != given.lmbda:
-        raise ValueError(
-            f"the sensitivity was measured with lmbda {given.lmbda:g}, and {lmbda:g} was asked for; leave lmbda "
-            f"out, or measure again with analyze(model, lmbda={lmbda:g})"
-        )
-    if find_sites(gm) != given.sites:
-        raise FmpqError(
-            "the sensitivity is of another model: its sites or their sizes differ; measure this model with analyze()"
-        )
-    annotate(gm, "zeta", given.zeta)
-    return given
+    memory: int,
+    known: Sensitivity | None,
+    checkpoint: str | os.PathLike[str] | None,
+) -> dict[str, Any]:
+    """Return the arguments of a measurement that tell what it is of, and how it goes on."""
+    identity = {"weights": fingerprint.of_model(model), "images": fingerprint.of_images(batches)}
+    words = images.describe(batches)
+    return {
+        "images": words,
+        "identity": identity,
+        "memory": memory,
+        "known": known,
+        "checkpoint": checkpoint,
+    }

@@ -18,9 +18,9 @@ GROUPS = 4  # kinds of float parameters that are told apart; what is left is sum
 def bit_table(gm: fx.GraphModule) -> str:
     """Return the bits of every site of ``gm`` as a table, with what the plan aimed at and what it costs.
 
-    A row is a site, in the order of the graph. Zeta is monotone and in % of the float model's RD loss, "-"
-    where it was not measured; bytes are nominal, parameters * bits / 8, or coded, as the plan counts them; share
-    is in % of all sites' bytes.
+    A row is a site, in the order of the graph. Zeta is monotone and in % of the float model's RD loss, "-" where it
+    is not known, "~" before what is interpolated; bytes are nominal, parameters * bits / 8, or coded, as the plan
+    counts them; share is in % of all sites' bytes.
     Below: size, what stays float, the search, and the RD loss, rate + lambda * 255^2 * MSE in bits per pixel.
 
     Raises:
@@ -31,10 +31,11 @@ def bit_table(gm: fx.GraphModule) -> str:
     rows: list[Any] = []
     for site in plan.sites:
         b, name = plan.bits[site.name], site.name + " *" * (site.name in opaque)
-        width, zeta = "float" if b is None else str(b), plan.zeta_of(site.name)
+        width, zeta = "float" if b is None else str(b), _zeta(plan.zeta_of(site.name))
+        zeta = "~" * plan.interpolates(site.name) + zeta
         rows.append((name, site.kind, *_numbers(plan, site.params, width, zeta, plan.bytes_of(site))))
     params, average = sum(site.params for site in plan.sites), f"{plan.average_bits:.1f}"
-    total = _numbers(plan, params, average, plan.predicted, plan.size_bytes)
+    total = _numbers(plan, params, average, _zeta(plan.predicted), plan.size_bytes)
     rows += [SEPARATING_LINE, (_count(len(plan.sites), "site"), "", *total)]
     size = "bytes" if plan.coded is None else "coded bytes"
     header = ("node", "kind", "parameters", "bits", "zeta %", size, "share %")
@@ -46,8 +47,8 @@ def bit_table(gm: fx.GraphModule) -> str:
     return f"{table}\n\n{_footer(gm, plan)}"
 
 
-def _numbers(plan: Plan, params: int, width: str, zeta: float, size: float) -> tuple[str, ...]:
-    return f"{params:,}", width, _zeta(zeta), f"{size:,.0f}", f"{100 * size / plan.size_bytes:.1f}"
+def _numbers(plan: Plan, params: int, width: str, zeta: str, size: float) -> tuple[str, ...]:
+    return f"{params:,}", width, zeta, f"{size:,.0f}", f"{100 * size / plan.size_bytes:.1f}"
 
 
 def _opaque_modules(gm: fx.GraphModule, plan: Plan) -> dict[str, str]:
@@ -70,6 +71,9 @@ def _footer(gm: fx.GraphModule, plan: Plan) -> str:
         "CR": f"{plan.cr:.4f} ({factor(plan.cr)}), target {plan.target_cr:.4g} ({factor(plan.target_cr)})",
         "stays float": _float_remainder(gm, plan),
         "planner": search,
+        "zeta": ""
+        if plan.sensitivity.complete
+        else f"{plan.sensitivity.extent}, as many as the plan rests on",
         "lambda": f"{plan.lmbda:.4g}",
         "RD loss": _rd_loss(plan),
         "images": _images(plan),
@@ -109,10 +113,11 @@ def _kind_of(parameter: str, gm: fx.GraphModule, plan: Plan) -> str:
 
 
 def _rd_loss(plan: Plan) -> str:
-    unmeasured = sum(math.isnan(plan.zeta_of(site.name)) for site in plan.sites)
+    unknown = sum(math.isnan(plan.zeta_of(site.name)) for site in plan.sites)
+    guessed = sum(plan.interpolates(site.name) for site in plan.sites)
     promise = f"sum of zeta: {percent(plan.predicted)}"
-    if unmeasured:
-        promise += f", {_count(unmeasured, 'site')} unknown"
+    for count, what in ((unknown, "unknown"), (guessed, "interpolated")):
+        promise += f", {_count(count, 'site')} {what}" if count else ""
     if plan.measured is None:
         return f"not measured ({promise})"
     base, weights, both = plan.measured.float_rd, plan.measured.weights_rd, plan.measured.rd

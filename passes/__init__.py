@@ -10,6 +10,7 @@ pass                takes and returns                            what it does
 ``sites``           GraphModule -> sites                         finds what can be quantized, and marks its nodes
 ``sensitivity``     GraphModule, images -> Sensitivity           measures what each bit-width costs
 ``plan``            Sensitivity, target -> Plan                  assigns bits to every site (``planners``)
+``lazy``            task, GraphModule, images -> Plan            measures only what the plan rests on
 ``rewrite``         GraphModule, Plan -> GraphModule             swaps in quantized layers
 ``scales``          GraphModule, images -> GraphModule           chooses where weights are clipped
 ``calibrate``       GraphModule, images -> GraphModule           sets the ranges of activations

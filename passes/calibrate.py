@@ -15,16 +15,21 @@ from tqdm import tqdm
 
 from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.incremental import RDDescent
+from fmpq_fx.passes.incremental import RDDescent, parts_of, run_part
+from fmpq_fx.passes.memory import freed_memory_kept
 from fmpq_fx.passes.rewrite import plan_of, quantized_layers
-from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer
+from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, weights_kept
 
 CLIPS = (0.8, 0.6, 0.5, 0.4, 0.3)
 """Parts of the range seen that are tried, until one is no better."""
 
 
 def calibrate(
-    gm: fx.GraphModule, batches: Sequence[Tensor], *, progress: bool | None = None
+    gm: fx.GraphModule,
+    batches: Sequence[Tensor],
+    *,
+    memory: int | None = None,
+    progress: bool | None = None,
 ) -> fx.GraphModule:
     """Give the activation quantizers of ``gm`` their ranges, from the images ``batches``.
 
@@ -32,6 +37,7 @@ def calibrate(
         gm: a rewritten graph in evaluation mode. It is changed and returned; the ranges are written into its
             plan. Layers whose ranges are set already keep them.
         batches: calibration images, (B, 3, H, W) each, in [0, 1].
+        memory: bytes of activations to keep at most, see :class:`ChangeMeter`.
         progress: show a progress bar; None shows it on terminals only.
 
     Raises:
@@ -46,12 +52,12 @@ def calibrate(
         return gm
     quantizers = {site: quantizer for site, (_, quantizer) in observers.items()}
     _observe(gm, batches, quantizers)
-    descent = RDDescent(gm, batches, plan_of(gm).lmbda)
+    clippable = {site: both for site, both in observers.items() if not both[1].integral}
     hide = None if progress is None else not progress
-    for site, (layer, quantizer) in tqdm(
-        observers.items(), desc="activation ranges", unit="site", disable=hide, leave=False
-    ):
-        if not quantizer.integral:
+    with RDDescent(gm, batches, plan_of(gm).lmbda, list(clippable), memory=memory) as descent:
+        for site, (layer, quantizer) in tqdm(
+            clippable.items(), desc="activation ranges", unit="site", disable=hide, leave=False
+        ):
             _clip_range(descent, site, layer, quantizer)
     plan = plan_of(gm)
     gm.meta["fmpq"] = replace(
@@ -68,9 +74,9 @@ def _observe(
     """Freeze the quantizers at the ranges of their inputs for ``batches``."""
     for quantizer in quantizers.values():
         quantizer.observe()  # what was run before this, with other weights perhaps, does not count
-    with torch.no_grad():
-        for x in ranks.share(batches):
-            gm(x)
+    with torch.no_grad(), weights_kept(gm), freed_memory_kept():
+        for x in ranks.share(parts_of(batches)):
+            run_part(gm, x)
     seen = ranks.gathered([(*quantizer.range, quantizer.integral) for quantizer in quantizers.values()])
     for (site, quantizer), of_ranks in zip(quantizers.items(), zip(*seen, strict=True), strict=True):
         lows, highs, integral = zip(*of_ranks, strict=True)

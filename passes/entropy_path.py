@@ -5,6 +5,7 @@ The path is followed through the graph from the parameters of the conditional en
 the decoder has, and through the networks inside CompressAI's latent codecs, which the graph keeps whole.
 """
 
+import math
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -31,13 +32,13 @@ from compressai.layers import MaskedConv2d
 from compressai.models import JointAutoregressiveHierarchicalPriors
 from torch import fx, nn
 
+from fmpq_fx.passes.sums import MOST_TERMS, NO_NUMBERS, SUMS, TermCounter, adds_fixed_point, float_layer
 from fmpq_fx.passes.trace import LicTracer
 from fmpq_fx.quant import QuantizedLayer, QuantizeLatent, quantized_class
-from fmpq_fx.quant.fixed_point import FRACTION_BITS
 from fmpq_fx.quant.products import product_of
 
-# Fixed-point numbers go in and come out: these move, negate, compare, add. A sum may leave the range, where float32
-# rounds it, but never back into it, and the next layer saturates it.
+# Fixed-point numbers go in and come out: these move, negate, compare, add. Where numbers are added, layers saturate
+# so early that no sum leaves the range, beyond which float32 would round it.
 _MODULES = (nn.ReLU, nn.Identity, nn.PixelShuffle, nn.PixelUnshuffle, nn.MaxPool2d, nn.ZeroPad2d, nn.Dropout)
 _FUNCTIONS = (
     *(
@@ -77,15 +78,6 @@ _METHODS = (
     ),
     *("contiguous", "clone", "detach", "narrow", "expand", "repeat", "relu", "abs", "neg"),
 )
-_SUMS = (torch.add, torch.sub, operator.add, operator.sub, "add", "sub")
-_NO_NUMBERS = (
-    "size",
-    "dim",
-    "shape",
-    "dtype",
-    "device",
-)  # what asks a tensor for something else than its values
-
 _NETWORKS: dict[type, tuple[str, ...]] = {
     HyperpriorLatentCodec: (),
     EntropyBottleneckLatentCodec: (),
@@ -106,6 +98,7 @@ class EntropyPath:
     priors: tuple[str, ...]  # entropy bottlenecks whose latents enter the path
     in_order: bool  # the model codes its latents one after the other, in the loops of mbt2018
     obstacles: tuple[str, ...]  # each names a node and says why it is none
+    terms: int = 1  # as many outputs of layers are added up, at most, before another layer gets them
 
 
 @dataclass
@@ -114,6 +107,7 @@ class _Draft:
     activations: dict[str, nn.Module] = field(default_factory=dict)
     priors: dict[str, None] = field(default_factory=dict)
     obstacles: dict[str, None] = field(default_factory=dict)
+    terms: int = 1
 
     def stop(self, node: str, reason: str) -> None:
         self.obstacles[f"{node!r} {reason}"] = None
@@ -131,7 +125,7 @@ def entropy_path(gm: fx.GraphModule) -> EntropyPath:
         if isinstance(module, GaussianConditional):
             _check_conditional(draft, str(node.target), module)
     _check_calls_elsewhere(draft, called, walk.seen)
-    masked = [name for name, layer in draft.layers.items() if isinstance(_float_layer(layer), MaskedConv2d)]
+    masked = [name for name, layer in draft.layers.items() if isinstance(float_layer(layer), MaskedConv2d)]
     in_order = _codes_in_order(gm.meta["model"], masked)
     for name in [] if in_order else masked:
         draft.stop(
@@ -141,7 +135,12 @@ def entropy_path(gm: fx.GraphModule) -> EntropyPath:
         if isinstance(module, LatentCodec):
             _enter(draft, str(node.target), module)
     return EntropyPath(
-        tuple(draft.layers), tuple(draft.activations), tuple(draft.priors), in_order, tuple(draft.obstacles)
+        tuple(draft.layers),
+        tuple(draft.activations),
+        tuple(draft.priors),
+        in_order,
+        tuple(draft.obstacles),
+        draft.terms,
     )
 
 
@@ -158,6 +157,7 @@ class _Walk:
     def __init__(self, draft: _Draft, root: nn.Module, prefix: str, inputs: bool = False):
         self.draft, self.root, self.prefix, self.inputs = draft, root, prefix, inputs
         self.seen: set[fx.Node] = set()
+        self.terms = TermCounter(root)
 
     def follow(self, ends: Iterable[fx.Node]) -> None:
         """Visit ``ends`` and all that they are computed from, up to coded latents."""
@@ -178,19 +178,23 @@ class _Walk:
             self.draft.stop(node.name, "is not computed from coded latents")
             return False
         asked = node.args[1] if node.target is getattr else node.target
-        if asked in _NO_NUMBERS:
+        if asked in NO_NUMBERS:
             return False
-        if asked in (*_FUNCTIONS, *_METHODS) or (asked in _SUMS and _adds_fixed_point(node)):
+        if asked in (*_FUNCTIONS, *_METHODS):
             return True
+        if asked in SUMS and adds_fixed_point(node):
+            return self._note_sum(node)
         self.draft.stop(node.name, f"({node.format_node()}) has no exact form")
         return False
 
-
-def _adds_fixed_point(node: fx.Node) -> bool:
-    numbers = [value for value in node.args if not isinstance(value, fx.Node)]
-    return not node.kwargs and all(
-        isinstance(n, int | float) and float(n * 2**FRACTION_BITS).is_integer() for n in numbers
-    )
+    def _note_sum(self, node: fx.Node) -> bool:
+        terms = self.terms(node)
+        if terms > MOST_TERMS:
+            what = "latents themselves" if terms == math.inf else f"{terms} outputs of layers"
+            self.draft.stop(node.name, f"({node.format_node()}) adds up {what}; put a convolution before it")
+            return False
+        self.draft.terms = max(self.draft.terms, int(terms))
+        return True
 
 
 def _note_module(draft: _Draft, name: str, module: nn.Module) -> bool:
@@ -200,7 +204,7 @@ def _note_module(draft: _Draft, name: str, module: nn.Module) -> bool:
     if isinstance(module, EntropyModel | QuantizeLatent | LatentCodec):
         return False
     if isinstance(module, QuantizedLayer) or quantized_class(module) is not None:
-        if product_of(_float_layer(module)) is not None:
+        if product_of(float_layer(module)) is not None:
             draft.layers[name] = module
             return True
     elif type(module) is nn.LeakyReLU:
@@ -208,12 +212,8 @@ def _note_module(draft: _Draft, name: str, module: nn.Module) -> bool:
         return True
     elif type(module) in _MODULES:
         return True
-    draft.stop(name, f"({type(_float_layer(module)).__name__}) has no exact form")
+    draft.stop(name, f"({type(float_layer(module)).__name__}) has no exact form")
     return False
-
-
-def _float_layer(module: nn.Module) -> nn.Module:
-    return module.layer if isinstance(module, QuantizedLayer) else module
 
 
 def _check_conditional(draft: _Draft, name: str, module: GaussianConditional) -> None:

@@ -1,5 +1,6 @@
 """Lower the entropy path of a model to exact integer arithmetic, so that what it codes decodes everywhere."""
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -8,6 +9,7 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.entropy_path import EntropyPath
 from fmpq_fx.passes.incremental import replace_module
 from fmpq_fx.quant import ExactLayer, ExactLeakyReLU
+from fmpq_fx.quant.fixed_point import MOST
 from fmpq_fx.quant.latents import round_medians
 from fmpq_fx.quant.wavefront import Context, WavefrontDecoder, WavefrontEncoder
 
@@ -27,7 +29,8 @@ def integerize(model: nn.Module, path: EntropyPath) -> nn.Module:
         raise FmpqError("; ".join(path.obstacles))
     device = next(model.parameters()).device
     exact: dict[int, tuple[nn.Module, nn.Module]] = {}  # by the module replaced: it may have several names
-    for names, make in ((path.layers, ExactLayer), (path.activations, ExactLeakyReLU)):
+    layer = functools.partial(ExactLayer, most=MOST // path.terms)
+    for names, make in ((path.layers, layer), (path.activations, ExactLeakyReLU)):
         for name in names:
             old = model.get_submodule(name)
             try:

@@ -1,4 +1,4 @@
-"""Keep the memory of freed tensors in the process while the same shapes are allocated again and again."""
+"""Memory of freed tensors, kept for the next ones."""
 
 import ctypes
 import platform

@@ -3,10 +3,12 @@
 import difflib
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
+from typing import Any
 
-from fmpq_fx.passes.planners import PLANNERS
+from fmpq_fx.passes.planners import PLANNERS, Assignment
 from fmpq_fx.passes.tables import FLOAT_BITS, Plan, Sensitivity, Site, Table
 
 WINDOW = 0.01
@@ -16,8 +18,63 @@ WIDTHS = range(2, 17)
 """Bits that activations, and the weights of fixed sites, may have."""
 
 
-def make_plan(
-    sensitivity: Sensitivity,
+@dataclass(frozen=True)
+class Task:
+    """All that a planner is asked, but for zeta."""
+
+    sites: tuple[Site, ...]  # in the order of the graph
+    given: dict[str, int | None]  # bits that are not the planner's to choose
+    cost: Table  # bytes of each site at each width that it may get; a given site has one
+    budget: float  # bytes that all sites may take together
+    target: float  # the same as a fraction of float32
+    planner: str
+    activation_bits: int | None
+    coded: Table | None  # bytes per site and width as the model file codes them; None: size is nominal
+
+    @property
+    def float_bytes(self) -> float:
+        """Bytes of all sites' weights in float32."""
+        return sum(site.bytes_at(None) for site in self.sites)
+
+    @property
+    def window(self) -> float:
+        """How many bytes below the budget the adaptive search may end."""
+        return WINDOW * self.float_bytes
+
+    def choices(self, zeta: Table) -> Table:
+        """Return what the planner sees of ``zeta``: that of the widths which it may choose from."""
+        # Where there is no choice, zeta is idle and may not have been measured.
+        idle = self.cost if self.planner == "uniform" else self.given
+        return {
+            site: dict.fromkeys(widths, 0.0) if site in idle else {b: zeta[site][b] for b in widths}
+            for site, widths in self.cost.items()
+        }
+
+    def assign(self, zeta: Table) -> Assignment:
+        """Let the planner decide by ``zeta``, of all widths that it may choose from."""
+        options = {"window": self.window} if self.planner == "adaptive" else {}
+        return PLANNERS[self.planner](self.choices(zeta), self.cost, self.budget, **options)
+
+    def plan(self, sensitivity: Sensitivity) -> Plan:
+        """Return the plan for the monotone zeta of ``sensitivity``."""
+        found = self.assign(sensitivity.zeta)
+        return Plan(
+            sites=self.sites,
+            bits={name: self.given.get(name, width) for name, width in found.bits.items()},
+            activation_bits=self.activation_bits,
+            target_cr=self.target,
+            planner=self.planner,
+            sensitivity=sensitivity,
+            beta=found.beta,
+            history=tuple((beta, size / self.float_bytes) for beta, size in found.history),
+            remarks=found.remarks,
+            coded=self.coded,
+        )
+
+
+def make_task(
+    sites: tuple[Site, ...],
+    measurable: tuple[int, ...],
     target_cr: float,
     *,
     planner: str = "adaptive",
@@ -25,21 +82,18 @@ def make_plan(
     fixed: Mapping[str, int | None] | None = None,
     activation_bits: int | None = 8,
     coded: Table | None = None,
-) -> Plan:
-    """Give every site its bits, so that all weights take at most ``target_cr`` of their float32 bytes.
-
-    The hyper path at 4 bits, the first layer in float32, and the other sites so that all are 4x smaller::
-
-        plan = make_plan(sensitivity, 0.25, fixed={"h_*": 4, "g_a.0": None})
+) -> Task:
+    """Check what is asked of a planner: give every site its bits, so that all take at most ``target_cr``.
 
     Args:
-        sensitivity: what each candidate width costs each site; the planner sees its monotone zeta.
+        sites: of the model.
+        measurable: the widths for which zeta is known, or can be.
         target_cr: bytes / float32 bytes over all sites, the fixed ones included. A number above 1 is read as
             the factor: 4 means 0.25.
         planner: "adaptive" (FMPQ's search for beta, to within 0.01 below the target), "optimal" (least sum of
             zeta) or "uniform" (one width for all).
-        bits: candidate widths, all of them measured; None means all that were.
-        fixed: widths by site name or glob, which are not the planner's to choose: 2 to 16 bits, measured or
+        bits: candidate widths, all of them ``measurable``; None means all that are.
+        fixed: widths by site name or glob, which are not the planner's to choose: 2 to 16 bits, measurable or
             not, or None for float32. A name wins over a glob, a later glob over an earlier one.
         activation_bits: 2 to 16 for the input of every site, or None for float. It takes no model size.
         coded: bytes of each site at each of its widths, to plan with instead of the nominal ones.
@@ -53,53 +107,46 @@ def make_plan(
     activations = _width(activation_bits, "activation_bits", "to keep activations float")
     if planner not in PLANNERS:
         raise ValueError(f"there is no planner {planner!r}; pass one of {', '.join(map(repr, PLANNERS))}")
-    candidates = _candidates(bits, sensitivity.bits)
-    given = widths_by_site(fixed, sensitivity.sites)
+    candidates = _candidates(bits, measurable)
+    given = widths_by_site(fixed, sites)
 
-    zeta, cost = _tables(sensitivity, candidates, given, coded)
-    float_bytes = sum(site.bytes_at(None) for site in sensitivity.sites)
+    cost = _cost(sites, candidates, given, coded)
+    float_bytes = sum(site.bytes_at(None) for site in sites)
     budget, target = _budget(target, float_bytes)
     low, high = (sum(end(values.values()) for values in cost.values()) for end in (min, max))
     if not low <= budget <= high:
         among = f"candidates of {', '.join(map(str, candidates))} bits"
         among += f" and {len(given)} of {len(cost)} sites fixed" if given else ""
         raise ValueError(_unreachable(target_cr, target, low / float_bytes, high / float_bytes, among))
-
-    options = {"window": WINDOW * float_bytes} if planner == "adaptive" else {}
-    found = PLANNERS[planner](zeta, cost, budget, **options)
-    return Plan(
-        sites=sensitivity.sites,
-        bits={name: given.get(name, width) for name, width in found.bits.items()},
-        activation_bits=activations,
-        target_cr=target,
-        planner=planner,
-        sensitivity=sensitivity,
-        beta=found.beta,
-        history=tuple((beta, size / float_bytes) for beta, size in found.history),
-        remarks=found.remarks,
-        coded=coded,
-    )
+    return Task(sites, given, cost, budget, target, planner, activations, coded)
 
 
-def _tables(
-    sensitivity: Sensitivity,
+def make_plan(sensitivity: Sensitivity, target_cr: float, **options: Any) -> Plan:
+    """Plan by ``sensitivity``, what each candidate width costs each site.
+
+    The hyper path at 4 bits, the first layer in float32, and the other sites so that all are 4x smaller::
+
+        plan = make_plan(sensitivity, 0.25, fixed={"h_*": 4, "g_a.0": None})
+
+    The options, and what is raised, are those of :func:`make_task`.
+    """
+    return make_task(sensitivity.sites, sensitivity.bits, target_cr, **options).plan(sensitivity)
+
+
+def _cost(
+    sites: tuple[Site, ...],
     candidates: tuple[int, ...],
     given: Mapping[str, int | None],
     coded: Table | None,
-) -> tuple[Table, Table]:
-    """Return zeta and the bytes of what the planner may choose from, in the order of the sites."""
-    zeta: Table = {}
+) -> Table:
+    """Return the bytes of what the planner may choose from, in the order of the sites."""
     cost: Table = {}
-    for site in sensitivity.sites:
-        if site.name in given:
-            # A single candidate is no choice, so that its zeta, which may not have been measured, is idle.
-            width = given[site.name]
-            zeta[site.name] = {FLOAT_BITS if width is None else width: 0.0}
-        else:
-            zeta[site.name] = {b: sensitivity.zeta[site.name][b] for b in candidates}
+    for site in sites:
+        width = given.get(site.name)
+        widths = ((FLOAT_BITS if width is None else width),) if site.name in given else candidates
         sizes = {} if coded is None else coded[site.name]  # nothing is coded of a site that stays float
-        cost[site.name] = {b: sizes.get(b, site.bytes_at(b)) for b in zeta[site.name]}
-    return zeta, cost
+        cost[site.name] = {b: sizes.get(b, site.bytes_at(b)) for b in widths}
+    return cost
 
 
 def _fraction(target_cr: object) -> float:

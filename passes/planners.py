@@ -77,7 +77,7 @@ def adaptive(
     """
     cheapest = _cheapest(zeta, cost, budget)
     floor = budget - window
-    history = tuple(_search(zeta, cost, floor, budget, max_evaluations))
+    history = tuple(search(zeta, cost, floor, budget, max_evaluations))
     size, beta = max(((size, beta) for beta, size in history if size <= budget), default=(None, None))
     bits = cheapest if beta is None else bits_at(zeta, beta)
     if size is not None and size >= floor:
@@ -118,8 +118,8 @@ def bits_at(zeta: Values, beta: float) -> dict[str, int]:
     return bits
 
 
-def _search(
-    zeta: Values, cost: Values, floor: float, budget: float, max_evaluations: int
+def search(
+    zeta: Values, cost: Values, floor: float, budget: float, max_evaluations: int = 12
 ) -> Iterator[tuple[float, float]]:
     """Try values of beta until the size is in [floor, budget] or no other size is left; yield (beta, bytes).
 

@@ -24,7 +24,11 @@ WORTHWHILE = 5e-4
 
 
 def choose_scales(
-    gm: fx.GraphModule, batches: Sequence[Tensor], *, progress: bool | None = None
+    gm: fx.GraphModule,
+    batches: Sequence[Tensor],
+    *,
+    memory: int | None = None,
+    progress: bool | None = None,
 ) -> fx.GraphModule:
     """Give each site of ``gm`` the weight scales that lower the RD loss on ``batches``.
 
@@ -32,16 +36,17 @@ def choose_scales(
         gm: a rewritten graph in evaluation mode whose activations are not calibrated yet. It is changed and
             returned; the choice is written into its plan. The RD loss on ``batches`` never rises by it.
         batches: calibration images, (B, 3, H, W) each, in [0, 1].
+        memory: bytes of activations to keep at most, see :class:`ChangeMeter`.
         progress: show a progress bar; None shows it on terminals only.
     """
     plan = plan_of(gm)
     # "not <": sites that were given bits for which zeta was not measured have NaN, and are tried as well.
     layers = {site: m for site, m in quantized_layers(gm).items() if not plan.zeta_of(site) < WORTHWHILE}
-    descent = RDDescent(gm, batches, plan.lmbda)
     hide = None if progress is None else not progress
     clips: dict[str, float] = {}
-    for site, layer in tqdm(layers.items(), desc="weight scales", unit="site", disable=hide, leave=False):
-        clips[site] = descent.best_clip(site, partial(_clipped, layer), CLIPS)
+    with RDDescent(gm, batches, plan.lmbda, list(layers), memory=memory) as descent:
+        for site, layer in tqdm(layers.items(), desc="weight scales", unit="site", disable=hide, leave=False):
+            clips[site] = descent.best_clip(site, partial(_clipped, layer), CLIPS)
     gm.meta["fmpq"] = replace(plan, clips={site: clip for site, clip in clips.items() if clip < 1})
     return gm
 

@@ -14,6 +14,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from fmpq_fx.files import JsonFile
+from fmpq_fx.passes.interpolation import interpolated
 
 FLOAT_BITS = 32
 """What a weight takes that is not quantized: the models are trained and stored in float32."""
@@ -58,17 +59,22 @@ def _table(fields: Mapping[str, Mapping[str, float]]) -> Table:
 class Sensitivity(JsonFile):
     """How much the RD loss grows when one site's weights are quantized and all else stays float.
 
-    Everything is relative to the float model's RD loss on the same images: 0.01 means one per cent.
+    Everything is relative to the float model's RD loss on the same images: 0.01 means one per cent. A table may be
+    incomplete: :func:`fmpq_fx.prepare` measures what its plan rests on, :func:`fmpq_fx.analyze` all.
     """
 
     sites: tuple[Site, ...]  # in the order of the graph
     lmbda: float  # the Lagrangian of the RD loss
     float_rate: float  # the float model's rate, bits per pixel
     float_distortion: float  # the float model's lmbda * 255^2 * MSE
-    rate: Table  # the rate's part of zeta: (R_n(b) - R) / RD
-    distortion: Table  # the distortion's part of zeta: (D_n(b) - D) / RD
+    rate: Table  # the rate's part of zeta: (R_n(b) - R) / RD, where it was measured
+    distortion: Table  # the distortion's part of zeta: (D_n(b) - D) / RD, where it was measured
     float_remainder: dict[str, int]  # parameters that belong to no site: {name: elements}
     images: str  # what it was measured on, in words
+    candidates: tuple[int, ...] = ()  # bit-widths, measured or to be; left out: those measured of every site
+    identity: dict[str, str] = field(
+        default_factory=dict
+    )  # digests of "weights" and "images"; {}: not recorded
 
     @property
     def float_rd(self) -> float:
@@ -77,7 +83,7 @@ class Sensitivity(JsonFile):
 
     @cached_property
     def raw(self) -> Table:
-        """Zeta as measured: (RD_n(b) - RD) / RD (Hossain et al. 2025, the fractional RD-loss increase)."""
+        """Zeta where measured: (RD_n(b) - RD) / RD (Hossain et al. 2025, the fractional RD-loss increase)."""
         return {
             site: {b: rate + self.distortion[site][b] for b, rate in values.items()}
             for site, values in self.rate.items()
@@ -85,13 +91,33 @@ class Sensitivity(JsonFile):
 
     @cached_property
     def zeta(self) -> Table:
-        """Zeta as planners use it: :attr:`raw` made monotone in the number of bits."""
-        return monotone(self.raw)
+        """Zeta as planners use it: :attr:`raw`, interpolated where not measured, monotone in the number of bits."""
+        return self.expected(0)
+
+    def expected(self, bound: int) -> Table:
+        """Return zeta with what was not measured at its likeliest (0), the least (-1) or the most (1) expected."""
+        return monotone({s: interpolated(values, self.bits, bound=bound) for s, values in self.raw.items()})
 
     @property
     def bits(self) -> tuple[int, ...]:
-        """The candidate bit-widths that were measured, ascending."""
-        return tuple(sorted(next(iter(self.rate.values()))))
+        """The candidate bit-widths, ascending."""
+        return self.candidates or tuple(sorted(next(iter(self.rate.values()))))
+
+    @property
+    def missing(self) -> list[tuple[str, int]]:
+        """The sites and bit-widths that were not measured."""
+        return [(site.name, b) for site in self.sites for b in self.bits if b not in self.rate[site.name]]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all was measured, so that the table serves any target."""
+        return not self.missing
+
+    @property
+    def extent(self) -> str:
+        """How much was measured, in words."""
+        total = len(self.sites) * len(self.bits)
+        return f"{total - len(self.missing)} of {total} values measured"
 
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> "Sensitivity":
@@ -100,7 +126,11 @@ class Sensitivity(JsonFile):
         names = {site.name for site in fields["sites"]}
         if not names or set(fields["rate"]) != names or set(fields["distortion"]) != names:
             raise ValueError("its values are not of its sites")
-        if len({tuple(sorted(v)) for t in (fields["rate"], fields["distortion"]) for v in t.values()}) != 1:
+        widths, others = ({s: set(v) for s, v in fields[part].items()} for part in ("rate", "distortion"))
+        fields["candidates"] = tuple(int(b) for b in fields.get("candidates", ()))
+        allowed = set(fields["candidates"]) or next(iter(widths.values()))
+        whole = bool(fields["candidates"]) or all(found == allowed for found in widths.values())
+        if widths != others or not allowed or not whole or not all(w <= allowed for w in widths.values()):
             raise ValueError("its sites have different bit-widths")
         return cls(**fields)
 
@@ -174,13 +204,18 @@ class Plan(JsonFile):
         return FLOAT_BITS * (self.nominal_bytes / self.float_bytes)
 
     def zeta_of(self, site: str) -> float:
-        """Monotone zeta of ``site`` at its bits: 0 where it stays float, NaN where it was not measured."""
+        """Monotone zeta of ``site`` at its bits: 0 where it stays float, NaN where it was no candidate."""
         bits = self.bits[site]
         return 0.0 if bits is None else self.sensitivity.zeta[site].get(bits, math.nan)
 
+    def interpolates(self, site: str) -> bool:
+        """Whether zeta of ``site`` at its bits is an interpolation, which in a plan of ``prepare`` none is."""
+        bits = self.bits[site]
+        return bits in self.sensitivity.bits and bits not in self.sensitivity.raw[site]
+
     @property
     def predicted(self) -> float:
-        """The RD loss increase if the sites' errors simply added up: the sum of zeta where it was measured."""
+        """The RD loss increase if the sites' errors simply added up: the sum of zeta where it is known."""
         zeta = [self.zeta_of(site.name) for site in self.sites]
         return math.fsum(z for z in zeta if not math.isnan(z))
 

@@ -1,6 +1,9 @@
 """Small quantized models whose latents, scales and means are lively, without measuring anything for their plans."""
 
+import copy
 import functools
+import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -48,13 +51,20 @@ def quantized(name: str, activation_bits: int | None = 8, bits: int = 6) -> Any:
     return graph_of(*lively(name), activation_bits, bits)
 
 
-def graph_of(model: nn.Module, x: Tensor, activation_bits: int | None = 8, bits: int = 6) -> Any:
+def graph_of(
+    model: nn.Module,
+    x: Tensor,
+    activation_bits: int | None = 8,
+    bits: int = 6,
+    kept_float: Iterable[str] = (),
+) -> Any:
     """Return the graph of ``model`` at ``bits``, its activations calibrated on the first image of ``x``."""
     gm = functionalize(trace(model))
     sites = find_sites(gm)
     zeros = {site.name: {bits: 0.0} for site in sites}
     table = Sensitivity(sites, 0.01, 0.0, 0.0, zeros, zeros, {}, "")
     plan = make_plan(table, target_cr=bits / 32, planner="uniform", activation_bits=activation_bits)
+    plan = replace(plan, bits={**plan.bits, **dict.fromkeys(kept_float)})
     gm = quantize(gm, plan)
     if activation_bits is not None:
         _observe(gm, x[:1])
@@ -78,6 +88,36 @@ def _observe(gm: fx.GraphModule, x: Tensor) -> None:
 def codec(name: str, activation_bits: int | None = 8) -> Any:
     """Return the exact codec of a lively model; it is shared, so copy it before changing it."""
     return fmpq_fx.convert(quantized(name, activation_bits), exact="require")
+
+
+@functools.cache
+def _extreme(name: str, kind: str) -> Any:
+    model, x = lively(name)
+    model = copy.deepcopy(model)
+    torch.manual_seed(1)
+    on_path = []
+    for path, layer in model.named_modules():
+        networks = ("h_s", "context_prediction", "entropy_parameters", "channel_context")
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and any(n in path.split(".") for n in networks):
+            on_path.append(path)
+            sign = torch.randint(0, 2, layer.weight.shape) * 2.0 - 1
+            halves = torch.randint(-(2**12), 2**12, (layer.out_channels,)) + 0.5
+            with torch.no_grad():
+                fan_in = layer.weight[0].numel()
+                layer.weight.copy_(sign * 2 / math.sqrt(fan_in) if kind == "largest" else sign / 2)
+                layer.bias.copy_(halves * 2**-12)  # type: ignore[union-attr]
+    if kind == "largest":
+        return graph_of(model, x, 8, 8)
+    return graph_of(model, x, None, 8, on_path)
+
+
+def extreme(name: str, kind: str) -> Any:
+    """Return an exact codec whose path has weights of one magnitude, random signs, and biases half way between numbers.
+
+    "largest": every integer weight is the largest that there is, so that sums come as near to their bounds as they
+    can. "ties": the weights are 1 / 2, exactly, on 24-bit inputs, so that half of the sums are ties.
+    """
+    return fmpq_fx.convert(_extreme(name, kind), exact="require")
 
 
 def latents(codec: Any, coded: Any) -> Tensor:

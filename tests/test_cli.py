@@ -68,8 +68,8 @@ def test_a_saved_table_is_reused(
     table = tmp_path / "table.json"
     arguments = ("--images", photos, "--bits", "4,8", "--sensitivity", table, "--activation-bits", "none")
     assert prepare("--target-cr", 0.2, *arguments) == 0
-    monkeypatch.setattr(PIPELINE, "measure_sensitivity", None)  # a second measurement would fail
-    assert prepare("--target-cr", 0.15, *arguments) == 0
+    monkeypatch.setattr("fmpq_fx.passes.sensitivity.ChangeMeter", None)  # a second measurement would fail
+    assert prepare("--target-cr", 0.2, *arguments) == 0
     assert "A32" in capsys.readouterr().out
 
 
@@ -94,7 +94,7 @@ def test_a_saved_table_is_reused(
 def test_mistakes_are_named_before_anything_is_measured(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PIPELINE, "measure_sensitivity", None)
+    monkeypatch.setattr(PIPELINE, "SensitivityMeter", None)
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("fmpq-fx: error: ")
@@ -165,7 +165,7 @@ def test_an_interruption_leaves_nothing_behind(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PIPELINE, "measure_sensitivity", interrupt)
+    monkeypatch.setattr(PIPELINE, "plan_lazily", interrupt)
     assert prepare("--target-cr", 0.25, "--plan-out", tmp_path / "plan.json") == 130
     assert "interrupted" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """exact= of convert() and load_codec(), what cannot be exact, files, and strings that were damaged."""
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -44,10 +45,31 @@ class _Between(nn.Module):
         return self.model[0].between(self.model[0], x)
 
 
+class LatentsAdded(Hyperprior):
+    """A hyperprior whose hyper-synthesis ends with the sum of its input and a layer's output."""
+
+    def __init__(self, between: Callable[[Any, Tensor], Tensor]):
+        super().__init__(between)
+        self.h_s = _Added()
+
+
+class _Added(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shuffle, self.conv = nn.PixelShuffle(4), nn.ConvTranspose2d(8, 24, 4, 4)
+
+    def forward(self, z_hat: Tensor) -> Tensor:
+        shuffled = self.shuffle(z_hat.repeat(1, 2, 1, 1))
+        return torch.add(self.conv(z_hat), torch.cat([shuffled] * 24, 1))
+
+
 EXACT: dict[str, Callable[[], nn.Module]] = {
     "nothing": lambda: Hyperprior(lambda m, x: x),
     "slices": lambda: Hyperprior(lambda m, x: torch.cat([x[:, 12:].relu(), x[:, :12].abs()], dim=1)),
     "a residual": lambda: Hyperprior(lambda m, x: x + m.more(x), more=nn.Conv2d(24, 24, 1)),
+    "residuals of residuals": lambda: Hyperprior(
+        lambda m, x: (y := x + m.more(x)) + m.more(y) - x + 0.5, more=nn.Conv2d(24, 24, 1)
+    ),
     "a constant": lambda: Hyperprior(lambda m, x: x + 0.25),
     "a crop": lambda: Hyperprior(lambda m, x: x[:, :, : x.size(2), : x.shape[3]]),
     "float layers": lambda: Hyperprior(lambda m, x: m.more(x), more=nn.Conv2d(24, 24, 3, padding=1)),
@@ -62,6 +84,12 @@ INEXACT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a SiLU": (lambda: Hyperprior(lambda m, x: m.act(x), act=nn.SiLU()), r"'act' \(SiLU\) has no exact form"),
     "a parameter": (lambda: Hyperprior(lambda m, x: x + m.offset), "'offset' is not computed from coded"),
     "a fine constant": (lambda: Hyperprior(lambda m, x: x + 0.1), "'add' .* has no exact form"),
+    "a large constant": (lambda: Hyperprior(lambda m, x: x + 1000), "'add' .* has no exact form"),
+    "very many terms": (
+        lambda: Hyperprior(lambda m, x: functools.reduce(lambda y, _: y + y, range(5), x)),
+        "'add_4' .* adds up 32 outputs of layers",
+    ),
+    "latents": (lambda: LatentsAdded(lambda m, x: x), "adds up latents themselves"),
     "a product": (lambda: Hyperprior(lambda m, x: x * 0.5), "'mul' .* has no exact form"),
     "a masked convolution": (
         lambda: Hyperprior(lambda m, x: m.masked(x), masked=MaskedConv2d(24, 24, 5, padding=2)),
@@ -83,6 +111,21 @@ def test_what_moves_and_adds_fixed_point_numbers_is_exact(make: Callable[[], nn.
         params = model.h_s(torch.randn(1, 8, 4, 4))
     assert torch.equal(params * 4096, (params * 4096).round())
     assert torch.equal(latents(copy.deepcopy(model).double(), coded), latents(model, coded))
+
+
+def test_sums_of_saturated_numbers_are_the_same_in_every_type() -> None:
+    model: Any = EXACT["residuals of residuals"]()
+    with torch.no_grad():
+        for layer in (model.more, model.h_s[0][4]):
+            layer.bias.uniform_(2000, 4000)
+    exact: Any = fmpq_fx.convert(graph_of(model, images(), None), exact="require")
+    h_s = exact.h_s
+    z_hat = 3 * torch.randn(1, 8, 4, 4).round()
+    with torch.no_grad():
+        params = h_s(z_hat)
+        assert torch.equal(params.double(), copy.deepcopy(h_s).double()(z_hat.double()))
+    assert params.abs().max() > 800
+    assert torch.equal(params * 4096, (params * 4096).round())
 
 
 @pytest.mark.parametrize(("make", "says"), INEXACT.values(), ids=INEXACT)

@@ -166,6 +166,26 @@ def test_what_is_not_the_weight_is_left_alone(make: Callable[[], nn.Module], rul
 
 
 @each_layer
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("activation_bits", [None, 5])
+def test_without_gradients_the_values_are_the_same_bits(
+    make: Callable[[], nn.Module], rule: Rule, activation_bits: int | None, autocast: bool
+) -> None:
+    quantized = quantize_layer(made(make), 4, activation_bits)
+    if quantized.input_quantizer is not None:
+        quantized.input_quantizer.freeze(-1.0, 2.0, False)
+    x = torch.randn(2, 4, 8, 8)
+    given = x.clone()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = quantized(x)
+        with torch.no_grad():
+            found = quantized(x)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+    assert torch.equal(x, given), "the input was written to"
+
+
+@each_layer
 def test_all_parameters_get_gradients(make: Callable[[], nn.Module], rule: Rule) -> None:
     quantized = quantize_layer(made(make), 4, 6)
     assert quantized.input_quantizer is not None

@@ -35,10 +35,10 @@ def test_what_is_no_text(value: object) -> None:
         bytes_of(value)  # type: ignore[arg-type]
 
 
-def test_half_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quarter_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 2**20 < bytes_of(None) < 2**50
-    monkeypatch.setattr(memory, "_physical", lambda: 10**9)
-    assert bytes_of(None) == 5 * 10**8
+    monkeypatch.setattr(memory, "_physical", lambda device: 10**9)
+    assert bytes_of(None) == 10**9 // 4
 
 
 def test_words_are_never_too_little() -> None:

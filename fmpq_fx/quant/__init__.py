@@ -2,6 +2,7 @@
 
 from fmpq_fx.quant.exact import ExactLayer, ExactLeakyReLU
 from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant, integer_range
+from fmpq_fx.quant.kept_weights import weights_kept
 from fmpq_fx.quant.latents import QuantizeLatent
 from fmpq_fx.quant.layers import QUANTIZERS, QuantizedLayer, quantize_layer, quantized_class
 
@@ -16,4 +17,5 @@ __all__ = [
     "integer_range",
     "quantize_layer",
     "quantized_class",
+    "weights_kept",
 ]

@@ -43,13 +43,16 @@ class ExactLayer(IntegerModule):
 
     Args:
         layer: a quantized layer, or a float one.
+        most: the largest magnitude of the integers that stand for outputs, where they saturate: less than what there
+            is room for where outputs are added up.
 
     Raises:
         FmpqError: the layer cannot be computed exactly.
     """
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, most: int = MOST):
         super().__init__()
+        self.most = most
         quantized = layer if isinstance(layer, QuantizedLayer) else quantize_layer(layer, 8)
         product = product_of(quantized.layer)
         if product is None:
@@ -96,7 +99,11 @@ class ExactLayer(IntegerModule):
 
         The shapes are those of the float layer. There are no gradients.
         """
-        return from_integers(self.rescaling(self.sums(self.input_integers(x))), x.dtype)
+        return self.outputs(self.sums(self.input_integers(x)), x.dtype)
+
+    def outputs(self, sums: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the outputs, in ``dtype``, that ``sums`` stand for."""
+        return from_integers(self.rescaling(sums).clamp_(-self.most, self.most), dtype)
 
     def input_integers(self, x: Tensor) -> Tensor:
         """Return what the weights multiply, integers in the type of :attr:`arithmetic`."""

@@ -50,8 +50,7 @@ class _FakeQuantize(torch.autograd.Function):
         leak: float,
         grad_scale: float,
     ) -> Tensor:
-        # In place where it can be: on large activations the time goes into memory, not arithmetic.
-        integers = (x / scale).round_().add_(zero_point)
+        integers = _integers(x, scale, zero_point)
         clamped = integers.clamp(low, high)
         inside = clamped == integers
         y = clamped.sub_(zero_point).mul_(scale)
@@ -74,6 +73,24 @@ class _FakeQuantize(torch.autograd.Function):
             grad_zero = grad_outside.sum_to_size(scale.shape) * scale * (ctx.leak - 1) * ctx.grad_scale
         grad_x = torch.add(grad_inside, grad_outside, alpha=ctx.leak)
         return grad_x, grad_scale, grad_zero, None, None, None, None
+
+
+def _integers(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return the integers that stand for ``x``, not clipped, a new tensor in the wider type of ``x`` and ``scale``."""
+    # In place where it can be, here and below: on large activations the time goes into memory, not arithmetic.
+    return (x / scale).round_().add_(zero_point)
+
+
+def _fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, leak: float, grad_scale: float
+) -> Tensor:
+    """Apply :class:`_FakeQuantize`; without gradients, what only its backward needs is left out."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, scale, zero_point)):
+        return _FakeQuantize.apply(  # type: ignore[no-any-return]
+            x, scale, zero_point, low, high, leak, grad_scale
+        )
+    clamped = _integers(x, scale, zero_point).clamp_(low, high)
+    return clamped.sub_(zero_point).mul_(scale).to(x.dtype)
 
 
 class _ToInteger(torch.autograd.Function):
@@ -121,6 +138,7 @@ class WeightFakeQuant(_Quantizer):
     """
 
     log_scale: nn.Parameter
+    zero_point: Tensor  # 0
 
     def __init__(
         self,
@@ -153,7 +171,7 @@ class WeightFakeQuant(_Quantizer):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return ``weight`` rounded to its grid and dequantized, of the same shape."""
-        return _FakeQuantize.apply(  # type: ignore[no-any-return]
+        return _fake_quantize(
             weight, self.scale, self.zero_point, self.low, self.high, self.leak, self.grad_scale
         )
 
@@ -201,9 +219,7 @@ class ActivationFakeQuant(_Quantizer):
         # LSQ's gradient scale for a whole tensor: one step for every element of a sample.
         grad_scale = 1 / math.sqrt(max(1, x[:1].numel()) * self.high)
         zero_point = _ToInteger.apply(self.zero_point, 0, self.high)
-        return _FakeQuantize.apply(  # type: ignore[no-any-return]
-            x, self.log_scale.exp(), zero_point, 0, self.high, self.leak, grad_scale
-        )
+        return _fake_quantize(x, self.log_scale.exp(), zero_point, 0, self.high, self.leak, grad_scale)
 
     def observe(self) -> None:
         """Forget the range and watch the input from now on, unquantized."""

@@ -41,6 +41,7 @@ class QuantizedLayer(nn.Module):
     ):
         super().__init__()
         self.layer = layer
+        self.kept_weight: Tensor | None = None  # see weights_kept
         weight = self.float_weight().detach()
         self.weight_quantizer = WeightFakeQuant(
             weight, bits, self.shared_dims(weight), signed=self.signed, clip=clip, leak=leak
@@ -67,6 +68,10 @@ class QuantizedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight that this layer multiplies with: dequantized, in the shape of the float layer's."""
+        return self.dequantized_weight() if self.kept_weight is None else self.kept_weight
+
+    def dequantized_weight(self) -> Tensor:
+        """Quantize and dequantize the float weight, in the shape of the float layer's."""
         weight: Tensor = self.weight_quantizer(self.float_weight())
         return weight
 
@@ -156,10 +161,9 @@ class QuantizedConvTranspose2d(QuantizedLayer):
         weight: Tensor = self.weight_of(self.layer).unflatten(0, (self.layer.groups, -1))
         return weight
 
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight, (in, out / groups, kH, kW)."""
-        return super().weight.flatten(0, 1)
+    def dequantized_weight(self) -> Tensor:
+        """Return the dequantized weight, (in, out / groups, kH, kW)."""
+        return super().dequantized_weight().flatten(0, 1)
 
     def shared_dims(self, weight: Tensor) -> tuple[int, ...]:
         """Return all dimensions but the group and the output channel in it."""
@@ -232,7 +236,9 @@ class QuantizedGDN(QuantizedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (B, C, H, W): x / sqrt(beta + gamma * x^2), or the inverse (Ballé et al. 2016)."""
         norm = self._norm(self.quantized_input(x) ** 2)
-        return x * (norm.sqrt() if self.layer.inverse else norm.rsqrt())
+        if norm.requires_grad:
+            return x * (norm.sqrt() if self.layer.inverse else norm.rsqrt())
+        return x * (norm.sqrt_() if self.layer.inverse else norm.rsqrt_())
 
 
 class QuantizedGDN1(QuantizedGDN):

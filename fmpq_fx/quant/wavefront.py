@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from compressai.ans import BufferedRansEncoder, RansDecoder
 from torch import Tensor, nn
 
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.quant.coder import StringReader, Tables, encode, trimmed_tables
 from fmpq_fx.quant.exact import ExactLayer
-from fmpq_fx.quant.fixed_point import from_integers
 from fmpq_fx.quant.products import ConvProduct
 
 
@@ -58,10 +57,10 @@ class Context:
         return Scan(self, params, height, width)
 
     @property
-    def tables(self) -> tuple[Any, Any, Any]:
-        """The CDFs, their lengths and their offsets, as CompressAI's coders take them."""
+    def tables(self) -> Tables:
+        """The tables of the entropy model: trimmed, since the coder reads them anew in every step."""
         prior = self.conditional
-        return prior.quantized_cdf.tolist(), prior.cdf_length.tolist(), prior.offset.tolist()
+        return trimmed_tables(prior.quantized_cdf, prior.cdf_length, prior.offset)
 
 
 class Scan:
@@ -94,9 +93,7 @@ class Scan:
         places = rows * self.stride + columns
         seen = self.known[:, self.taps[:, None] + places].transpose(0, 1).flatten(0, 1)
         sums = torch.matmul(self.matrix, seen)
-        predicted = from_integers(
-            self.context.prediction.rescaling(sums[None, :, :, None]), self.params.dtype
-        )
+        predicted = self.context.prediction.outputs(sums[None, :, :, None], self.params.dtype)
         given = self.params[None, :, rows, columns, None]
         scales, means = self.context.parameters(torch.cat((given, predicted), 1)).chunk(2, 1)
         return scales, means
@@ -130,10 +127,7 @@ class WavefrontEncoder:
             scan.put(rows, columns, prior.dequantize(rounded, means))
             symbols += rounded.flatten().tolist()
             indexes += prior.build_indexes(scales).flatten().tolist()
-        encoder = BufferedRansEncoder()
-        encoder.encode_with_indexes(symbols, indexes, *self.context.tables)
-        string: bytes = encoder.flush()
-        return string
+        return encode(symbols, indexes, self.context.tables)
 
 
 class WavefrontDecoder:
@@ -157,13 +151,13 @@ class WavefrontDecoder:
         del kernel_size
         prior = self.context.conditional
         tables = self.context.tables
-        decoder = RansDecoder()
-        decoder.set_stream(y_string)
+        reader = StringReader(y_string, y_hat.size(1) * height * width)
         scan = self.context.scan(params, height, width)
         for rows, columns in scan:
             scales, means = scan.predict(rows, columns)
             indexes = prior.build_indexes(scales).flatten().tolist()
-            symbols = torch.tensor(decoder.decode_stream(indexes, *tables), device=means.device)
+            symbols = torch.tensor(reader.read(indexes, tables), device=means.device)
             values = prior.dequantize(symbols.view(means.shape), means)
             scan.put(rows, columns, values)
             y_hat[:, :, rows + padding, columns + padding] = values[:, :, :, 0].to(y_hat.dtype)
+        reader.end()
