@@ -148,7 +148,7 @@ def test_what_cannot_be_tiled_is_named_with_what_it_needs(monkeypatch: pytest.Mo
     needed = least(codec)
     data = encode(codec, picture(), memory=needed)
     assert data == encode(codec, picture())
-    monkeypatch.setattr(memory, "_physical", lambda: 2 * 10**6)  # the default only warns
+    monkeypatch.setattr(memory, "_physical", lambda device: 2 * 10**6)  # the default only warns
     with pytest.warns(UserWarning, match=r"needs about .*'g_s' runs as a whole"):
         assert encode(codec, picture()) == data
 
