@@ -160,9 +160,9 @@ def evaluate(
     Raises:
         FmpqError: the model cannot code, or not within the ``memory`` given; or there are no usable images.
     """
-    budget = bytes_of(memory)
     codec = _codec(model)
     parameter = next(codec.parameters())
+    budget = bytes_of(memory, parameter.device)
     named = list(_named(images))
     hide = None if progress is None else not progress
     results: list[ImageResult] = []

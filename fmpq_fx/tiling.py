@@ -35,7 +35,7 @@ def within(codec: nn.Module, size: Size, memory: int | str | None, *, images: in
     Raises:
         FmpqError: it needs more than the ``memory`` given; the message says how much. With None it is a warning.
     """
-    budget = bytes_of(memory)
+    budget = bytes_of(memory, next(codec.parameters()).device)
     if size[0] * size[1] * _SURELY <= budget:
         return codec
     try:
