@@ -24,8 +24,9 @@ types: $(VENV)/.installed
 	MYPYPATH=build/typed $(BIN)/mypy -p fmpq_fx
 	MYPYPATH=build/typed $(BIN)/mypy tests examples benchmarks
 
+# A process per core, up to four, with one thread of torch each: more threads would wait for each other.
 unit: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

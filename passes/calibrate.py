@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.incremental import RDDescent, parts_of, run_part
+from fmpq_fx.passes.descent import RDDescent
+from fmpq_fx.passes.incremental import parts_of, run_part
 from fmpq_fx.passes.memory import freed_memory_kept
 from fmpq_fx.passes.rewrite import plan_of, quantized_layers
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, weights_kept

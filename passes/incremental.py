@@ -23,12 +23,6 @@ K = TypeVar("K", bound=Hashable)
 Change = tuple[str, Callable[[nn.Module], nn.Module]]
 """A site's name, and what makes the module that takes its place from the one that is there."""
 
-EVIDENT = 3e-3
-"""By what part of it the RD loss of the first images rises when no more are run to reject a clip.
-
-Of 119 clips tried on the sample model (5.3x and 8x smaller), none was rejected so that lowered the loss of all images;
-with 0.001 three were, with 0.0002 seven."""
-
 PART_PIXELS = {"cpu": 2 * 256 * 256, "gpu": 16 * 256 * 256}
 """How many pixels are run at once: what suits a processor's caches, and what keeps a GPU busy."""
 
@@ -140,9 +134,10 @@ def run_part(model: Callable[[Tensor], Any], x: Tensor) -> dict[str, Any]:
     return run(model, x)
 
 
-def _measured_parts(
+def measured_parts(
     gm: fx.GraphModule, parts: Sequence[Tensor], reach: Mapping[str, Reach], memory: int | None
 ) -> list[IncrementalRD]:
+    """Return the measured ``parts``, which share the ``memory``."""
     if not parts:  # more ranks than parts
         return []
     budget = Budget(bytes_of(memory, parts[0].device), shares=len(parts))
@@ -175,7 +170,7 @@ class ChangeMeter:
         self.gm = gm
         self._reach = find_reach(gm)
         with torch.no_grad(), freed_memory_kept():
-            self._parts = _measured_parts(gm, parts_of(batches), self._reach, memory)
+            self._parts = measured_parts(gm, parts_of(batches), self._reach, memory)
         self.base = ranks.from_first(sum((part.sums for part in self._parts), RDSums()))
 
     @torch.no_grad()
@@ -211,101 +206,13 @@ class ChangeMeter:
         return dict(ranks.merged(list(sums.items())))
 
 
-class RDDescent:
-    """Lowers the RD loss of a graph by exchanging its layers, each once, one after the other.
-
-    A context: within it, layers quantize their weights once, so nothing else may change these. Ranks share the parts,
-    and each keeps the values of its own.
-
-    Args:
-        gm: a functionalized graph in evaluation mode; it is changed.
-        batches: images, (B, 3, H, W) each, in [0, 1].
-        lmbda: the Lagrangian of the RD loss.
-        sites: what will be exchanged, in that order.
-        memory: see :class:`ChangeMeter`.
-
-    Raises:
-        FmpqError, ValueError: see :class:`IncrementalRD`.
-    """
-
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        batches: Sequence[Tensor],
-        lmbda: float,
-        sites: Sequence[str],
-        *,
-        memory: int | None = None,
-    ):
-        self.gm, self.batches, self.lmbda, self.memory = gm, batches, lmbda, memory
-        reach = find_reach(gm)
-        self._reach = {site: reach[site] for site in sites}
-        self._open = ExitStack()
-
-    def __enter__(self) -> "RDDescent":
-        with ExitStack() as stack, torch.no_grad():
-            stack.enter_context(freed_memory_kept())
-            stack.enter_context(weights_kept(self.gm))
-            parts = ranks.share(parts_of(self.batches))
-            self._parts = _measured_parts(self.gm, parts, self._reach, self.memory)
-            self._open = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._parts.clear()
-        self._open.close()
-
-    @property
-    def rd(self) -> float:
-        """The RD loss of the graph as it is now."""
-        return _total([part.sums for part in self._parts]).rd(self.lmbda)
-
-    @torch.no_grad()
-    def best_clip(self, site: str, make: Callable[[float], nn.Module], clips: Sequence[float]) -> float:
-        """Put in the place of ``site`` what lowers the RD loss most, and return its clip.
-
-        Args:
-            site: name of the site.
-            make: from a clip to the module; ``make(1.0)`` is what is there now. It may return the same module
-                again and again, changed.
-            clips: below 1, descending; they are tried until one is no better than that before it.
-        """
-        best = 1.0
-        for clip in clips:
-            module = make(clip)
-            with weights_kept(module):
-                better = self._lowers(site, module)
-            if not better:
-                make(best)
-                break
-            best = clip
-            self._open.enter_context(weights_kept(module))
-            replace_module(self.gm, self.gm.get_submodule(site), module)
-            for part in self._parts:
-                part.accept()
-        for part in self._parts:
-            part.interpreter.forget(site)
-        return best
-
-    def _lowers(self, site: str, module: nn.Module) -> bool:
-        """Say whether ``module`` in the place of ``site`` lowers the RD loss."""
-        own = ((part.sums, part.sums_with(site, module, remember=True)) for part in self._parts)
-        before = after = RDSums()
-        for part_before, part_after in own if ranks.count() == 1 else ranks.merged(list(own)):
-            before += part_before
-            after += part_after
-            if after.rd(self.lmbda) > before.rd(self.lmbda) * (1 + EVIDENT):
-                return False
-        return after.rd(self.lmbda) < before.rd(self.lmbda)
-
-
 def mean_rd(gm: fx.GraphModule, batches: Sequence[Tensor], lmbda: float) -> float:
     """Return the RD loss of ``gm``, a model in evaluation mode, over all ``batches`` (B, 3, H, W)."""
     with torch.no_grad(), freed_memory_kept():
-        sums = _total([rd_sums(run_part(gm, x), x) for x in ranks.share(parts_of(batches))])
+        sums = total([rd_sums(run_part(gm, x), x) for x in ranks.share(parts_of(batches))])
     return sums.rd(lmbda)
 
 
-def _total(shared: Sequence[RDSums]) -> RDSums:
+def total(shared: Sequence[RDSums]) -> RDSums:
     """Return the sum over the parts of all ranks, in the order in which one process adds them."""
     return sum(ranks.merged(shared), RDSums())

@@ -1,4 +1,4 @@
-"""Plan with the fewest measurements: of nine widths per site, two to four decide the plan.
+"""Plan with the fewest measurements: of nine widths per site, two to six decide the plan.
 
 Each round measures all the points that the plan may hang on, given what is known, for all sites at once.
 Values that were not measured are bounded by their neighbours (:mod:`fmpq_fx.passes.interpolation`). The plan is

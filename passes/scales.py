@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor, fx
 from tqdm import tqdm
 
-from fmpq_fx.passes.incremental import RDDescent
+from fmpq_fx.passes.descent import RDDescent
 from fmpq_fx.passes.rewrite import plan_of, quantized_layers
 from fmpq_fx.quant import QuantizedLayer, quantize_layer
 

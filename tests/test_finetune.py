@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from coded_models import graph_of
 from conftest import small_model
 from finetuning import LMBDA, loss_of, photos, same_state, tuned
 from torch import fx, nn
 from traced_models import each_codec
 
 import fmpq_fx
-from fmpq_fx import FmpqError, History, Measured, prepare
+from fmpq_fx import FmpqError, History, Measured
 from fmpq_fx.bfloat16 import transforms_in_bfloat16
 from fmpq_fx.finetune import learning_rate
 from fmpq_fx.history import Settings
@@ -212,7 +213,7 @@ def test_training_in_bfloat16_lowers_the_loss_of_the_float32_model(gm: fx.GraphM
 def test_layers_inside_a_latent_codec_are_trained(make: Callable[[], nn.Module], bfloat16: bool) -> None:
     torch.manual_seed(0)
     x = torch.stack(photos(2, side=64))
-    gm = prepare(make().eval(), 0.25, calibration=x, planner="uniform", bits=[8], lmbda=LMBDA)
+    gm = graph_of(make().eval(), x, bits=8)
     before = copy.deepcopy(dict(gm.named_parameters()))
     run = TrainingRun(gm, [x], Settings(LMBDA, bfloat16=bfloat16))
     run.step(x)

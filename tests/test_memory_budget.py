@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 import fmpq_fx
 from fmpq_fx.passes import incremental
+from fmpq_fx.passes.descent import RDDescent
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.incremental import Change, ChangeMeter, mean_rd
 from fmpq_fx.passes.kept_values import Budget, KeptValues
@@ -136,7 +137,7 @@ def test_what_was_chosen_is_what_was_measured(images: list[Tensor]) -> None:
     def clipped(layer: QuantizedLayer, clip: float) -> QuantizedLayer:
         return quantize_layer(layer.layer, 3, clip=clip)
 
-    with incremental.RDDescent(gm, images, 0.01, list(layers)) as descent:
+    with RDDescent(gm, images, 0.01, list(layers)) as descent:
         for site, layer in layers.items():
             descent.best_clip(site, partial(clipped, layer), (0.9, 0.8, 0.7))
             assert descent.rd == pytest.approx(mean_rd(gm, images, 0.01), rel=1e-12)
