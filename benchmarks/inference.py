@@ -181,6 +181,7 @@ def main() -> None:
     add("--lmbda", type=float, default=0.013)
     add("--threads", type=int, nargs="+", default=[1, 2])
     add("--repeats", type=int, default=7)
+    add("--skip-memory", action="store_true", help="do not measure memory, which takes a process per variant")
     add("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -233,7 +234,8 @@ def measure(name: str, model: Any, crops: list[Tensor], args: argparse.Namespace
         jobs = {(key, what): job for key, variant in found.items() for what, job in variant.jobs(x).items()}
         seconds = timed(jobs, args.repeats)
         y = model.g_a(x).round()
-        memory = {key: peak_memory(variant, y) for key, variant in found.items() if "compile" not in key}
+        measured = {} if args.skip_memory else {k: v for k, v in found.items() if "compile" not in k}
+        memory = {key: peak_memory(variant, y) for key, variant in measured.items()}
     return [
         {
             "variant": key,
