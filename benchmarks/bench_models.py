@@ -42,6 +42,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what tells models, images and threads of measurements on all models."""
+    parser.add_argument("--images", help="calibration images; default: scikit-image's photographs")
+    parser.add_argument("--crops", type=int, default=2)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--lmbda", type=float, default=0.013)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", default="", help="part of the names of the models to measure")
+    add_model_arguments(parser)
+
+
+def conditions(args: argparse.Namespace) -> str:
+    """Return in words what :func:`add_measuring_arguments` was given."""
+    crops = f"{args.crops} crops of {args.size} x {args.size}"
+    return f"{crops}, lambda {args.lmbda}, {args.threads} threads, torch {torch.__version__}"
+
+
 def bench_models(checkpoints: dict[str, str]) -> Iterator[tuple[str, nn.Module]]:
     """Yield (description, model in evaluation mode) of the four models, one at a time."""
     yield "bmshj2018-hyperprior, N=64, M=96, trained", samples.model()

@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from bench_models import add_model_arguments, bench_models
+from bench_models import add_measuring_arguments, bench_models, conditions
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -69,20 +69,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", help="calibration images; default: scikit-image's photographs")
-    parser.add_argument("--crops", type=int, default=2)
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--lmbda", type=float, default=0.013)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default="", help="part of the names of the models to measure")
+    add_measuring_arguments(parser)
     parser.add_argument("--out", type=Path, help="folder to save the tables in, for benchmarks/search.py")
-    add_model_arguments(parser)
     args = parser.parse_args()
-    print(
-        f"{args.crops} crops of {args.size} x {args.size}, lambda {args.lmbda}, {args.threads} threads, ",
-        end="",
-    )
-    print(f"torch {torch.__version__}")
+    print(conditions(args))
     rows = []
     for name, _ in bench_models(dict(args.checkpoint)):
         if args.only in name:

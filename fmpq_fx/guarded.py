@@ -36,12 +36,12 @@ class _Guarded:
         for prior in self.model.modules():
             if isinstance(prior, EntropyModel) and prior.entropy_coder.name == CheckedCoder.name:
                 prior.entropy_coder = CheckedCoder()
-        with _default_dtype(next(self.model.parameters()).dtype):
+        with default_dtype(next(self.model.parameters()).dtype):
             return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Within the block, new tensors are ``dtype``: some decoders of CompressAI make theirs of the default type."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

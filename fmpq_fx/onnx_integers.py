@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from fmpq_fx.onnx_graph import Array, OnnxGraph, package
 from fmpq_fx.onnx_layers import integer_weight, quantized
+from fmpq_fx.passes.integers import BITS
 from fmpq_fx.quant.layers import QuantizedConv2d
 
 
@@ -67,9 +68,9 @@ def _matrix(graph: OnnxGraph, weight: str, shape: tuple[int, ...], places: int) 
 
 def _bytes(graph: OnnxGraph, weight: str, bits: int) -> list[tuple[str, int]]:
     """Return int8 tensors and factors, by which they add up to ``weight``, which has up to 15 bits."""
-    if bits <= 8:
+    if bits <= BITS:
         return [(weight, 1)]
-    types, base = package("onnx").TensorProto, 2 ** (bits - 7)
+    types, base = package("onnx").TensorProto, 2 ** (bits - BITS + 1)
     wide = graph.add("Cast", [weight], to=types.FLOAT)
     shifted = graph.add(
         "Add", [graph.add("Div", [wide, graph.constant(np.float32(base))]), graph.constant(np.float32(0.5))]

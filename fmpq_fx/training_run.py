@@ -19,8 +19,9 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.files import read_tensors, replacing
 from fmpq_fx.fingerprint import digest
 from fmpq_fx.history import Settings, Validation, best_of
+from fmpq_fx.passes.incremental import total_of_ranks
 from fmpq_fx.quant import ActivationFakeQuant, WeightFakeQuant
-from fmpq_fx.rd import PEAK, RDSums, psnr, rate_and_distortion, rd_sums
+from fmpq_fx.rd import PEAK, psnr, rate_and_distortion, rd_sums
 
 FORMAT = "fmpq_fx training, version 1"
 
@@ -105,7 +106,7 @@ class TrainingRun:
     def validate(self) -> None:
         """Measure the model as it is, in evaluation mode and full precision, and keep it if it is the best."""
         self.model.eval()
-        sums = sum(ranks.merged([rd_sums(self.model(x), x) for x in ranks.share(self.batches)]), RDSums())
+        sums = total_of_ranks([rd_sums(self.model(x), x) for x in ranks.share(self.batches)])
         result = Validation(len(self.losses), sums.rate, sums.mse, sums.rd(self.settings.lmbda))
         self.validation.append(result)
         if best_of(self.validation, self.settings.loss) is result:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fmpq_fx import ranks
-from fmpq_fx.passes.incremental import measured_parts, parts_of, replace_module, total
+from fmpq_fx.passes.incremental import measured_parts, parts_of, replace_module, total_of_ranks
 from fmpq_fx.passes.memory import freed_memory_kept
 from fmpq_fx.passes.rerun import find_reach
 from fmpq_fx.quant import weights_kept
@@ -67,7 +67,7 @@ class RDDescent:
     @property
     def rd(self) -> float:
         """The RD loss of the graph as it is now."""
-        return total([part.sums for part in self._parts]).rd(self.lmbda)
+        return total_of_ranks([part.sums for part in self._parts]).rd(self.lmbda)
 
     @torch.no_grad()
     def best_clip(self, site: str, make: Callable[[float], nn.Module], clips: Sequence[float]) -> float:

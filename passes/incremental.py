@@ -209,10 +209,10 @@ class ChangeMeter:
 def mean_rd(gm: fx.GraphModule, batches: Sequence[Tensor], lmbda: float) -> float:
     """Return the RD loss of ``gm``, a model in evaluation mode, over all ``batches`` (B, 3, H, W)."""
     with torch.no_grad(), freed_memory_kept():
-        sums = total([rd_sums(run_part(gm, x), x) for x in ranks.share(parts_of(batches))])
+        sums = total_of_ranks([rd_sums(run_part(gm, x), x) for x in ranks.share(parts_of(batches))])
     return sums.rd(lmbda)
 
 
-def total(shared: Sequence[RDSums]) -> RDSums:
+def total_of_ranks(shared: Sequence[RDSums]) -> RDSums:
     """Return the sum over the parts of all ranks, in the order in which one process adds them."""
     return sum(ranks.merged(shared), RDSums())

@@ -6,12 +6,12 @@ that of the full table as long as no value is outside of its bounds; where noise
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from fmpq_fx import ranks
 from fmpq_fx.passes.interpolation import noise_of
 from fmpq_fx.passes.plan import Task
-from fmpq_fx.passes.planners import Assignment, bits_at, search
+from fmpq_fx.passes.planners import Assignment, bits_at, search, total_at
 from fmpq_fx.passes.sensitivity import Point, SensitivityMeter
 from fmpq_fx.passes.sites import annotate
 from fmpq_fx.passes.tables import FLOAT_BITS, Plan, Sensitivity, Table
@@ -122,7 +122,7 @@ def _price(zeta: Table, cost: Table, budget: float) -> float:
 
     def fits(price: float) -> bool:
         bits = {s: min(v, key=lambda b: (v[b] + price * cost[s][b], cost[s][b])) for s, v in zeta.items()}
-        return _total(cost, bits) <= budget
+        return total_at(cost, bits) <= budget
 
     if fits(0.0):
         return 0.0
@@ -133,7 +133,3 @@ def _price(zeta: Table, cost: Table, budget: float) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high
-
-
-def _total(cost: Table, bits: Mapping[str, int]) -> float:
-    return math.fsum(cost[site][b] for site, b in bits.items())

@@ -88,7 +88,7 @@ def adaptive(
         f"between {floor:,.0f} and {budget:,.0f} bytes. "
     )
     filled = _fill(bits, zeta, cost, floor, budget)
-    start, end = _total(cost, bits), _total(cost, filled)
+    start, end = total_at(cost, bits), total_at(cost, filled)
     if end >= floor:
         remarks += f"Filled up from {start:,.0f} to {end:,.0f} bytes with what buys the most zeta per byte."
         return Assignment(filled, beta, history, remarks)
@@ -130,10 +130,10 @@ def search(
     """
     levels = sorted({z for values in zeta.values() for b, z in values.items() if z > 0 and b < max(values)})
     over = -1
-    under = len(levels) + (_total(cost, bits_at(zeta, math.inf)) >= floor)
+    under = len(levels) + (total_at(cost, bits_at(zeta, math.inf)) >= floor)
     beta, turns, upward = START_BETA, 0, None
     for _ in range(max_evaluations):
-        size = _total(cost, bits_at(zeta, beta))
+        size = total_at(cost, bits_at(zeta, beta))
         yield beta, size
         if floor <= size <= budget:
             return
@@ -160,7 +160,7 @@ def _fill(bits: Mapping[str, int], zeta: Values, cost: Values, floor: float, bud
     """
     bits = dict(bits)
     while True:
-        size = _total(cost, bits)
+        size = total_at(cost, bits)
         upgrades = []
         for site, now in bits.items():
             for b in (b for b in zeta[site] if b > now):
@@ -168,7 +168,7 @@ def _fill(bits: Mapping[str, int], zeta: Values, cost: Values, floor: float, bud
                 if extra > 0 and (gain > 0 or (gain == 0 and size < floor)):
                     upgrades.append((gain / extra, extra, site, b))
         for _, _, site, b in sorted(upgrades, reverse=True):
-            if _total(cost, {**bits, site: b}) <= budget:
+            if total_at(cost, {**bits, site: b}) <= budget:
                 bits[site] = b
                 break
         else:
@@ -188,10 +188,10 @@ def optimal(zeta: Values, cost: Values, budget: float) -> Assignment:
     # HiGHS proves optimality to an absolute 1e-6. The best plan known sets the unit, and what costs more
     # than all of it leaves the table; once the optimum turns up, another round in its unit finds nothing.
     proven = True
-    while proven and (most := _total(excess, best)) > 0:
+    while proven and (most := total_at(excess, best)) > 0:
         left = {site: {b: z for b, z in values.items() if z <= most} for site, values in excess.items()}
         found, proven = _solve(left, cost, -math.inf, budget, most)
-        if found is None or _total(excess, found) >= most:
+        if found is None or total_at(excess, found) >= most:
             break
         best = found
     return Assignment(best, remarks="" if proven else "It was not proven that no plan has less zeta.")
@@ -241,7 +241,7 @@ def _solve(
             return None, result.status == 2  # infeasible, where not given up
         taken = result.x > 0.5
         bits = {site: b for (site, b), x in zip(choices, taken, strict=True) if x}
-        if floor <= _total(cost, bits) <= budget:
+        if floor <= total_at(cost, bits) <= budget:
             return bits, result.status == 0
         rows.append(LinearConstraint(taken[None].astype(float), -np.inf, len(bits) - 1))
     return None, False
@@ -256,12 +256,12 @@ def uniform(zeta: Values, cost: Values, budget: float) -> Assignment:
     bits = _cheapest(zeta, cost, budget)
     for width in sorted({b for values in cost.values() for b in values}):
         wider = {s: max((b for b in values if b <= width), default=min(values)) for s, values in cost.items()}
-        if _total(cost, wider) <= budget:
+        if total_at(cost, wider) <= budget:
             bits = wider
     return Assignment(bits)
 
 
-def _total(values: Values, bits: Mapping[str, int]) -> float:
+def total_at(values: Values, bits: Mapping[str, int]) -> float:
     """Sum a table over the sites at their bits: the exact sum, rounded once."""
     return math.fsum(values[site][b] for site, b in bits.items())
 
@@ -282,9 +282,9 @@ def _cheapest(zeta: Values, cost: Values, budget: float) -> dict[str, int]:
                 "finite, so leave that width out of the candidates or measure it again"
             )
     bits = {site: min(values, key=lambda b: (cost[site][b], zeta[site][b])) for site, values in zeta.items()}
-    if not _total(cost, bits) <= budget:
+    if not total_at(cost, bits) <= budget:
         raise ValueError(
-            f"even the cheapest plan takes {_total(cost, bits):,.0f} bytes and the budget is {budget:,.0f}; "
+            f"even the cheapest plan takes {total_at(cost, bits):,.0f} bytes and the budget is {budget:,.0f}; "
             "raise the budget or allow fewer bits"
         )
     return bits

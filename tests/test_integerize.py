@@ -13,6 +13,7 @@ from coded_models import CODED, codec, latents, lively, quantized
 from torch import Tensor
 
 import fmpq_fx
+from fmpq_fx.guarded import default_dtype
 from fmpq_fx.passes.entropy_path import entropy_path
 from fmpq_fx.quant import ExactLayer
 from fmpq_fx.quant.fixed_point import from_integers, to_integers
@@ -30,16 +31,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 SETTINGS = (
