@@ -11,7 +11,7 @@ from compressai.models import (
     JointAutoregressiveHierarchicalPriors,
     MeanScaleHyperprior,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from fmpq_fx import samples
 from fmpq_fx.zoo import load_model
@@ -57,6 +57,24 @@ def conditions(args: argparse.Namespace) -> str:
     """Return in words what :func:`add_measuring_arguments` was given."""
     crops = f"{args.crops} crops of {args.size} x {args.size}"
     return f"{crops}, lambda {args.lmbda}, {args.threads} threads, torch {torch.__version__}"
+
+
+@torch.no_grad()
+def enlarge_latents(model: nn.Module, x: Tensor, std: float = 2.0) -> None:
+    """Give an untrained ``model`` latents of a trained one's size, ``std``, for the images ``x`` (B, 3, H, W).
+
+    As made, random models have latents that all round to zero: nothing to code, and less to compute.
+    """
+    for name, transform in model.named_modules():
+        if name.rpartition(".")[2] in ("g_a", "h_a"):
+            last = [layer for layer in transform.children() if isinstance(layer, nn.Conv2d)][-1]
+            for _ in range(3):  # an attention block after it is not linear
+                seen: list[Tensor] = []
+                hook = transform.register_forward_hook(lambda _, __, y, seen=seen: seen.append(y))
+                model(x)
+                hook.remove()
+                for parameter in last.parameters():
+                    parameter.mul_(std / seen[0].std())
 
 
 def bench_models(checkpoints: dict[str, str]) -> Iterator[tuple[str, nn.Module]]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_models import UNTRAINED, WITH_CODECS, add_model_arguments
+from bench_models import UNTRAINED, WITH_CODECS, add_model_arguments, enlarge_latents
 from compressai.ops import compute_padding
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -144,6 +144,8 @@ def report(name: str, args: argparse.Namespace, pictures: list[Tensor]) -> None:
     untrained = {**UNTRAINED, **WITH_CODECS}.get(name) if checkpoint is None else None
     model: Any = load_model(name, checkpoint=checkpoint) if untrained is None else untrained()
     model = model.eval()
+    if untrained is not None:
+        enlarge_latents(model, pictures[0][..., :256, :256])
     model.update()
     gm = prepare(
         model,

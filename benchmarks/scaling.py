@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_models import enlarge_latents
 from compressai.models import Cheng2020Anchor, MeanScaleHyperprior, ScaleHyperprior
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -40,10 +41,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 PHASES = {
     "_traced": "trace",
-    "measure_sensitivity": "sensitivity",
+    "plan_lazily": "sensitivity",
     "choose_scales": "weight scales",
     "calibrate": "activation ranges",
-    "mean_rd": "RD losses",
 }
 LMBDA = 0.013
 Row = dict[str, float]
@@ -54,17 +54,7 @@ def make_model(name: str, x: Tensor) -> Any:
     torch.manual_seed(0)
     model: Any = MODELS[name]().eval()
     if name != "sample":
-        with torch.no_grad():
-            for transform in (
-                model.g_a,
-                model.h_a,
-            ):  # else all latents round to zero, which would save most work
-                latents: list[Tensor] = []
-                hook = transform.register_forward_hook(lambda _, __, y, found=latents: found.append(y))
-                model(x)
-                hook.remove()
-                for parameter in transform[-1].parameters():
-                    parameter.mul_(2 / latents[0].std())
+        enlarge_latents(model, x)
     return model
 
 

@@ -21,7 +21,7 @@ from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.incremental import mean_rd, parts_of
 from fmpq_fx.passes.lazy import plan_lazily
 from fmpq_fx.passes.plan import make_task, widths_by_site
-from fmpq_fx.passes.rewrite import plan_of, quantize
+from fmpq_fx.passes.rewrite import activations_float, plan_of, quantize
 from fmpq_fx.passes.scales import choose_scales
 from fmpq_fx.passes.sensitivity import SensitivityMeter, checked_bits, measure_sensitivity
 from fmpq_fx.passes.sites import find_sites
@@ -118,16 +118,18 @@ def prepare(
     widths = bits if known is None else None  # else those of the table, all of them
     meter = SensitivityMeter(gm, batches, lmbda=lmbda, bits=widths, progress=progress, **settings)
     plan = ranks.from_first(plan_lazily(task, meter))
+    float_rd = meter.float_rd
     del meter  # and the activations that it keeps
 
-    float_rd = mean_rd(gm, batches, plan.lmbda)
     quantized = quantize(gm, plan)
     if size == "nominal":
-        choose_scales(quantized, batches, memory=limit, progress=progress)
-    weights_rd = mean_rd(quantized, batches, plan.lmbda)
-    calibrate(quantized, batches, memory=limit, progress=progress)
-    measured = Measured(float_rd, weights_rd, mean_rd(quantized, batches, plan.lmbda))
-    if not (math.isfinite(measured.weights_rd) and math.isfinite(measured.rd)):
+        weights_rd = choose_scales(quantized, batches, memory=limit, progress=progress)
+    else:
+        with activations_float(quantized):
+            weights_rd = mean_rd(quantized, batches, plan.lmbda)
+    rd = calibrate(quantized, batches, memory=limit, progress=progress)
+    measured = Measured(float_rd, weights_rd, rd)
+    if not (math.isfinite(weights_rd) and math.isfinite(rd)):
         raise FmpqError(
             f"the RD loss of the quantized model is not finite ({measured}); allow more bits, or prepare the model "
             "in float32"

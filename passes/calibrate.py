@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.descent import RDDescent
-from fmpq_fx.passes.incremental import parts_of, run_part
+from fmpq_fx.passes.incremental import mean_rd, parts_of, run_part
 from fmpq_fx.passes.memory import freed_memory_kept
 from fmpq_fx.passes.rewrite import plan_of, quantized_layers
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, weights_kept
@@ -31,15 +31,18 @@ def calibrate(
     *,
     memory: int | None = None,
     progress: bool | None = None,
-) -> fx.GraphModule:
+) -> float:
     """Give the activation quantizers of ``gm`` their ranges, from the images ``batches``.
 
     Args:
-        gm: a rewritten graph in evaluation mode. It is changed and returned; the ranges are written into its
-            plan. Layers whose ranges are set already keep them.
+        gm: a rewritten graph in evaluation mode. It is changed, and the ranges are written into its plan. Layers
+            whose ranges are set already keep them.
         batches: calibration images, (B, 3, H, W) each, in [0, 1].
         memory: bytes of activations to keep at most, see :class:`ChangeMeter`.
         progress: show a progress bar; None shows it on terminals only.
+
+    Returns:
+        the RD loss of ``gm`` on ``batches`` afterwards.
 
     Raises:
         FmpqError: an input is not finite.
@@ -50,7 +53,7 @@ def calibrate(
         if layer.input_quantizer is not None and layer.input_quantizer.observing
     }
     if not observers:
-        return gm
+        return mean_rd(gm, batches, plan_of(gm).lmbda)
     quantizers = {site: quantizer for site, (_, quantizer) in observers.items()}
     _observe(gm, batches, quantizers)
     clippable = {site: both for site, both in observers.items() if not both[1].integral}
@@ -60,13 +63,14 @@ def calibrate(
             clippable.items(), desc="activation ranges", unit="site", disable=hide, leave=False
         ):
             _clip_range(descent, site, layer, quantizer)
+        rd = descent.rd
     plan = plan_of(gm)
     gm.meta["fmpq"] = replace(
         plan,
         ranges={**plan.ranges, **{site: quantizer.range for site, quantizer in quantizers.items()}},
         integral=(*plan.integral, *(site for site, quantizer in quantizers.items() if quantizer.integral)),
     )
-    return gm
+    return rd
 
 
 def _observe(

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from fmpq_fx.passes.descent import RDDescent
-from fmpq_fx.passes.rewrite import plan_of, quantized_layers
+from fmpq_fx.passes.incremental import replace_module
+from fmpq_fx.passes.rewrite import activations_float, plan_of, quantized_layers
 from fmpq_fx.quant import QuantizedLayer, quantize_layer
 
 CLIPS = (0.9, 0.8, 0.7, 0.6)
@@ -29,26 +30,33 @@ def choose_scales(
     *,
     memory: int | None = None,
     progress: bool | None = None,
-) -> fx.GraphModule:
-    """Give each site of ``gm`` the weight scales that lower the RD loss on ``batches``.
+) -> float:
+    """Give each site of ``gm`` the weight scales that lower the RD loss on ``batches``, with activations float.
 
     Args:
-        gm: a rewritten graph in evaluation mode whose activations are not calibrated yet. It is changed and
-            returned; the choice is written into its plan. The RD loss on ``batches`` never rises by it.
+        gm: a rewritten graph in evaluation mode whose activations are not calibrated yet. It is changed, and the
+            choice is written into its plan. The RD loss on ``batches`` never rises by it.
         batches: calibration images, (B, 3, H, W) each, in [0, 1].
         memory: bytes of activations to keep at most, see :class:`ChangeMeter`.
         progress: show a progress bar; None shows it on terminals only.
+
+    Returns:
+        that RD loss, as it is afterwards.
     """
     plan = plan_of(gm)
     # "not <": sites that were given bits for which zeta was not measured have NaN, and are tried as well.
     layers = {site: m for site, m in quantized_layers(gm).items() if not plan.zeta_of(site) < WORTHWHILE}
     hide = None if progress is None else not progress
     clips: dict[str, float] = {}
-    with RDDescent(gm, batches, plan.lmbda, list(layers), memory=memory) as descent:
+    with activations_float(gm), RDDescent(gm, batches, plan.lmbda, list(layers), memory=memory) as descent:
         for site, layer in tqdm(layers.items(), desc="weight scales", unit="site", disable=hide, leave=False):
             clips[site] = descent.best_clip(site, partial(_clipped, layer), CLIPS)
-    gm.meta["fmpq"] = replace(plan, clips={site: clip for site, clip in clips.items() if clip < 1})
-    return gm
+        rd = descent.rd
+    clips = {site: clip for site, clip in clips.items() if clip < 1}
+    for site, clip in clips.items():
+        replace_module(gm, gm.get_submodule(site), _clipped(layers[site], clip))
+    gm.meta["fmpq"] = replace(plan, clips=clips)
+    return rd
 
 
 def _clipped(layer: QuantizedLayer, clip: float) -> QuantizedLayer:

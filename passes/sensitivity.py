@@ -106,6 +106,11 @@ class SensitivityMeter:
             )
         return meter
 
+    @property
+    def float_rd(self) -> float:
+        """The RD loss of the float model on the batches."""
+        return self._meter.base.rd(self.table.lmbda)
+
     def measure(self, points: Iterable[Point]) -> None:
         """Measure zeta at ``points``, put it into :attr:`table`, and write that to the checkpoint."""
         wanted = set(points)
