@@ -85,8 +85,7 @@ def prepare(
         ValueError: an argument is out of its range; for an unreachable target the message names what is.
         FmpqError: the model cannot be traced or run on the images, there are no usable images, the RD loss of
             the quantized model is not finite, or the table is of another model, or the checkpoint, or a table that
-            is to be completed, of other weights or images; the ranks were given
-            different things.
+            is to be completed, of other weights or images; the ranks were given different things.
     """
     progress = progress if ranks.is_first() else False
     bits = None if bits is None else checked_bits(bits)

@@ -1,6 +1,7 @@
 """Short training runs on smooth random images, for the tests of fine-tuning."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from fmpq_fx import History, finetune
 from fmpq_fx.rd import rd_loss
+from fmpq_fx.training_run import TrainingRun
 
 LMBDA = 0.01
 
@@ -33,3 +35,16 @@ def loss_of(gm: fx.GraphModule, images: list[Tensor], lmbda: float = LMBDA) -> f
 def same_state(a: nn.Module, b: nn.Module) -> bool:
     mine, other = a.state_dict(), b.state_dict()
     return mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def stopping_at(step: int, error: type[BaseException]) -> Callable[[TrainingRun, Tensor], dict[str, str]]:
+    """Return a TrainingRun.step that raises ``error`` at ``step``, after it has changed the weights."""
+    original = TrainingRun.step
+
+    def stop(self: TrainingRun, x: Tensor) -> dict[str, str]:
+        figures = original(self, x)
+        if len(self.losses) == step:
+            raise error
+        return figures
+
+    return stop

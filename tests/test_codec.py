@@ -18,10 +18,10 @@ from compressai.models import (
 )
 from conftest import small_model
 from PIL import Image
-from test_model_file import Own, trained
 from torch import Tensor, nn
 from traced_models import assert_same, outputs
 from traced_models import photos as noise
+from trained_graphs import Own, trained
 
 import fmpq_fx
 from fmpq_fx import FmpqError

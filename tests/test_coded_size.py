@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from conftest import small_model
-from test_plan import PARAMS, sensitivity
+from sensitivities import PARAMS, sensitivity
 from torch import Tensor
 
 import fmpq_fx

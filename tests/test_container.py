@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_model_file import trained
+from trained_graphs import trained
 
 import fmpq_fx
 from fmpq_fx import FmpqError, container

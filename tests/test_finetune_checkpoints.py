@@ -3,32 +3,18 @@
 import copy
 import dataclasses
 import errno
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import small_model
-from finetuning import LMBDA, photos, same_state, tuned
-from torch import Tensor, fx
+from finetuning import LMBDA, photos, same_state, stopping_at, tuned
+from torch import fx
 
 from fmpq_fx import FmpqError, prepare
 from fmpq_fx.history import Settings
 from fmpq_fx.training_run import TrainingRun
-
-
-def stopping_at(step: int, error: type[BaseException]) -> Callable[[TrainingRun, Tensor], dict[str, str]]:
-    """Return a TrainingRun.step that raises ``error`` at ``step``, after it has changed the weights."""
-    original = TrainingRun.step
-
-    def stop(self: TrainingRun, x: Tensor) -> dict[str, str]:
-        figures = original(self, x)
-        if len(self.losses) == step:
-            raise error
-        return figures
-
-    return stop
 
 
 @pytest.mark.parametrize("step", [1, 4, 6, 11])

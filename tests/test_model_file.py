@@ -13,50 +13,12 @@ from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianC
 from conftest import small_model
 from torch import Tensor, fx, nn
 from traced_models import WITH_CODEC, Codec, Make, assert_same, lively, outputs, photos
+from trained_graphs import Own, trained
 
 import fmpq_fx
-from fmpq_fx import FmpqError, Plan, Sensitivity, convert, fingerprint, load, load_codec, plan_of, save
+from fmpq_fx import FmpqError, Sensitivity, convert, fingerprint, load, load_codec, plan_of, save
 from fmpq_fx.history import History, Settings, Validation
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.plan import make_plan
-from fmpq_fx.passes.rewrite import quantize
-from fmpq_fx.passes.sites import find_sites
-from fmpq_fx.passes.trace import trace
-
-
-def trained(
-    model: nn.Module, activation_bits: int | None = 8, *widths: int | None, **fixed: int | None
-) -> fx.GraphModule:
-    """Return a rewritten graph whose weights, steps and zero points are not those of its plan any more."""
-    gm = functionalize(trace(model))
-    sites = find_sites(gm)
-    names = [site.name for site in sites]
-    cycle = widths or (3, 4, 5, 8)
-    bits = {name: fixed.get(name.replace(".", ""), cycle[n % len(cycle)]) for n, name in enumerate(names)}
-    zeta = {name: {4: 0.1, 8: 0.01} for name in names}
-    sensitivity = Sensitivity(sites, 0.01, 0.5, 0.5, zeta, zeta, {"bias": 8}, "no images at all")
-    ranges = dict.fromkeys(names, (-1.5, 2.25)) if activation_bits else {}
-    clips = {names[0]: 0.9}
-    gm = quantize(gm, Plan(sites, bits, activation_bits, 0.5, "", sensitivity, clips=clips, ranges=ranges))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in gm.parameters():
-            noise = torch.rand(parameter.shape, generator=generator)
-            parameter.add_(noise.to(parameter.dtype), alpha=0.01)
-    return gm.eval()
-
-
-class Own(Codec):
-    """A user's model: it cannot code, has a layer under two names, and tensors of several types."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda model, x: model.twin(x) + model.conv(x + model.mean.to(x.dtype)))
-        self.twin = self.conv
-        self.register_buffer("mean", torch.tensor(1 / 3))
-        self.register_buffer("seen", torch.tensor([2**40, -1]))
-        self.register_buffer("used", torch.tensor([True, False]))
-        self.register_buffer("nothing", torch.zeros(0, 3))
-
 
 OF_THE_ZOO: dict[str, Callable[[], fx.GraphModule]] = {
     "bmshj2018-hyperprior": lambda: trained(small_model("bmshj2018-hyperprior")),
@@ -236,7 +198,7 @@ def test_what_was_loaded_can_be_trained_on_and_saved_again(path: Path, tmp_path:
 
 
 def test_a_model_that_is_not_of_the_zoo_needs_to_be_told(own: Path) -> None:
-    with pytest.raises(FmpqError, match=r"model.fmpq: it holds a test_model_file\.Own, which.*pass model="):
+    with pytest.raises(FmpqError, match=r"model.fmpq: it holds a trained_graphs\.Own, which.*pass model="):
         load(own)
 
 

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from finetuning import photos
+from finetuning import photos, stopping_at
 from rank_jobs import both_sizes, uniform, without_noise
-from test_finetune_checkpoints import stopping_at
 from torch import Tensor, fx
 
 from fmpq_fx import FmpqError, History, plan_of, ranks

@@ -17,11 +17,11 @@ import torch
 from conftest import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_cases import CASES as LAYERS
+from layer_cases import effective, made, output_channels
 from scipy.special import expit
-from test_layers import CASES as LAYERS
-from test_layers import effective, made, output_channels
-from test_model_file import trained
 from torch import Tensor
+from trained_graphs import trained
 
 import fmpq_fx
 from fmpq_fx import FmpqError, container

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_receptive_field import random_module
+from random_graphs import random_module
 from torch import Tensor, nn
 from traced_models import PLAIN, Make, each_model, lively
 
