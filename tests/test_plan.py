@@ -1,3 +1,5 @@
+"""Plans: targets, budgets, candidates, and what cannot be planned."""
+
 import math
 import re
 from typing import Any
