@@ -60,11 +60,15 @@ def conditions(args: argparse.Namespace) -> str:
 
 
 @torch.no_grad()
-def enlarge_latents(model: nn.Module, x: Tensor, std: float = 2.0) -> None:
+def enliven(model: nn.Module, x: Tensor, std: float = 2.0) -> None:
     """Give an untrained ``model`` latents of a trained one's size, ``std``, for the images ``x`` (B, 3, H, W).
 
-    As made, random models have latents that all round to zero: nothing to code, and less to compute.
+    As made, random models have latents that all round to zero, and scales that are all the least: nothing to code, and
+    less to compute. So the layers around the hyper-latents get weights that keep the size of what they are given.
     """
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and not name.startswith(("g_a", "g_s")):
+            nn.init.kaiming_normal_(layer.weight)
     for name, transform in model.named_modules():
         if name.rpartition(".")[2] in ("g_a", "h_a"):
             last = [layer for layer in transform.children() if isinstance(layer, nn.Conv2d)][-1]

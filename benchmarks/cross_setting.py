@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_models import UNTRAINED, WITH_CODECS, add_model_arguments, enlarge_latents
+from bench_models import UNTRAINED, WITH_CODECS, add_model_arguments, enliven
 from compressai.ops import compute_padding
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ from fmpq_fx import convert, exact_table, finetune, image_files, images, prepare
 from fmpq_fx.image_coding import STRIDE
 from fmpq_fx.zoo import load_model
 
-SETTINGS = ("1 thread", "2 threads", "no oneDNN", "channels_last", "float64", "compiled")
+LAYOUTS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
+SETTINGS = ("1 thread", "2 threads", "no oneDNN", *LAYOUTS, "float64", "compiled")
 
 
 class Latents(nn.Module):
@@ -58,8 +59,8 @@ def setting(which: str, codec: Any) -> Iterator[Any]:
         if which == "float64":
             torch.set_default_dtype(torch.float64)
             twin = twin.double()
-        if which == "channels_last":
-            twin = twin.to(memory_format=torch.channels_last)
+        if which in LAYOUTS:
+            twin = twin.to(memory_format=LAYOUTS[which])
         if which == "compiled":
             compile_networks(twin)
         yield twin
@@ -77,7 +78,7 @@ def encode_all(codec: Any, which: str, pictures: list[Tensor]) -> list[Any]:
     """Return what ``codec`` makes of each of ``pictures`` (1, 3, H, W) under a setting."""
     with setting(which, codec) as encoder:
         moved = (x.to(next(encoder.parameters()).dtype) for x in pictures)
-        layout = torch.channels_last if which == "channels_last" else torch.contiguous_format
+        layout = LAYOUTS.get(which, torch.contiguous_format)
         return [encoder.compress(x.contiguous(memory_format=layout)) for x in moved]
 
 
@@ -145,7 +146,7 @@ def report(name: str, args: argparse.Namespace, pictures: list[Tensor]) -> None:
     model: Any = load_model(name, checkpoint=checkpoint) if untrained is None else untrained()
     model = model.eval()
     if untrained is not None:
-        enlarge_latents(model, pictures[0][..., :256, :256])
+        enliven(model, pictures[0][..., :256, :256])
     model.update()
     gm = prepare(
         model,

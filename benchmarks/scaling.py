@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_models import enlarge_latents
+from bench_models import enliven
 from compressai.models import Cheng2020Anchor, MeanScaleHyperprior, ScaleHyperprior
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def make_model(name: str, x: Tensor) -> Any:
     torch.manual_seed(0)
     model: Any = MODELS[name]().eval()
     if name != "sample":
-        enlarge_latents(model, x)
+        enliven(model, x)
     return model
 
 

@@ -41,9 +41,11 @@ def convert(gm: fx.GraphModule, *, exact: Exact = True) -> nn.Module:
         of the weights as they are now; a graph that :func:`fmpq_fx.load` returned, whose entropy models were not
         trained since, keeps the tables of its file.
 
+        Models of CompressAI's own classes are in channels-last layout, in which CPUs convolve faster.
+
         The coding loops of autoregressive models are replaced by exact ones. With ``exact=False`` they are
         CompressAI's, which read the weight of the context prediction without calling the layer: they get the
-        quantized weight, but the layer's input stays float there.
+        quantized weight, but the layer's input stays float there. Layouts are left as they are then.
 
     Raises:
         FmpqError: ``gm`` carries no plan, its model cannot be copied, or ``exact="require"`` and something has no
@@ -69,6 +71,10 @@ def with_exact_path(model: nn.Module, path: EntropyPath, exact: Exact) -> nn.Mod
     guard(model)
     if not exact:
         return model
+    if (
+        type(model).__module__.partition(".")[0] == "compressai"
+    ):  # others may view activations in another layout
+        model.to(memory_format=torch.channels_last)
     try:
         return integerize(model, path)
     except FmpqError as error:

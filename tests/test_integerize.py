@@ -33,9 +33,10 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+LAYOUTS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
 SETTINGS = (
-    *("1 thread", "2 threads", "3 threads", "no oneDNN", "products in bfloat16", "channels_last"),
-    *("float64", "float64 by default", "one by one"),
+    *("1 thread", "2 threads", "3 threads", "no oneDNN", "products in bfloat16"),
+    *("channels last", "contiguous", "float64", "float64 by default", "one by one"),
 )
 
 
@@ -68,14 +69,16 @@ def setting(which: str, codec: Any) -> Iterator[Any]:
     elif which == "float64":
         with default_dtype(torch.float64):
             yield twin.double()
+    elif which in LAYOUTS:
+        yield twin.to(memory_format=LAYOUTS[which])
     else:
-        yield twin.to(memory_format=torch.channels_last) if which == "channels_last" else twin
+        yield twin
 
 
 def encoded(codec: Any, which: str, x: Tensor) -> dict[str, Any]:
     x = x.to(next(codec.parameters()).dtype)
-    if which == "channels_last":
-        x = x.to(memory_format=torch.channels_last)
+    if which in LAYOUTS:
+        x = x.contiguous(memory_format=LAYOUTS[which])
     with torch.no_grad():
         coded: dict[str, Any] = codec.compress(x)
         if which == "one by one":
