@@ -1,9 +1,9 @@
-"""Big images: peak memory and time of coding a photograph within several budgets, beside coding it as a whole.
+"""Big images: peak memory and time of coding and evaluating a photograph within several budgets, beside it as a whole.
 
-The photograph is one of scikit-image's, enlarged. Encoding and decoding have a process of their own each, with one
-thread; memory is what the process grows by over what it has with the codec loaded, the image included. "As a whole" is
-measured at the first of the sizes alone, where it takes less. What comes out is compared with that of the whole, or of
-the largest budget.
+The photograph is one of scikit-image's, enlarged. Encoding, decoding and ``evaluate`` have a process of their own each,
+with one thread; memory is what the process grows by over what it has with the codec loaded, the image included. "As a
+whole" is measured at the first of the sizes alone, where it takes less. What comes out is compared with that of the
+whole, or of the largest budget.
 
     python benchmarks/big_images.py --model model.fmpq
 """
@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from fmpq_fx import decode, encode, load_codec, prepare, samples, save
+from fmpq_fx import FmpqError, decode, encode, evaluate, load_codec, prepare, samples, save
 from fmpq_fx.files import write_text
 from fmpq_fx.memory import bytes_of
 
 WHOLE = "1TB"
+JOBS = ("encode", "decode", "evaluate")
 
 
 def photograph(width: int, height: int) -> Tensor:
@@ -33,7 +34,7 @@ def photograph(width: int, height: int) -> Tensor:
     return F.interpolate(samples.photos()["astronaut"][None], (height, width), mode="bicubic").clamp_(0, 1)[0]
 
 
-def in_process(what: str, model: Path, size: tuple[int, int], memory: str, folder: Path) -> dict[str, float]:
+def in_process(what: str, model: Path, size: tuple[int, int], memory: str, folder: Path) -> dict[str, Any]:
     """Run :func:`job` in a fresh process and return what it measured."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
@@ -42,27 +43,33 @@ def in_process(what: str, model: Path, size: tuple[int, int], memory: str, folde
     process.join()
     if process.exitcode != 0:
         raise RuntimeError(f"the process that measures ended with {process.exitcode}")
-    measured: dict[str, float] = results.get()
+    measured: dict[str, Any] = results.get()
     return measured
 
 
 def job(what: str, model: Path, size: tuple[int, int], memory: str, folder: Path, results: Any) -> None:
-    """Encode the photograph into ``folder``, or decode what is there; measure bytes and seconds."""
+    """Encode the photograph into ``folder``, decode what is there, or evaluate; measure bytes and seconds."""
     torch.set_num_threads(1)
     codec = load_codec(model)
     small = photograph(64, 64)
     decode(codec, encode(codec, small))
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = resident("VmRSS")
-    image = photograph(*size) if what == "encode" else None
+    image = photograph(*size) if what != "decode" else None
     made = resident("VmHWM")  # enlarging takes memory of its own
     Path("/proc/self/clear_refs").write_text("5")
     start, cpu = time.perf_counter(), time.process_time()
-    if image is not None:
-        (folder / "image.fmi").write_bytes(encode(codec, image, memory=memory))
-        out = None
-    else:
+    out = None
+    if image is None:
         out = decode(codec, (folder / "image.fmi").read_bytes(), memory=memory)
+    elif what == "encode":
+        (folder / "image.fmi").write_bytes(encode(codec, image, memory=memory))
+    else:
+        try:
+            evaluate(codec, {"photograph": image}, memory=memory, progress=False)
+        except FmpqError as error:  # with images of several stages in memory it needs more than coding
+            results.put({"refused": str(error)})
+            return
     took = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
     peak = resident("VmHWM") - before
     if out is not None:
@@ -77,9 +84,9 @@ def resident(name: str) -> int:
 
 
 def measure(model: Path, size: tuple[int, int], memory: str, folder: Path) -> dict[str, Any]:
-    """Return what encoding and decoding within ``memory`` measured, and keep what they made in ``folder``."""
+    """Return what all jobs within ``memory`` measured, and keep what they made in ``folder``."""
     folder.mkdir()
-    found = {what: in_process(what, model, size, memory, folder) for what in ("encode", "decode")}
+    found = {what: in_process(what, model, size, memory, folder) for what in JOBS}
     return {"size": list(size), "memory": memory, "bytes": (folder / "image.fmi").stat().st_size, **found}
 
 
@@ -135,7 +142,10 @@ def _table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         first = next(other for other in rows if other["size"] == row["size"])
         line = ["x".join(map(str, row["size"])), "whole" if row["memory"] == WHOLE else row["memory"]]
-        for what in ("encode", "decode"):
+        for what in JOBS:
+            if "refused" in row[what]:
+                line += ["refused", ""]
+                continue
             peak, cpu = row[what]["peak"], row[what]["cpu"]
             share = "" if row["memory"] == WHOLE else f" ({100 * peak / bytes_of(row['memory']):.0f} %)"
             line += [f"{peak / 1e9:.2f} GB{share}", f"{cpu:.1f} s {cpu / first[what]['cpu']:.2f}x"]
@@ -148,6 +158,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
         "encode: peak",
         "CPU",
         "decode: peak",
+        "CPU",
+        "evaluate: peak",
         "CPU",
         "bitstream",
         "largest",

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from compressai.ops import compute_padding
-from pytorch_msssim import ms_ssim
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 from tqdm import tqdm
@@ -23,14 +22,10 @@ from fmpq_fx import image_files
 from fmpq_fx.codec import convert
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.image_coding import STRIDE, checked_codec, padded_size
-from fmpq_fx.memory import bytes_of
+from fmpq_fx.ms_ssim import LEAST_SIDE, ms_ssim
 from fmpq_fx.rd import PEAK, psnr, total_bits
 from fmpq_fx.tiling import within
 
-MS_SSIM_LEAST = 161
-"""The shortest side that has the five scales of MS-SSIM."""
-
-_MS_SSIM_BYTES = 250  # per pixel, of all three channels at once (measured)
 _IMAGES = 5  # that coding and comparing have in memory at once, beside what the transforms take
 
 
@@ -162,7 +157,6 @@ def evaluate(
     """
     codec = _codec(model)
     parameter = next(codec.parameters())
-    budget = bytes_of(memory, parameter.device)
     named = list(_named(images))
     hide = None if progress is None else not progress
     results: list[ImageResult] = []
@@ -175,7 +169,7 @@ def evaluate(
                 continue
             x = x.to(parameter.device, parameter.dtype)
             coder = within(codec, padded_size(*x.shape[-2:]), memory, images=_IMAGES)
-            results.append(_code(coder, name, x, budget))
+            results.append(_code(coder, name, x))
     if not results:
         raise FmpqError("none of the images can be read; see the warnings")
     return Evaluation(tuple(results))
@@ -205,8 +199,8 @@ def _named(images: str | os.PathLike[str] | Mapping[str, Tensor]) -> Iterator[tu
             yield path.name, lambda path=path: image_files.read(path)
 
 
-def _code(codec: Any, name: str, x: Tensor, budget: int) -> ImageResult:
-    """Code the image ``x`` (3, H, W); compute MS-SSIM within ``budget`` bytes."""
+def _code(codec: Any, name: str, x: Tensor) -> ImageResult:
+    """Code the image ``x`` (3, H, W), and measure."""
     height, width = x.shape[-2:]
     pad, unpad = compute_padding(height, width, min_div=STRIDE)
     padded = F.pad(x.unsqueeze(0), pad)
@@ -224,7 +218,7 @@ def _code(codec: Any, name: str, x: Tensor, budget: int) -> ImageResult:
     del forward, padded
     original = _to_8_bits(x.unsqueeze(0))
     mse = (x_hat - original).square_().mean().item()
-    large = min(height, width) >= MS_SSIM_LEAST
+    large = min(height, width) >= LEAST_SIDE
     return ImageResult(
         name=name,
         width=width,
@@ -232,7 +226,7 @@ def _code(codec: Any, name: str, x: Tensor, budget: int) -> ImageResult:
         bpp=bits / (height * width),
         estimated_bpp=estimated_bits / (height * width),
         psnr=psnr(mse, PEAK),
-        ms_ssim=_ms_ssim(original, x_hat, budget) if large else None,
+        ms_ssim=ms_ssim(original, x_hat, PEAK) if large else None,
         encode_seconds=middle - start,
         decode_seconds=end - middle,
         deviation=deviation,
@@ -241,11 +235,3 @@ def _code(codec: Any, name: str, x: Tensor, budget: int) -> ImageResult:
 
 def _to_8_bits(x: Tensor) -> Tensor:
     return (x * 255).clamp_(0, 255).round_()
-
-
-def _ms_ssim(x: Tensor, y: Tensor, budget: int) -> float:
-    """Return the MS-SSIM of two images (1, 3, H, W): the mean over channels, one by one where all take too much."""
-    channels = 3 if _MS_SSIM_BYTES * x[0, 0].numel() <= budget else 1
-    pairs = zip(x.split(channels, 1), y.split(channels, 1), strict=True)
-    values: list[float] = [ms_ssim(*pair, data_range=255).item() for pair in pairs]
-    return sum(values) / len(values)
