@@ -33,7 +33,7 @@ from fmpq_fx.files import write_text
 from fmpq_fx.onnx_codec import with_sessions
 from fmpq_fx.passes.planners import PLANNERS
 from fmpq_fx.rd import RDSums, rd_sums
-from fmpq_fx.zoo import model_of_state
+from fmpq_fx.zoo import load_model
 
 HEIGHT, WIDTH = 512, 768
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -210,7 +210,7 @@ def _trained(name: str, checkpoint: Path | None) -> nn.Module:
         )
     else:
         zoo = "mbt2018-mean" if name.startswith("mean") else "bmshj2018-hyperprior"
-        model = model_of_state(zoo, torch.load(checkpoint, weights_only=True))
+        model = load_model(zoo, checkpoint=checkpoint)
     model.update(force=True)  # type: ignore[operator]
     return model.eval()
 
