@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.incremental import ChangeMeter
+from fmpq_fx.passes.incremental import ChangeMeter, mean_rd
 from fmpq_fx.passes.sites import annotate, find_sites, float_remainder
 from fmpq_fx.passes.tables import Sensitivity, Site, Table
 from fmpq_fx.quant import quantize_layer
@@ -109,6 +109,8 @@ class SensitivityMeter:
     @property
     def float_rd(self) -> float:
         """The RD loss of the float model on the batches."""
+        if "_meter" not in vars(self):  # nothing was measured, so there is no need for what measuring keeps
+            return mean_rd(self.gm, self.batches, self.table.lmbda)
         return self._meter.base.rd(self.table.lmbda)
 
     def measure(self, points: Iterable[Point]) -> None:
