@@ -71,9 +71,8 @@ def with_exact_path(model: nn.Module, path: EntropyPath, exact: Exact) -> nn.Mod
     guard(model)
     if not exact:
         return model
-    if (
-        type(model).__module__.partition(".")[0] == "compressai"
-    ):  # others may view activations in another layout
+    # Other people's classes may view activations in ways that this layout does not allow.
+    if type(model).__module__.partition(".")[0] == "compressai":
         model.to(memory_format=torch.channels_last)
     try:
         return integerize(model, path)

@@ -13,7 +13,6 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from fmpq_fx.passes.descent import RDDescent
-from fmpq_fx.passes.incremental import replace_module
 from fmpq_fx.passes.rewrite import activations_float, plan_of, quantized_layers
 from fmpq_fx.quant import QuantizedLayer, quantize_layer
 
@@ -53,13 +52,12 @@ def choose_scales(
             clips[site] = descent.best_clip(site, partial(_clipped, layer), CLIPS)
         rd = descent.rd
     clips = {site: clip for site, clip in clips.items() if clip < 1}
-    for site, clip in clips.items():
-        replace_module(gm, gm.get_submodule(site), _clipped(layers[site], clip))
+    chosen = quantized_layers(gm)
+    for site in clips:  # another layer stands there now, which was made without a quantizer of its input
+        chosen[site].input_quantizer = layers[site].input_quantizer
     gm.meta["fmpq"] = replace(plan, clips=clips)
     return rd
 
 
 def _clipped(layer: QuantizedLayer, clip: float) -> QuantizedLayer:
-    quantizer = layer.input_quantizer
-    activation_bits = None if quantizer is None else quantizer.bits
-    return quantize_layer(layer.layer, layer.bits, activation_bits, clip=clip).train(layer.training)
+    return quantize_layer(layer.layer, layer.bits, clip=clip).train(layer.training)

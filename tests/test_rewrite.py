@@ -14,6 +14,7 @@ import torch
 from compressai.entropy_models import EntropyBottleneck
 from compressai.latent_codecs import LatentCodec
 from torch import Tensor, fx, nn
+from traced_models import each_codec, lively
 
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.calibrate import calibrate
@@ -23,24 +24,6 @@ from fmpq_fx.passes.sites import annotate, find_sites, float_remainder
 from fmpq_fx.passes.tables import Plan, Sensitivity
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, quantize_layer
-
-CODECS: dict[str, Callable[[], nn.Module]] = {
-    "elic-official": lambda: zoo.Elic2022Official(8, 16, groups=[2, 2, 4, 8]),
-    "elic-chandelier": lambda: zoo.Elic2022Chandelier(8, 16, groups=[2, 2, 4, 8]),
-    "cheng2020-checkerboard": lambda: zoo.Cheng2020AnchorCheckerboard(12),
-}
-each_codec = pytest.mark.parametrize("make", CODECS.values(), ids=CODECS)
-
-
-def lively(make: Callable[[], nn.Module]) -> nn.Module:
-    """Return a model whose latents are not all rounded to zero, as they are after plain initialization."""
-    torch.manual_seed(0)
-    model = make()
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and layer.bias is not None:
-            nn.init.kaiming_normal_(layer.weight)
-            nn.init.normal_(layer.bias)
-    return model.eval()
 
 
 def traced(model: nn.Module) -> fx.GraphModule:
