@@ -14,8 +14,8 @@ from rd_points import Variant
 from rd_table import plot_curves, print_losses, print_table
 from tqdm import tqdm
 
-from fmpq_fx.passes.memory import freed_memory_kept
-from fmpq_fx.prepare import SIZES
+from fmpq_fx.passes.measure.allocator import freed_memory_kept
+from fmpq_fx.pipeline import SIZES
 
 
 def main() -> None:

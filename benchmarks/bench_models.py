@@ -14,7 +14,7 @@ from compressai.models import (
 from torch import Tensor, nn
 
 from fmpq_fx import samples
-from fmpq_fx.zoo import load_model
+from fmpq_fx.models.zoo import load_model
 
 UNTRAINED = {
     "mbt2018-mean": lambda: MeanScaleHyperprior(64, 96),

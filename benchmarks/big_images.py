@@ -22,8 +22,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from fmpq_fx import FmpqError, decode, encode, evaluate, load_codec, prepare, samples, save
-from fmpq_fx.files import write_text
 from fmpq_fx.memory import bytes_of
+from fmpq_fx.storage.files import write_text
 
 WHOLE = "1TB"
 JOBS = ("encode", "decode", "evaluate")

@@ -18,15 +18,16 @@ from figures import save
 from tabulate import tabulate
 from tqdm import tqdm
 
-from fmpq_fx import analyze, images, rewrite, samples
-from fmpq_fx.files import write_text
-from fmpq_fx.fingerprint import digest
-from fmpq_fx.image_files import fingerprint, sources
+from fmpq_fx import analyze, rewrite, samples
+from fmpq_fx.images import crops
+from fmpq_fx.images.reading import fingerprint, sources
+from fmpq_fx.models.zoo import load_model
 from fmpq_fx.passes.functionalize import functionalize
-from fmpq_fx.passes.incremental import mean_rd
-from fmpq_fx.passes.plan import make_plan
+from fmpq_fx.passes.measure.incremental import mean_rd
+from fmpq_fx.passes.plan.task import make_plan
 from fmpq_fx.passes.trace import trace
-from fmpq_fx.zoo import load_model
+from fmpq_fx.storage.files import write_text
+from fmpq_fx.storage.fingerprint import digest
 
 
 def _arguments() -> argparse.Namespace:
@@ -60,15 +61,15 @@ def main() -> None:
     what = f"{digest(model.state_dict())[:12]}; {where}; {args.planner}, CR {args.target_cr:g}, lambda {args.lmbda:g}"
     path = args.out / f"calibration-{args.model}.json"
     done = json.loads(path.read_text()) if path.exists() else {}
-    test = images.crops(args.images, count=24)
+    test = crops.cut(args.images, count=24)
     float_rd = mean_rd(functionalize(trace(model)), test, args.lmbda)
     jobs = [(count, seed) for count in sorted(args.counts) for seed in range(args.seeds)]
     keys = [f"{what}; {count} images, seed {seed}" for count, seed in jobs]
     for (count, seed), key in zip(tqdm(jobs, desc="calibrations", disable=None), keys, strict=True):
         if key in done:
             continue
-        crops = images.crops(args.calibration, count=count, seed=seed)
-        table = analyze(model, calibration=crops, lmbda=args.lmbda)
+        batches = crops.cut(args.calibration, count=count, seed=seed)
+        table = analyze(model, calibration=batches, lmbda=args.lmbda)
         plan = make_plan(table, args.target_cr, planner=args.planner, activation_bits=None)
         above = mean_rd(rewrite(model, plan), test, args.lmbda) / float_rd - 1
         done[key] = {"count": count, "bits": plan.bits, "above": above}

@@ -28,9 +28,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fmpq_fx import convert, exact_table, finetune, image_files, images, prepare
-from fmpq_fx.image_coding import STRIDE
-from fmpq_fx.zoo import load_model
+from fmpq_fx import convert, exact_table, finetune, prepare
+from fmpq_fx.coding.fmi import STRIDE
+from fmpq_fx.images import crops, reading
+from fmpq_fx.models.zoo import load_model
 
 LAYOUTS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
 SETTINGS = ("1 thread", "2 threads", "no oneDNN", *LAYOUTS, "float64", "compiled")
@@ -133,7 +134,7 @@ def seconds(codecs: dict[str, Any], pictures: list[Tensor]) -> dict[str, tuple[f
 
 def padded(path: Path) -> Tensor:
     """Return the picture (1, 3, H, W), padded as for coding."""
-    x = image_files.read(path).unsqueeze(0)
+    x = reading.read(path).unsqueeze(0)
     pad, _ = compute_padding(*x.shape[-2:], min_div=STRIDE)
     return F.pad(x, pad)
 
@@ -151,7 +152,7 @@ def report(name: str, args: argparse.Namespace, pictures: list[Tensor]) -> None:
     gm = prepare(
         model,
         args.target_cr,
-        calibration=images.batches(args.calibration),
+        calibration=crops.batches(args.calibration),
         lmbda=args.lmbda,
         bits=args.bits,
         planner=args.planner,
@@ -215,7 +216,7 @@ def main() -> None:
     parser.add_argument("--training", help="image folder for that; default: that of --calibration")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pictures = [padded(path) for path in image_files.find(args.images)[: args.count]]
+    pictures = [padded(path) for path in reading.find(args.images)[: args.count]]
     for name in args.model:
         report(name, args, pictures)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from fmpq_fx.files import replacing
+from fmpq_fx.storage.files import replacing
 
 
 def save(figure: Figure, path: Path) -> None:

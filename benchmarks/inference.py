@@ -28,12 +28,13 @@ from compressai.models import MeanScaleHyperprior, ScaleHyperprior
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from fmpq_fx import convert, export_onnx, images, plan_of, prepare, samples
-from fmpq_fx.files import write_text
-from fmpq_fx.onnx_codec import with_sessions
-from fmpq_fx.passes.planners import PLANNERS
+from fmpq_fx import convert, export_onnx, plan_of, prepare, samples
+from fmpq_fx.images import crops
+from fmpq_fx.models.zoo import load_model
+from fmpq_fx.onnx.codec import with_sessions
+from fmpq_fx.passes.plan.planners import PLANNERS
 from fmpq_fx.rd import RDSums, rd_sums
-from fmpq_fx.zoo import load_model
+from fmpq_fx.storage.files import write_text
 
 HEIGHT, WIDTH = 512, 768
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -105,7 +106,7 @@ def variants(gm: fx.GraphModule, model: Any, folder: Path) -> dict[str, Variant]
     return found
 
 
-def rd_of(variant: Variant, crops: list[Tensor], lmbda: float) -> float:
+def rd_of(variant: Variant, batches: list[Tensor], lmbda: float) -> float:
     """Return the RD loss of a variant; transforms in bfloat16, entropy models in float32."""
     codec = variant.codec
     original = codec.g_a.forward, codec.g_s.forward
@@ -120,7 +121,7 @@ def rd_of(variant: Variant, crops: list[Tensor], lmbda: float) -> float:
     if variant.bfloat16:
         codec.g_a.forward, codec.g_s.forward = map(low, original)
     with torch.no_grad():
-        sums = sum((rd_sums(codec(x), x) for x in crops), RDSums())
+        sums = sum((rd_sums(codec(x), x) for x in batches), RDSums())
     codec.g_a.forward, codec.g_s.forward = original
     return sums.rd(lmbda)
 
@@ -187,12 +188,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", category=UserWarning)
     content = []
-    crops = images.crops(args.images, count=args.crops) if args.images else images.batches(args.calibration)
+    batches = crops.cut(args.images, count=args.crops) if args.images else crops.batches(args.calibration)
     for index, name in enumerate(args.models):
         model = _trained(name, args.checkpoint[index] if index < len(args.checkpoint) else None)
         for threads in args.threads:
             torch.set_num_threads(threads)
-            rows = measure(name, model, crops, args)
+            rows = measure(name, model, batches, args)
             print(
                 f"\n{name}, {threads} thread{'s' * (threads > 1)}, {WIDTH} x {HEIGHT}\n\n{_table(rows)}",
                 flush=True,
@@ -215,7 +216,7 @@ def _trained(name: str, checkpoint: Path | None) -> nn.Module:
     return model.eval()
 
 
-def measure(name: str, model: Any, crops: list[Tensor], args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(name: str, model: Any, batches: list[Tensor], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row per variant: RD loss, memory in MB, and seconds of each job."""
     gm = prepare(
         model,
@@ -229,8 +230,8 @@ def measure(name: str, model: Any, crops: list[Tensor], args: argparse.Namespace
     x = F.interpolate(photo, (HEIGHT, WIDTH), mode="bicubic").clamp(0, 1)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         found = variants(gm, model, Path(folder))
-        rd = {key: rd_of(variant, crops, args.lmbda) for key, variant in found.items()}
-        rd["fake-quantized graph"] = rd_of(Variant(convert(gm)), crops, args.lmbda)
+        rd = {key: rd_of(variant, batches, args.lmbda) for key, variant in found.items()}
+        rd["fake-quantized graph"] = rd_of(Variant(convert(gm)), batches, args.lmbda)
         jobs = {(key, what): job for key, variant in found.items() for what, job in variant.jobs(x).items()}
         seconds = timed(jobs, args.repeats)
         y = model.g_a(x).round()

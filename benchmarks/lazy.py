@@ -21,11 +21,12 @@ from sensitivity import naive_zeta
 from tabulate import tabulate
 from torch import fx, nn
 
-from fmpq_fx import Plan, Sensitivity, analyze, images, samples
+from fmpq_fx import Plan, Sensitivity, analyze, samples
+from fmpq_fx.images import crops
 from fmpq_fx.passes.functionalize import functionalize
-from fmpq_fx.passes.lazy import plan_lazily
-from fmpq_fx.passes.plan import make_plan, make_task
-from fmpq_fx.passes.sensitivity import SensitivityMeter
+from fmpq_fx.passes.measure.lazy import plan_lazily
+from fmpq_fx.passes.measure.sensitivity import SensitivityMeter
+from fmpq_fx.passes.plan.task import make_plan, make_task
 from fmpq_fx.passes.trace import trace
 
 OTHERS = {
@@ -51,7 +52,7 @@ def measure(name: str, args: argparse.Namespace) -> list[tuple[object, ...]]:
     """Return a row for each planner and target of the model ``name``, after one for its full table."""
     torch.set_num_threads(args.threads)
     model = dict(models(dict(args.checkpoint)))[name]
-    batches = images.crops(args.images or list(samples.photos().values()), size=args.size, count=args.crops)
+    batches = crops.cut(args.images or list(samples.photos().values()), size=args.size, count=args.crops)
     start = time.perf_counter()
     naive_zeta(model, batches[0], args.lmbda)  # first: what follows sets up malloc for its needs
     naive = time.perf_counter() - start

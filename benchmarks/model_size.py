@@ -29,13 +29,14 @@ from tabulate import tabulate
 from torch import fx, nn
 from tqdm import tqdm
 
-from fmpq_fx import FileReport, analyze, file_report, images, load, load_codec, plan_of, prepare, save
-from fmpq_fx.files import write_text
+from fmpq_fx import FileReport, analyze, file_report, load, load_codec, plan_of, prepare, save
+from fmpq_fx.images import crops
+from fmpq_fx.models.zoo import load_model, model_of_state, zoo_name
 from fmpq_fx.passes.functionalize import functionalize
-from fmpq_fx.passes.incremental import mean_rd
-from fmpq_fx.passes.rewrite import quantized_layers
+from fmpq_fx.passes.measure.incremental import mean_rd
 from fmpq_fx.passes.trace import trace
-from fmpq_fx.zoo import load_model, model_of_state, zoo_name
+from fmpq_fx.quant import quantized_layers
+from fmpq_fx.storage.files import write_text
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": lambda data: gzip.compress(data, 9),
@@ -79,7 +80,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     model = load_model(args.model, checkpoint=args.checkpoint)
-    calibration, test = images.batches(args.calibration), images.crops(args.images, count=24)
+    calibration, test = crops.batches(args.calibration), crops.cut(args.images, count=24)
     table = analyze(model, calibration=calibration, lmbda=args.lmbda)
     float_rd = mean_rd(functionalize(trace(model)), test, args.lmbda)
     rows = []
@@ -102,7 +103,7 @@ def main() -> None:
         times = _times(model, [Path(folder) / f"coded-{cr}.fmpq" for cr in args.target_cr])
     checkpoint = _float_checkpoint(model)
     about = (
-        f"{args.model}, {args.planner}, A32; RD loss on {images.describe(test)}; float checkpoint "
+        f"{args.model}, {args.planner}, A32; RD loss on {crops.describe(test)}; float checkpoint "
         f"{len(checkpoint):,} bytes"
     )
     print(f"{about}\n\n{_table(rows)}\n\n{_time_table(times)}")

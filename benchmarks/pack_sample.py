@@ -19,7 +19,7 @@ from compressai.models import ScaleHyperprior
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fmpq_fx.files import replacing
+from fmpq_fx.storage.files import replacing
 
 ARCHS = ("bmshj2018-hyperprior", "sh")
 NOTE = "trained on BSDS500 (research use)"

@@ -14,7 +14,7 @@ from rd_bench import add_arguments, benches
 from rd_points import Point, Variant
 from tabulate import tabulate
 
-from fmpq_fx.passes.memory import freed_memory_kept
+from fmpq_fx.passes.measure.allocator import freed_memory_kept
 
 COLOURS = {"before": "tab:gray", "rd": "tab:blue", "mse": "tab:red"}
 

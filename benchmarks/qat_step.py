@@ -21,12 +21,13 @@ from figures import save
 from tabulate import tabulate
 from torch import nn
 
-from fmpq_fx import images, prepare, samples
-from fmpq_fx.files import write_text
-from fmpq_fx.history import Settings
-from fmpq_fx.passes.memory import freed_memory_kept
-from fmpq_fx.training_run import TrainingRun
-from fmpq_fx.zoo import load_model
+from fmpq_fx import prepare, samples
+from fmpq_fx.images import crops
+from fmpq_fx.models.zoo import load_model
+from fmpq_fx.passes.measure.allocator import freed_memory_kept
+from fmpq_fx.storage.files import write_text
+from fmpq_fx.training.history import Settings
+from fmpq_fx.training.run import TrainingRun
 
 VARIANTS = {"float32": None, "W8A32": 0, "W8A8": 8}
 """Activation bits; 0 is float activations, None a float model."""
@@ -50,7 +51,7 @@ def measure(args: argparse.Namespace, variant: str) -> tuple[list[float], float]
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     source = args.train or list(samples.photos().values())
-    (x,) = images.crops(source, size=args.crop, count=args.batch_size)
+    (x,) = crops.cut(source, size=args.crop, count=args.batch_size)
     model, x = _model(args, variant).to(device), x.to(device)
     run = TrainingRun(model, [], Settings(0.013, bfloat16=args.bfloat16))
     before = _peak_memory(device)

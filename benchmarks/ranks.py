@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from fmpq_fx import images, prepare, ranks, samples
-from fmpq_fx.history import Settings
-from fmpq_fx.passes.memory import freed_memory_kept
-from fmpq_fx.training_run import TrainingRun
-from fmpq_fx.zoo import load_model
+from fmpq_fx import prepare, ranks, samples
+from fmpq_fx.images import crops
+from fmpq_fx.models.zoo import load_model
+from fmpq_fx.passes.measure.allocator import freed_memory_kept
+from fmpq_fx.training.history import Settings
+from fmpq_fx.training.run import TrainingRun
 
 WARM_UP = 3  # steps
 
@@ -33,8 +34,8 @@ def measure(args: argparse.Namespace) -> None:
     source = args.images or list(samples.photos().values())
     with ranks.joined(args.device) as device:
         model = load_model(args.model, checkpoint=args.checkpoint).to(device)
-        calibration = images.crops(source, count=args.crops)
-        (x,) = images.crops(source, size=Settings.crop, count=args.batch_size)
+        calibration = crops.cut(source, count=args.crops)
+        (x,) = crops.cut(source, size=Settings.crop, count=args.batch_size)
         x = x[ranks.rank() :: ranks.count()].to(device)
         start = time.perf_counter()
         gm = prepare(model, 0.1875, calibration=calibration, lmbda=0.013, progress=False)

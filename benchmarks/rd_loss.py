@@ -8,12 +8,13 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from fmpq_fx import analyze, images, plan_of, prepare, samples
+from fmpq_fx import analyze, plan_of, prepare, samples
+from fmpq_fx.images import crops
+from fmpq_fx.models.zoo import load_model
 from fmpq_fx.passes.functionalize import functionalize
-from fmpq_fx.passes.incremental import mean_rd
+from fmpq_fx.passes.measure.incremental import mean_rd
 from fmpq_fx.passes.rewrite import activations_float
 from fmpq_fx.passes.trace import trace
-from fmpq_fx.zoo import load_model
 
 
 def main() -> None:
@@ -32,13 +33,13 @@ def main() -> None:
     )
     args = parser.parse_args()
     model = load_model(args.model, checkpoint=args.checkpoint)
-    calibration = images.batches(args.calibration)
-    test = images.crops(args.images or list(samples.held_out_photos().values()), count=args.crops)
+    calibration = crops.batches(args.calibration)
+    test = crops.cut(args.images or list(samples.held_out_photos().values()), count=args.crops)
     table = analyze(model, calibration=calibration, lmbda=args.lmbda)
     float_rd = mean_rd(functionalize(trace(model)), test, args.lmbda)
-    print(f"{args.model}, lambda {args.lmbda}; calibrated on {images.describe(calibration)} of")
+    print(f"{args.model}, lambda {args.lmbda}; calibrated on {crops.describe(calibration)} of")
     print(
-        f"{args.calibration or 'scikit-image'}; RD loss of float32 on {images.describe(test)}: {float_rd:.4f}"
+        f"{args.calibration or 'scikit-image'}; RD loss of float32 on {crops.describe(test)}: {float_rd:.4f}"
     )
     rows = []
     for bits in args.bits:

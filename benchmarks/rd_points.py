@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fmpq_fx import Evaluation
-from fmpq_fx.files import write_text
+from fmpq_fx.storage.files import write_text
 
 
 @dataclass(frozen=True)

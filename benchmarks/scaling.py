@@ -23,12 +23,13 @@ from compressai.models import Cheng2020Anchor, MeanScaleHyperprior, ScaleHyperpr
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fmpq_fx import analyze, images, plan_of, prepare, samples
-from fmpq_fx.image_files import evenly_spaced
+from fmpq_fx import analyze, plan_of, prepare, samples
+from fmpq_fx.images import crops
+from fmpq_fx.images.reading import evenly_spaced
 from fmpq_fx.memory import bytes_of, words
-from fmpq_fx.passes.incremental import substituted
-from fmpq_fx.passes.sensitivity import CANDIDATE_BITS
+from fmpq_fx.passes.measure.sensitivity import CANDIDATE_BITS
 from fmpq_fx.passes.sites import find_sites
+from fmpq_fx.passes.swap import substituted
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.quant import quantize_layer
 from fmpq_fx.rd import rd_loss
@@ -175,7 +176,7 @@ def main() -> None:
     add("--threads", type=int, default=1)
     options = parser.parse_args()
     photos = options.images or list(samples.photos().values())
-    x = images.crops(photos, size=options.size, count=options.crops)[0]
+    x = crops.cut(photos, size=options.size, count=options.crops)[0]
     limit = words(bytes_of(options.memory, x.device))
     print(f"{len(x)} crops of {x.size(-1)} x {x.size(-2)}, memory {limit}, {options.threads} threads", end="")
     print(f", torch {torch.__version__}, target CR {options.target}")

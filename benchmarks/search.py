@@ -15,9 +15,9 @@ import numpy as np
 from tabulate import tabulate
 
 from fmpq_fx import Plan, Sensitivity, analyze, samples
-from fmpq_fx.passes.plan import make_plan
-from fmpq_fx.passes.planners import bits_at
-from fmpq_fx.passes.tables import total_bytes
+from fmpq_fx.passes.plan.planners import bits_at
+from fmpq_fx.passes.plan.tables import total_bytes
+from fmpq_fx.passes.plan.task import make_plan
 
 TARGETS = (0.30, 0.25, 0.20, 0.1875, 0.15, 0.125, 0.10)
 GRID = np.geomspace(1e-6, 1e2, 200)

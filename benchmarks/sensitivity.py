@@ -19,10 +19,11 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fmpq_fx import analyze, images, samples
-from fmpq_fx.passes.incremental import substituted
-from fmpq_fx.passes.sensitivity import CANDIDATE_BITS
+from fmpq_fx import analyze, samples
+from fmpq_fx.images import crops
+from fmpq_fx.passes.measure.sensitivity import CANDIDATE_BITS
 from fmpq_fx.passes.sites import find_sites
+from fmpq_fx.passes.swap import substituted
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.quant import quantize_layer
 from fmpq_fx.rd import rd_loss
@@ -50,7 +51,7 @@ def measure(name: str, args: argparse.Namespace) -> tuple[object, ...]:
     """
     torch.set_num_threads(args.threads)
     model = dict(bench_models(dict(args.checkpoint)))[name]
-    batches = images.crops(args.images or list(samples.photos().values()), size=args.size, count=args.crops)
+    batches = crops.cut(args.images or list(samples.photos().values()), size=args.size, count=args.crops)
     start = time.perf_counter()
     naive = naive_zeta(model, batches[0], args.lmbda)
     middle = time.perf_counter()

@@ -17,10 +17,10 @@ from compressai.models import Cheng2020Anchor, MeanScaleHyperprior, ScaleHyperpr
 from torch import nn
 from tqdm import trange
 
-from fmpq_fx.files import replacing
-from fmpq_fx.history import Settings
-from fmpq_fx.training import train
-from fmpq_fx.zoo import load_model
+from fmpq_fx.models.zoo import load_model
+from fmpq_fx.storage.files import replacing
+from fmpq_fx.training.history import Settings
+from fmpq_fx.training.loop import train
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "bmshj2018-hyperprior": ScaleHyperprior,

@@ -9,8 +9,8 @@ from collections import Counter
 from tabulate import tabulate
 
 import fmpq_fx
-from fmpq_fx import images
-from fmpq_fx.passes.plan import make_plan
+from fmpq_fx.images import crops
+from fmpq_fx.passes.plan.task import make_plan
 
 
 def main() -> None:
@@ -26,8 +26,8 @@ def main() -> None:
     source = args.images or list(fmpq_fx.samples.photos().values())
     tables = []
     for seed in range(args.seeds):
-        crops = images.crops(source, count=args.crops, seed=seed)
-        tables.append(fmpq_fx.analyze(model, calibration=crops, lmbda=0.013))
+        batches = crops.cut(source, count=args.crops, seed=seed)
+        tables.append(fmpq_fx.analyze(model, calibration=batches, lmbda=0.013))
     plans = [make_plan(table, 6 / 32) for table in tables]
     rows = []
     for site in plans[0].sites:

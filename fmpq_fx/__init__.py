@@ -8,22 +8,22 @@ arXiv 2506.01221). Two arguments are enough::
 """
 
 from fmpq_fx import _compressai, ranks, samples  # noqa: F401  (_compressai comes first: see there)
-from fmpq_fx.codec import convert, export_checkpoint
+from fmpq_fx.coding.codec import convert, export_checkpoint
+from fmpq_fx.coding.evaluation import Evaluation, evaluate
+from fmpq_fx.coding.fmi import decode, encode
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.evaluate import Evaluation, evaluate
-from fmpq_fx.exact_report import exact_table
-from fmpq_fx.file_report import FileReport, file_report
-from fmpq_fx.finetune import finetune
-from fmpq_fx.history import History
-from fmpq_fx.image_coding import decode, encode
-from fmpq_fx.model_file import load, load_codec, save
-from fmpq_fx.onnx_export import export_onnx
-from fmpq_fx.onnx_manifest import OnnxManifest
+from fmpq_fx.formats.model_file import load, load_codec, save
+from fmpq_fx.onnx.export import export_onnx
+from fmpq_fx.onnx.manifest import OnnxManifest
+from fmpq_fx.passes.plan.tables import Measured, Plan, Sensitivity, Site
 from fmpq_fx.passes.rewrite import plan_of
-from fmpq_fx.passes.tables import Measured, Plan, Sensitivity, Site
-from fmpq_fx.picture import plot_plan
-from fmpq_fx.prepare import analyze, prepare, rewrite
-from fmpq_fx.report import bit_table
+from fmpq_fx.pipeline import analyze, prepare, rewrite
+from fmpq_fx.report.exact_layers import exact_table
+from fmpq_fx.report.file_bytes import FileReport, file_report
+from fmpq_fx.report.picture import plot_plan
+from fmpq_fx.report.table import bit_table
+from fmpq_fx.training.finetuning import finetune
+from fmpq_fx.training.history import History
 
 __all__ = [
     "Evaluation",

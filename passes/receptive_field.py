@@ -18,8 +18,9 @@ from compressai.layers import GDN, GDN1
 from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.quant import ExactLayer, ExactLeakyReLU, QuantizedLayer, quantized_class
-from fmpq_fx.quant.products import ConvProduct, ConvTransposeProduct, Product, product_of
+from fmpq_fx.exact import ExactLayer, ExactLeakyReLU
+from fmpq_fx.exact.products import ConvProduct, ConvTransposeProduct, Product, product_of
+from fmpq_fx.quant import QuantizedLayer, quantized_class
 
 
 @dataclass(frozen=True)

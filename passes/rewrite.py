@@ -7,10 +7,10 @@ from typing import Any
 from torch import fx, nn
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.incremental import replace_module
+from fmpq_fx.passes.plan.tables import Plan
 from fmpq_fx.passes.sites import annotate, find_sites
-from fmpq_fx.passes.tables import Plan
-from fmpq_fx.quant import QuantizedLayer, quantize_layer
+from fmpq_fx.passes.swap import replace_module
+from fmpq_fx.quant import QuantizedLayer, quantize_layer, quantized_layers
 
 
 class QuantizedGraphModule(fx.GraphModule):
@@ -93,11 +93,6 @@ def _check_same_sites(gm: fx.GraphModule, plan: Plan) -> None:
         f"{found.get(name, 'no such site')}; plan: {planned.get(name, 'no such site')}); make a plan of this "
         "model with prepare()"
     )
-
-
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Return the quantized layers of a rewritten graph, or of the model it was made into, by site."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx, nn
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.tables import Site
+from fmpq_fx.passes.plan.tables import Site
 from fmpq_fx.quant import quantized_class
 
 

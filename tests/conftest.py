@@ -9,10 +9,10 @@ import matplotlib
 import pytest
 import torch
 from compressai.models import JointAutoregressiveHierarchicalPriors, MeanScaleHyperprior, ScaleHyperprior
-from finetuning import LMBDA, photos
 from torch import Tensor, fx, nn
 
 from fmpq_fx import prepare
+from support.finetuning import LMBDA, photos
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # results do not depend on it, and two test runs side by side are not slower

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from fmpq_fx import History
-from fmpq_fx.evaluate import Evaluation, ImageResult
-from fmpq_fx.zoo import load_model
+from fmpq_fx.coding.evaluation import Evaluation, ImageResult
+from fmpq_fx.models.zoo import load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_model
-from finetuning import LMBDA, photos, tuned
 from torch import Tensor, nn
 
+from conftest import small_model
 from fmpq_fx import plan_of, prepare
-from fmpq_fx.bfloat16 import transforms_in_bfloat16
-from fmpq_fx.cli import main
-from fmpq_fx.image_files import sources, write
-from fmpq_fx.training_images import RandomCrops, batches
+from fmpq_fx.cli.main import main
+from fmpq_fx.images.reading import sources, write
+from fmpq_fx.training.bfloat16 import transforms_in_bfloat16
+from fmpq_fx.training.data import RandomCrops, batches
+from support.finetuning import LMBDA, photos, tuned
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

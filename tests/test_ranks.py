@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from finetuning import photos, stopping_at
-from rank_jobs import both_sizes, uniform, without_noise
 from torch import Tensor, fx
 
 from fmpq_fx import FmpqError, History, plan_of, ranks
-from fmpq_fx.cli import main
-from fmpq_fx.image_files import sources, write
-from fmpq_fx.training_images import RandomCrops, batches
-from fmpq_fx.training_run import TrainingRun
+from fmpq_fx.cli.main import main
+from fmpq_fx.images.reading import sources, write
+from fmpq_fx.training.data import RandomCrops, batches
+from fmpq_fx.training.run import TrainingRun
+from support import TESTS
+from support.finetuning import photos, stopping_at
+from support.rank_jobs import both_sizes, uniform, without_noise
 
-SCRIPT = Path(__file__).with_name("rank_jobs.py")
+SCRIPT = TESTS / "support" / "rank_jobs.py"
 
 
 def torchrun(job: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -123,7 +124,7 @@ def test_rank_0_prints_and_writes_what_one_process_does_and_a_failing_rank_ends_
     assert "rank 0 of 2: this command runs in one process" in job.stderr
     alone = folder / "alone"
     given = ("--target-cr", 8, "--images", folder / "photos", "--bits", "3-5", "--out", alone)
-    assert main(["prepare", "rank_jobs:model", *map(str, given)]) == 0
+    assert main(["prepare", "support.rank_jobs:model", *map(str, given)]) == 0
     printed = capsys.readouterr().out.replace(str(alone), str(folder / "state"))
     assert job.stdout.startswith(printed)
     assert alone.read_bytes() == (folder / "state").read_bytes()

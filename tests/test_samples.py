@@ -14,7 +14,8 @@ from compressai.models import ScaleHyperprior
 from safetensors import safe_open
 from torch import Tensor
 
-from fmpq_fx import image_files, images, samples
+from fmpq_fx import samples
+from fmpq_fx.images import crops, reading
 
 FILE = "scale-hyperprior-n64-m96-lmbda0.0130.safetensors"
 
@@ -26,7 +27,7 @@ def model() -> ScaleHyperprior:
 
 @pytest.fixture(scope="module")
 def crop() -> Tensor:
-    (batch,) = images.crops([samples.held_out_photos()["motorcycle"]], count=1)
+    (batch,) = crops.cut([samples.held_out_photos()["motorcycle"]], count=1)
     return batch
 
 
@@ -119,4 +120,4 @@ def test_a_photograph_is_its_file_pixel_by_pixel() -> None:
     import skimage.data
 
     path = Path(skimage.data.__file__).parent / "rocket.jpg"
-    assert torch.equal(samples.photos()["rocket"], image_files.read(path))
+    assert torch.equal(samples.photos()["rocket"], reading.read(path))

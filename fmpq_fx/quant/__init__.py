@@ -1,21 +1,19 @@
 """What a layer is once it is quantized: fake quantization and the layers built on it. It knows no graph."""
 
-from fmpq_fx.quant.exact import ExactLayer, ExactLeakyReLU
 from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant, integer_range
 from fmpq_fx.quant.kept_weights import weights_kept
 from fmpq_fx.quant.latents import QuantizeLatent
-from fmpq_fx.quant.layers import QUANTIZERS, QuantizedLayer, quantize_layer, quantized_class
+from fmpq_fx.quant.layers import QUANTIZERS, QuantizedLayer, quantize_layer, quantized_class, quantized_layers
 
 __all__ = [
     "QUANTIZERS",
     "ActivationFakeQuant",
-    "ExactLayer",
-    "ExactLeakyReLU",
     "QuantizeLatent",
     "QuantizedLayer",
     "WeightFakeQuant",
     "integer_range",
     "quantize_layer",
     "quantized_class",
+    "quantized_layers",
     "weights_kept",
 ]

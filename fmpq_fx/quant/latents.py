@@ -1,10 +1,7 @@
 """Quantization of latents inside a model's forward, as a module that a graph can hold."""
 
-import torch
-from compressai.entropy_models import EntropyBottleneck, EntropyModel
+from compressai.entropy_models import EntropyModel
 from torch import Tensor, nn
-
-from fmpq_fx.quant.fixed_point import from_integers, to_integers
 
 
 class QuantizeLatent(nn.Module):
@@ -19,10 +16,3 @@ class QuantizeLatent(nn.Module):
         """Return ``y`` (any shape) with noise in [-0.5, 0.5), or rounded about ``means``."""
         quantized: Tensor = EntropyModel.quantize(self, y, "noise" if self.training else "dequantize", means)
         return quantized
-
-
-@torch.no_grad()
-def round_medians(prior: EntropyBottleneck) -> None:
-    """Make the medians of ``prior`` fixed-point numbers, so that a symbol plus its median is one in every type."""
-    medians = prior.quantiles[:, :, 1]
-    medians.copy_(from_integers(to_integers(medians), medians.dtype))

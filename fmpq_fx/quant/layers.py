@@ -291,3 +291,8 @@ def quantize_layer(
             f"a {type(layer).__name__} cannot be quantized; {', '.join(cls.__name__ for cls in _REGISTRY)} can"
         )
     return quantized(layer, bits, activation_bits, clip=clip, leak=leak)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Return the quantized layers of a rewritten graph, or of the model it was made into, by site."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}

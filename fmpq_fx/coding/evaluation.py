@@ -1,0 +1,237 @@
+"""Evaluate a codec on real bitstreams: bytes on the wire, and what is decoded from them."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compressai.ops import compute_padding
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from fmpq_fx.coding.codec import convert
+from fmpq_fx.coding.fmi import STRIDE, checked_codec, padded_size
+from fmpq_fx.coding.tiling import within
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.images import reading
+from fmpq_fx.images.ms_ssim import LEAST_SIDE, ms_ssim
+from fmpq_fx.rd import PEAK, psnr, total_bits
+
+_IMAGES = 5  # that coding and comparing have in memory at once, beside what the transforms take
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """What coding one image gave; qualities are of 8-bit images."""
+
+    name: str  # file name, or the key that it was given under
+    width: int  # pixels
+    height: int  # pixels
+    bpp: float  # bits on the wire per pixel of the image
+    estimated_bpp: float  # the same from the likelihoods of the forward pass
+    psnr: float  # dB
+    ms_ssim: float | None  # None where the image is too small for it
+    encode_seconds: float
+    decode_seconds: float
+    deviation: int  # largest difference of the decoded image from the forward pass's, in 8-bit levels
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results per image, and their means."""
+
+    images: tuple[ImageResult, ...]
+
+    def _mean(self, field: str) -> float:
+        values = [getattr(image, field) for image in self.images]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else math.nan
+
+    @property
+    def bpp(self) -> float:
+        """Mean over the images of the bits on the wire per pixel."""
+        return self._mean("bpp")
+
+    @property
+    def estimated_bpp(self) -> float:
+        """Mean over the images of the estimate from likelihoods, bits per pixel."""
+        return self._mean("estimated_bpp")
+
+    @property
+    def psnr(self) -> float:
+        """Mean over the images, dB."""
+        return self._mean("psnr")
+
+    @property
+    def ms_ssim(self) -> float:
+        """Mean over the images that are large enough for it; NaN where none is."""
+        return self._mean("ms_ssim")
+
+    @property
+    def deviation(self) -> int:
+        """The largest :attr:`ImageResult.deviation`."""
+        return max(image.deviation for image in self.images)
+
+    def to_json(self) -> str:
+        """Return the means and the results per image as a JSON text."""
+        means = {name: getattr(self, name) for name in ("bpp", "estimated_bpp", "psnr")}
+        means["ms_ssim"] = None if math.isnan(self.ms_ssim) else self.ms_ssim
+        return json.dumps({"mean": means, "images": list(map(dataclasses.asdict, self.images))}, indent=1)
+
+    def __str__(self) -> str:
+        headers = [
+            "image",
+            "size",
+            "bpp",
+            "estimate",
+            "PSNR (dB)",
+            "MS-SSIM",
+            "encode (s)",
+            "decode (s)",
+            "deviation",
+        ]
+        rows = [_row(i.name, f"{i.width} x {i.height}", i, i.deviation) for i in self.images]
+        rows.append(_row("mean", "", self, self.deviation))
+        return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 8))
+
+    @property
+    def encode_seconds(self) -> float:
+        """Mean time to encode an image."""
+        return self._mean("encode_seconds")
+
+    @property
+    def decode_seconds(self) -> float:
+        """Mean time to decode an image."""
+        return self._mean("decode_seconds")
+
+
+def _row(name: str, size: str, of: ImageResult | Evaluation, deviation: int) -> list[str]:
+    similarity = "-" if of.ms_ssim is None or math.isnan(of.ms_ssim) else f"{of.ms_ssim:.4f}"
+    times = (f"{of.encode_seconds:.2f}", f"{of.decode_seconds:.2f}")
+    return [
+        name,
+        size,
+        f"{of.bpp:.4f}",
+        f"{of.estimated_bpp:.4f}",
+        f"{of.psnr:.3f}",
+        similarity,
+        *times,
+        str(deviation),
+    ]
+
+
+def evaluate(
+    model: nn.Module,
+    images: str | os.PathLike[str] | Mapping[str, Tensor],
+    *,
+    memory: int | str | None = None,
+    progress: bool | None = None,
+) -> Evaluation:
+    """Code every image for real, decode it, and measure both.
+
+    Args:
+        model: a rewritten graph, which is converted first, or any model with CompressAI's ``compress`` and
+            ``decompress``. It is not modified.
+        images: an image folder, or (3, H, W) tensors in [0, 1] by name; of any size.
+        memory: the most that this may take beside the codec, in bytes or as "2GB"; None is a quarter of the
+            machine's. An image that would take more is transformed in tiles (:func:`fmpq_fx.coding.tiling.within`).
+        progress: show a progress bar; None shows it on terminals only.
+
+    Returns:
+        bits per pixel of the image as it is, not as it was padded; PSNR and MS-SSIM of images rounded to 8 bits,
+        as CompressAI computes them. ``deviation`` tells whether what was decoded is what the forward pass
+        predicted; in models that predict means (all but the factorized and the scale hyperprior) the forward
+        pass rounds latents otherwise than coding does, and a deviation is no fault.
+
+    Raises:
+        FmpqError: the model cannot code, or not within the ``memory`` given; or there are no usable images.
+    """
+    codec = _codec(model)
+    parameter = next(codec.parameters())
+    named = list(_named(images))
+    hide = None if progress is None else not progress
+    results: list[ImageResult] = []
+    with torch.no_grad():
+        for name, load in tqdm(named, desc="evaluate", unit="image", disable=hide, leave=False):
+            try:
+                x = load()
+            except FmpqError as error:
+                warnings.warn(f"image skipped: {error}", stacklevel=2)
+                continue
+            x = x.to(parameter.device, parameter.dtype)
+            coder = within(codec, padded_size(*x.shape[-2:]), memory, images=_IMAGES)
+            results.append(_code(coder, name, x))
+    if not results:
+        raise FmpqError("none of the images can be read; see the warnings")
+    return Evaluation(tuple(results))
+
+
+def _codec(model: nn.Module) -> Any:
+    if isinstance(model, fx.GraphModule):
+        codec = convert(model)
+    else:
+        codec = copy.deepcopy(model).eval()
+        update = getattr(codec, "update", None)
+        if callable(update):
+            update()  # makes the tables of a model that has none, and leaves others alone
+    return checked_codec(codec)
+
+
+def _named(images: str | os.PathLike[str] | Mapping[str, Tensor]) -> Iterator[tuple[str, Any]]:
+    """Yield the name of each image and what loads it."""
+    if isinstance(images, Mapping):
+        for name, x in images.items():
+            if not isinstance(x, Tensor) or x.ndim != 3 or x.size(0) != 3 or not x.is_floating_point():
+                what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"image {name!r} is {what}; pass float tensors (3, H, W) in [0, 1]")
+            yield name, lambda x=x: x
+    else:
+        for path in reading.find(images):
+            yield path.name, lambda path=path: reading.read(path)
+
+
+def _code(codec: Any, name: str, x: Tensor) -> ImageResult:
+    """Code the image ``x`` (3, H, W), and measure."""
+    height, width = x.shape[-2:]
+    pad, unpad = compute_padding(height, width, min_div=STRIDE)
+    padded = F.pad(x.unsqueeze(0), pad)
+    start = time.perf_counter()
+    coded = codec.compress(padded)
+    middle = time.perf_counter()
+    decoded = codec.decompress(coded["strings"], coded["shape"])["x_hat"]
+    end = time.perf_counter()
+    bits = 8 * sum(len(strings[0]) for strings in coded["strings"])
+    x_hat = _to_8_bits(F.pad(decoded, unpad))
+    del coded, decoded
+    forward = codec(padded)
+    estimated_bits = sum(total_bits(p).item() for p in forward["likelihoods"].values())
+    deviation = int((_to_8_bits(F.pad(forward["x_hat"], unpad)) - x_hat).abs_().max())
+    del forward, padded
+    original = _to_8_bits(x.unsqueeze(0))
+    mse = (x_hat - original).square_().mean().item()
+    large = min(height, width) >= LEAST_SIDE
+    return ImageResult(
+        name=name,
+        width=width,
+        height=height,
+        bpp=bits / (height * width),
+        estimated_bpp=estimated_bits / (height * width),
+        psnr=psnr(mse, PEAK),
+        ms_ssim=ms_ssim(original, x_hat, PEAK) if large else None,
+        encode_seconds=middle - start,
+        decode_seconds=end - middle,
+        deviation=deviation,
+    )
+
+
+def _to_8_bits(x: Tensor) -> Tensor:
+    return (x * 255).clamp_(0, 255).round_()

@@ -1,0 +1,198 @@
+r"""Images as files, ``.fmi``: the strings of a codec in a container that knows which codec they are for.
+
+Big-endian, in this order:
+
+=========  ==============================================================================================
+4 bytes    ``\x89FMI``
+1 byte     version of the format
+4 bytes    CRC-32 of all that follows
+8 bytes    fingerprint of the model (:func:`fmpq_fx.storage.fingerprint.of_codec`)
+4 + 4      height and width of the image, pixels
+1 + n      name of the model's class, UTF-8
+2 + n      shape of the latents as the codec wants it back, JSON
+1 byte     number of strings
+4 + n      each string, its length before it
+=========  ==============================================================================================
+"""
+
+import json
+import math
+import struct
+import zlib
+from contextlib import suppress
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compressai.ops import compute_padding
+from PIL import Image
+from torch import Tensor, nn
+
+from fmpq_fx.coding.string_coder import padded
+from fmpq_fx.coding.tiles import Size
+from fmpq_fx.coding.tiling import latents_of, within
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.images import reading
+from fmpq_fx.storage import fingerprint
+from fmpq_fx.storage.byte_reader import ByteReader, counted
+
+MAGIC, VERSION = b"\x89FMI", 1
+
+STRIDE = 64
+"""Images are padded to multiples of this, as CompressAI's own evaluation does: six strides of 2."""
+
+_START = struct.Struct(">4sBI")
+_HEAD = struct.Struct(">8sII")
+_MOST_LATENTS = 4  # per pixel; CompressAI's models have at most 1.3
+_LARGE = 2**18  # pixels
+
+
+def encode(codec: nn.Module, image: Tensor, *, memory: int | str | None = None) -> bytes:
+    """Return ``image`` as the content of a ``.fmi`` file.
+
+    Args:
+        codec: what :func:`fmpq_fx.load_codec` or :func:`fmpq_fx.convert` returned, or any model with CompressAI's
+            ``compress``.
+        image: (3, H, W) or (1, 3, H, W) in [0, 1], of any size.
+        memory: the most that this may take beside the codec, in bytes or as "2GB"; None is a quarter of the
+            machine's. An image that would take more is transformed in tiles (:func:`fmpq_fx.coding.tiling.within`).
+
+    Raises:
+        FmpqError: the codec cannot code, or not within the ``memory`` given; the message says what it needs.
+        TypeError, ValueError: ``image`` is no such tensor.
+    """
+    checked_codec(codec)
+    batch = reading.checked(image, "the image")
+    if len(batch) != 1:
+        raise ValueError(f"the image has shape {tuple(image.shape)}; pass one image, (3, H, W)")
+    parameter = next(codec.parameters())
+    height, width = batch.shape[-2:]
+    pad, _ = compute_padding(height, width, min_div=STRIDE)
+    coder: Any = within(codec, padded_size(height, width), memory, images=2)
+    with torch.no_grad():
+        coded = coder.compress(F.pad(batch.to(parameter.device, parameter.dtype), pad))
+    strings = [string for string, *_ in coded["strings"]]
+    parts = [
+        _HEAD.pack(_fingerprint(codec), height, width),
+        counted(type(codec).__name__.encode()[:255], 1),
+        counted(json.dumps(_plain(coded["shape"]), separators=(",", ":")).encode(), 2),
+        bytes([len(strings)]),
+        *(counted(string, 4) for string in strings),
+    ]
+    body = b"".join(parts)
+    return _START.pack(MAGIC, VERSION, zlib.crc32(body)) + body
+
+
+def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) -> Tensor:
+    """Return the image in ``data``, what :func:`encode` returned: (3, H, W), float, in [0, 1], on the CPU.
+
+    Args:
+        codec: the one that it was encoded with.
+        data: the content of a ``.fmi`` file.
+        memory: as for :func:`encode`, and independent of what that was given.
+
+    Raises:
+        FmpqError: ``data`` is something else, damaged, of a newer version, or was encoded with another model, or
+            decoding needs more than the ``memory`` given.
+    """
+    checked_codec(codec)
+    reader = ByteReader(_checked_body(data))
+    fingerprint_of_data, height, width = _HEAD.unpack(reader.take(_HEAD.size))
+    name = reader.take_counted(1).decode(errors="replace")
+    if fingerprint_of_data != _fingerprint(codec):
+        raise FmpqError(
+            f"it was encoded with another model: with the {name} {fingerprint_of_data.hex()}, and this is the "
+            f"{type(codec).__name__} {_fingerprint(codec).hex()}; decode it with the file that it was encoded with"
+        )
+    limit = Image.MAX_IMAGE_PIXELS or 2**31
+    if not 0 < height * width <= limit:
+        raise FmpqError(f"it claims {width} x {height} pixels, and at most {limit} are decoded")
+    (left, _, top, _), _ = compute_padding(height, width, min_div=STRIDE)
+    size = padded_size(height, width)
+    pixels = math.prod(size)
+    shape = _shape(reader.take_counted(2), _MOST_LATENTS * pixels)
+    strings = [reader.take_counted(4) for _ in range(reader.take(1)[0])]
+    reader.end()
+    coder: Any = within(codec, size, memory, images=3)
+    symbols = _most_symbols(codec, size)
+    guarded = [[padded(string, symbols)] for string in strings]
+    try:
+        with torch.no_grad():
+            decoded: Tensor = coder.decompress(guarded, shape)["x_hat"]
+    except Exception as error:  # a forged stream may make anything go wrong
+        raise FmpqError(f"its strings cannot be decoded: {type(error).__name__}: {error}") from error
+    if decoded.shape[-2:] != size:
+        raise FmpqError(f"its latents are not those of an image of {width} x {height} pixels")
+    return decoded[0, :, top : top + height, left : left + width].float().clamp(0, 1).cpu()
+
+
+def padded_size(height: int, width: int) -> Size:
+    """Return the size as which an image of ``height`` and ``width`` is coded, in multiples of :data:`STRIDE`."""
+    return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
+
+
+def checked_codec(codec: nn.Module) -> Any:
+    """Return ``codec`` if it can code.
+
+    Raises:
+        FmpqError: it cannot.
+    """
+    if callable(getattr(codec, "compress", None)) and callable(getattr(codec, "decompress", None)):
+        return codec
+    raise FmpqError(
+        f"a {type(codec).__name__} has no compress() and decompress(), so it makes no bitstreams; pass what convert() "
+        "or load_codec() returned"
+    )
+
+
+def _fingerprint(codec: nn.Module) -> bytes:
+    return bytes.fromhex(fingerprint.of_codec(codec))[:8]
+
+
+def _checked_body(data: bytes) -> bytes:
+    """Return what follows the checksum, which is right."""
+    if data[: len(MAGIC)] != MAGIC:
+        raise FmpqError("it is no .fmi file, as fmpq_fx.encode() and 'fmpq-fx encode' make it")
+    if len(data) < _START.size:
+        raise FmpqError(f"it is damaged: it ends after {len(data)} bytes")
+    _, version, checksum = _START.unpack_from(data)
+    if version != VERSION:
+        raise FmpqError(
+            f"it has version {version} of the format, and this fmpq_fx reads version {VERSION}; install a newer one"
+        )
+    body = data[_START.size :]
+    if zlib.crc32(body) != checksum:
+        raise FmpqError("it is damaged: its checksum is not that of its content; get or encode it again")
+    return body
+
+
+def _most_symbols(codec: nn.Module, size: Size) -> int:
+    """Return a number that no string of an image of ``size`` has more symbols than."""
+    most = _MOST_LATENTS * math.prod(size)
+    if math.prod(size) > _LARGE:  # knowing the latents takes time, and guards against that many take memory
+        with suppress(FmpqError):
+            return min(most, 2 * latents_of(codec, size))
+    return most
+
+
+def _plain(shape: Any) -> Any:
+    """Return the shape of latents in a form that JSON has."""
+    return {key: _plain(value) for key, value in shape.items()} if isinstance(shape, dict) else list(shape)
+
+
+def _shape(text: bytes, most: int) -> Any:
+    """Return the shape that ``text`` is the JSON of, after checking that it has at most ``most`` latents."""
+    try:
+        return _sizes(json.loads(text), most)
+    except (ValueError, RecursionError) as error:
+        raise FmpqError(f"the shape of its latents is damaged: {error}") from error
+
+
+def _sizes(shape: Any, most: int) -> Any:
+    if isinstance(shape, dict):
+        return {key: _sizes(value, most) for key, value in shape.items()}
+    count = 1
+    for side in shape if isinstance(shape, list) else [None]:
+        if type(side) is not int or side < 1 or (count := count * side) > most:
+            raise FmpqError(f"its latents have the impossible shape {str(shape)[:80]}")
+    return torch.Size(shape)

@@ -1,0 +1,173 @@
+"""Run a transform in tiles that overlap by what it sees, so that the whole comes out as in one piece.
+
+Each tile of the output is computed from all inputs that it sees, and of what that gives the places are kept that see
+no border of the tile but those of the image itself. So there are no seams: the result is that of the whole input, up
+to the rounding of sums that a library adds in another order.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor, fx, nn
+
+from fmpq_fx.coding.footprint import peak_bytes
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.exact import ExactLayer
+from fmpq_fx.passes.receptive_field import Reach, Reaches, layer_reach, receptive_field
+from fmpq_fx.passes.trace import LicTracer
+
+Size = tuple[int, int]  # height and width
+
+
+@dataclass(frozen=True)
+class Span:
+    """A tile's part of one axis."""
+
+    read: slice  # of the input
+    keep: slice  # of what the tile becomes
+    place: slice  # of the whole output
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a transform is divided into tiles."""
+
+    rows: tuple[Span, ...]
+    columns: tuple[Span, ...]
+    out: Size  # of the whole output
+    peak: int = 0  # bytes that a tile takes, with all that is computed of it
+
+    @property
+    def largest(self) -> Size:
+        """Height and width of the largest tile of the input."""
+        height, width = (max(map(_read, spans)) for spans in (self.rows, self.columns))
+        return height, width
+
+    @property
+    def work(self) -> int:
+        """Inputs of all tiles together."""
+        return sum(map(_read, self.rows)) * sum(map(_read, self.columns))
+
+    @property
+    def tiles(self) -> int:
+        """How many there are."""
+        return len(self.rows) * len(self.columns)
+
+
+class Transform:
+    """A module that takes one feature map and returns one, and what is known of it.
+
+    Args:
+        module: of which the forward of its class is looked at, whatever runs in its place.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.graph = module
+        self.reaches: Reaches | None = None
+        self.obstacle = ""  # why it cannot run in tiles
+        self.sizes: dict[tuple[object, ...], tuple[int, tuple[int, ...]]] = {}  # what was found out so far
+        try:
+            if isinstance(module, ExactLayer):
+                self.reaches = layer_reach(module)
+            else:
+                graph = fx.GraphModule(module, LicTracer().trace(module))
+                self.graph = graph
+                self.reaches = receptive_field(graph)
+        except FmpqError as error:
+            self.obstacle = str(error)
+        except Exception as error:  # a user's module may do anything
+            self.obstacle = f"it cannot be traced: {error}"
+
+    def peak(self, like: Tensor, size: Size) -> int:
+        """Return the bytes that it takes for an input of ``size``, with batch, channels and dtype of ``like``."""
+        return self._tried(like, size)[0]
+
+    def _tried(self, like: Tensor, size: Size) -> tuple[int, tuple[int, ...]]:
+        key = (*like.shape[:2], *size, like.dtype)
+        if key not in self.sizes:
+            self.sizes[key] = peak_bytes(self.graph, (*like.shape[:2], *size), like.dtype)
+        return self.sizes[key]
+
+    def grid(self, like: Tensor, budget: int) -> Grid:
+        """Return the grid with the least work of those whose tiles take at most ``budget`` bytes.
+
+        Where none does, that of the smallest tiles is returned: its ``peak`` says what is needed at least.
+
+        Args:
+            like: the input, (B, C, H, W), or one without data.
+            budget: for one tile, and all that is computed of it.
+
+        Raises:
+            FmpqError: the transform cannot run in tiles.
+        """
+        if self.reaches is None:
+            raise FmpqError(self.obstacle)
+        height, width = self._tried(like, (like.size(-2), like.size(-1)))[1][-2:]
+        rows, columns = map(_divisions, self.reaches, like.shape[-2:], (height, width))
+        grids = [Grid(r, c, (height, width)) for r in rows for c in columns]
+        smallest = min(grids, key=lambda grid: (math.prod(grid.largest), grid.work))
+        density = 0.0  # bytes per input, as far as that was seen
+        for grid in sorted(grids, key=lambda grid: grid.work):
+            area = math.prod(grid.largest)
+            if area * density <= budget:
+                peak = self.peak(like, grid.largest)
+                if peak <= budget:
+                    return replace(grid, peak=peak)
+                density = peak / area
+        return replace(smallest, peak=self.peak(like, smallest.largest))
+
+
+class TiledForward:
+    """A forward that runs another one in tiles, where the whole would take more than a number of bytes.
+
+    Args:
+        transform: what is run.
+        forward: what runs it, the forward of its module.
+        budget: in bytes. Where no tile takes so little, the smallest ones are run.
+    """
+
+    def __init__(self, transform: Transform, forward: Callable[[Tensor], Tensor], budget: int):
+        self.transform, self.forward, self.budget = transform, forward, budget
+        self.small = 0  # elements of an input that is known to fit
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the output for ``x`` (B, C, H, W)."""
+        if x.numel() <= self.small:
+            return self.forward(x)
+        if self.transform.peak(x, (x.size(-2), x.size(-1))) <= self.budget:
+            self.small = x.numel()
+            return self.forward(x)
+        grid = self.transform.grid(x, self.budget)
+        out = None
+        for row in grid.rows:
+            for column in grid.columns:
+                # A copy, since what overlaps must not be seen to change.
+                tile = self.forward(x[..., row.read, column.read].clone())
+                if out is None:
+                    out = tile.new_empty((*tile.shape[:-2], *grid.out))
+                out[..., row.place, column.place] = tile[..., row.keep, column.keep]
+        assert out is not None
+        return out
+
+
+def _divisions(reach: Reach, inputs: int, places: int) -> list[tuple[Span, ...]]:
+    """Return the ways to divide an axis of ``inputs`` and ``places`` of output, the finest last."""
+    unit = int(reach.align / reach.stride)  # places; tiles that begin at multiples begin at whole inputs
+    units = -(-places // unit)
+    lengths = sorted({-(-units // count) * unit for count in range(1, units + 1)}, reverse=True)
+    return [tuple(_span(reach, inputs, a, min(a + n, places)) for a in range(0, places, n)) for n in lengths]
+
+
+def _span(reach: Reach, inputs: int, first: int, end: int) -> Span:
+    """Return what is read for the places ``first`` … ``end`` - 1 of an axis of ``inputs``, and what is kept of it."""
+    low, high = reach.inputs(first, end - 1)
+    start = min(max(low, 0), inputs - 1) // reach.align * reach.align
+    stop = min(inputs, -(-(max(high, start) + 1) // reach.align) * reach.align)
+    skipped = int(start / reach.stride)
+    return Span(slice(start, stop), slice(first - skipped, end - skipped), slice(first, end))
+
+
+def _read(span: Span) -> int:
+    return int(span.read.stop - span.read.start)

@@ -1,0 +1,9 @@
+"""Exact integer arithmetic: layers that compute the same bits on every machine.
+
+In comes a quantized layer; out comes one whose sums no order of additions changes, on fixed-point numbers. It knows no
+graph. It may import ``quant``.
+"""
+
+from fmpq_fx.exact.layers import ExactLayer, ExactLeakyReLU
+
+__all__ = ["ExactLayer", "ExactLeakyReLU"]

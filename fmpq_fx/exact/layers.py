@@ -1,0 +1,168 @@
+"""Layers in exact integer arithmetic: the same bits on every machine, whatever multiplies and adds there.
+
+They take and return ordinary float tensors, which hold fixed-point numbers (:mod:`fmpq_fx.exact.fixed_point`), so
+that they can stand in a model of any class, between its own concatenations, chunks and coding loops. Sums of
+products are matrix products, never a library's convolution: one by Winograd or FFT, which a library is free to
+choose, multiplies numbers that are no integers.
+"""
+
+import math
+from contextlib import nullcontext
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.exact.fixed_point import (
+    FRACTION_BITS,
+    MOST,
+    WIDEST,
+    IntegerModule,
+    Rescaling,
+    exp,
+    from_integers,
+    to_integers,
+)
+from fmpq_fx.exact.products import product_of
+from fmpq_fx.quant.fake_quant import ActivationFakeQuant
+from fmpq_fx.quant.layers import QuantizedLayer, quantize_layer
+
+_FLOAT32_SUMS = 2**24  # float32 holds all integers up to here
+_FLOAT32_OPERANDS = 2**8  # and so does bfloat16 up to here, which a library may multiply float32 as
+_FLOAT_WEIGHT_BITS = 16  # of the weights that the plan leaves float
+
+
+class ExactLayer(IntegerModule):
+    """A layer with integer weights on integer inputs, summed exactly and rescaled to fixed-point numbers.
+
+    Inputs become integers as the layer's quantizer says: steps, zero point and range are its own. Where there is
+    none, or where it hands whole numbers through, fixed-point numbers enter as they are, 24 bits wide: that costs
+    nothing, and a coded latent, which is a whole number plus a mean, keeps its fraction. Weights that the plan
+    leaves float get 16 bits, and less where sums would not fit.
+
+    Args:
+        layer: a quantized layer, or a float one.
+        most: the largest magnitude of the integers that stand for outputs, where they saturate: less than what there
+            is room for where outputs are added up.
+
+    Raises:
+        FmpqError: the layer cannot be computed exactly.
+    """
+
+    def __init__(self, layer: nn.Module, most: int = MOST):
+        super().__init__()
+        self.most = most
+        quantized = layer if isinstance(layer, QuantizedLayer) else quantize_layer(layer, 8)
+        product = product_of(quantized.layer)
+        if product is None:
+            raise FmpqError(f"a {type(quantized.layer).__name__} has no exact form")
+        self.product, self.kind = product, type(quantized.layer).__name__
+        if isinstance(layer, QuantizedLayer):
+            integers, steps = layer.integers.long(), exp(layer.weight_quantizer.log_scale)
+        else:
+            integers, steps = _integers_of_float(quantized.by_output(quantized.float_weight().detach()))
+        largest_sum = max(1, int(integers.abs().sum((1, 2)).max()))
+
+        quantizer = quantized.input_quantizer if isinstance(layer, QuantizedLayer) else None
+        self.input_rescaling: Rescaling | None = None
+        step = Fraction(1, 2**FRACTION_BITS)
+        low, high = -MOST, MOST
+        if quantizer is not None and not quantizer.observing and not quantizer.whole:
+            (step,) = exp(quantizer.log_scale)
+            low, high = _range(quantizer)
+            self.input_rescaling = Rescaling([1 / (step * 2**FRACTION_BITS)])
+        limit = (WIDEST - 1) // largest_sum
+        low, high = max(low, -limit), min(high, limit)
+        self.register_buffer("input_range", torch.tensor([low, high], dtype=torch.float64))
+        self.bound = largest_sum * max(-low, high)
+        operands = max(-low, high, int(integers.abs().max()))
+        narrow = self.bound < _FLOAT32_SUMS and operands <= _FLOAT32_OPERANDS
+        self.arithmetic = torch.float32 if narrow else torch.float64
+        self.register_buffer("matrix", product.matrix(integers).to(self.arithmetic))
+
+        bias = quantized.bias
+        numbers = [0.0] * len(steps) if bias is None else bias.detach().flatten().tolist()
+        self.rescaling = Rescaling(
+            [step * weight_step * 2**FRACTION_BITS for weight_step in steps],
+            [Fraction(number) * 2**FRACTION_BITS for number in numbers],
+            bound=self.bound,
+            trailing=self.product.trailing,
+        )
+
+    matrix: Tensor
+    input_range: Tensor
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output, fixed-point numbers, for ``x``, which is rounded to such if it is none.
+
+        The shapes are those of the float layer. There are no gradients.
+        """
+        return self.outputs(self.sums(self.input_integers(x)), x.dtype)
+
+    def outputs(self, sums: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the outputs, in ``dtype``, that ``sums`` stand for."""
+        return from_integers(self.rescaling(sums).clamp_(-self.most, self.most), dtype)
+
+    def input_integers(self, x: Tensor) -> Tensor:
+        """Return what the weights multiply, integers in the type of :attr:`arithmetic`."""
+        integers = to_integers(x.detach())
+        if self.input_rescaling is not None:
+            integers = self.input_rescaling(integers)
+        return integers.clamp_(*self.input_range).to(self.arithmetic)
+
+    def sums(self, integers: Tensor) -> Tensor:
+        """Return the sums of products, below :attr:`bound`."""
+        device = integers.device.type
+        available = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if available else nullcontext():
+            return self.product.sums(integers, self.matrix)
+
+    def __repr__(self) -> str:
+        """One line: what is summed, and why that is exact."""
+        low, high = map(int, self.input_range.tolist())
+        sums = f"sums={self.bound} < 2^{self.bound.bit_length()}"
+        return f"{type(self).__name__}({self.kind}, inputs={low} … {high}, {sums}, {self.arithmetic})"
+
+
+class ExactLeakyReLU(IntegerModule):
+    """LeakyReLU on fixed-point numbers: negative ones times the slope, rounded to the next fixed-point number."""
+
+    def __init__(self, layer: nn.LeakyReLU):
+        super().__init__()
+        self.slope = layer.negative_slope
+        self.rescaling = Rescaling([Fraction(layer.negative_slope)])
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output for ``x``, of any shape."""
+        integers = to_integers(x.detach())
+        return from_integers(torch.where(integers < 0, self.rescaling(integers), integers), x.dtype)
+
+    def __repr__(self) -> str:
+        """One line, like that of the float module."""
+        return f"{type(self).__name__}(negative_slope={self.slope})"
+
+
+def _range(quantizer: ActivationFakeQuant) -> tuple[int, int]:
+    """Return the least and the largest integer that inputs become, the zero point subtracted."""
+    zero = min(max(round(quantizer.zero_point.item()), 0), quantizer.high)
+    return -zero, quantizer.high - zero
+
+
+def _integers_of_float(rows: Tensor) -> tuple[Tensor, list[Fraction]]:
+    """Return integers for float weights (out, in, places), and the powers of two that are their steps.
+
+    Powers of two, since multiplication by them is exact: the integers are the same on every platform.
+    """
+    rows = rows.double()
+    peaks = torch.frexp(rows.abs().amax((1, 2))).exponent
+    shifts = (_FLOAT_WEIGHT_BITS - 1 - peaks).tolist()
+    scaled = []
+    for row, shift in zip(rows, shifts, strict=True):
+        integers = (row * math.ldexp(1.0, shift)).round().long()
+        excess = max(0, int(integers.abs().sum()).bit_length() - 24)  # of the room for sums that MOST leaves
+        scaled.append((row * math.ldexp(1.0, shift - excess)).round().long())
+        shifts[len(scaled) - 1] -= excess
+    return torch.stack(scaled), [Fraction(2) ** -shift for shift in shifts]

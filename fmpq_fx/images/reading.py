@@ -1,0 +1,215 @@
+"""Images as tensors: reading files of every kind, and checking tensors that are given as images."""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.storage.files import replacing
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+# Resizing in float arithmetic ends this far outside [0, 1] without anything being wrong.
+_ROUNDING = 1e-4
+
+
+def read(path: str | os.PathLike[str]) -> Tensor:
+    """Return the image file ``path`` as an RGB tensor, shape (3, H, W), float32 in [0, 1].
+
+    The EXIF orientation is applied. Gray images become three equal channels. Transparency is composited over
+    white, the page that such images are made for. Gray images of 16 bits keep all of them; of 16-bit colour
+    Pillow gives the upper 8 bits, so these arrive here. Of an animation the first frame is taken. Colour
+    profiles are not applied.
+
+    Raises:
+        FmpqError: ``path`` cannot be read as an image, is truncated, has more pixels than Pillow's protection
+            against decompression bombs lets through, or has pixels without a defined white (float, 32-bit).
+    """
+    path = Path(path)
+    with _reading(path), Image.open(path) as image:
+        pixels = _rgb(ImageOps.exif_transpose(image))
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """Return ``path`` if :func:`write` knows the format that its suffix names.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise ValueError(f"cannot write {path}: expected one of {', '.join(SUFFIXES)} at its end")
+    return Path(path)
+
+
+def write(image: Tensor, path: str | os.PathLike[str]) -> None:
+    """Write ``image``, (3, H, W) in [0, 1], to ``path`` with 8 bits per value, all of it or nothing.
+
+    Raises:
+        ValueError: the suffix names no format of images.
+        FileNotFoundError: there is no such folder.
+    """
+    check_writable(path)
+    pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong in the block into an FmpqError that says why ``path`` cannot be read."""
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise FmpqError(f"cannot read {path}: not an image, or not in a format that Pillow reads") from error
+    # Pillow's readers let nearly anything out of a damaged file: SyntaxError, struct.error, IndexError ...
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise FmpqError(f"cannot read {path}: {reason}") from error
+
+
+def _rgb(image: Image.Image) -> NDArray[np.float32]:
+    """Return the pixels of ``image``, (H, W, 3), in [0, 1]; ValueError where their range is not known."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floats of unknown range; save it with 8 or 16 bits per value")
+    if image.mode.startswith("I"):
+        # Not Pillow's own conversion to RGB, which clips 16-bit values at 255.
+        gray = np.asarray(image).astype(np.float32)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise ValueError("its pixels have 32 bits; save it with 8 or 16 bits per value")
+        gray[gray == image.info.get("transparency", -1)] = 65535
+        return np.repeat(gray[..., None] / np.float32(65535), 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = np.asarray(image.convert("RGBA")).astype(np.float32) / np.float32(255)
+        alpha = rgba[..., 3:]
+        over_white: NDArray[np.float32] = rgba[..., :3] * alpha + (1 - alpha)
+        return over_white
+    return np.asarray(image.convert("RGB")).astype(np.float32) / np.float32(255)
+
+
+def find(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the image files of ``folder``, by their suffix (``SUFFIXES``, in either case), sorted by name.
+
+    Subfolders and hidden files are left out.
+
+    Raises:
+        FmpqError: ``folder`` does not exist, is no folder, or has no image file directly in it.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FmpqError(f"no such image folder: {folder}")
+    if not folder.is_dir():
+        raise FmpqError(f"{folder} is a file where a folder of images was expected; give its folder")
+    # A name that starts with a dot is an editor's or an operating system's, whatever its suffix says.
+    found = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file()]
+    if not found:
+        looked_for = ", ".join(SUFFIXES)
+        raise FmpqError(f"no images in {folder}: no {looked_for} files there (subfolders are not searched)")
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image that may turn out unusable. It is loaded when it is needed, so that memory holds one at a time."""
+
+    name: str  # for messages
+    load: Callable[[], Tensor]  # returns (3, H, W); raises FmpqError where it cannot
+    size: Callable[[], tuple[int, int]]  # returns height and width, pixels; raises FmpqError where it cannot
+    version: str  # changes with the content, as far as that can be told without reading a file
+
+
+def sources(images: str | os.PathLike[str] | Iterable[Tensor | Source]) -> list[Source]:
+    """Return the images of a folder, or each of the given tensors (3, H, W) or (B, 3, H, W).
+
+    Raises:
+        FmpqError: the folder cannot be used (see :func:`find`).
+        TypeError, ValueError: there are no tensors, or one is not float (…, 3, H, W) in [0, 1].
+    """
+    if isinstance(images, str | os.PathLike):
+        return [_file(path) for path in find(images)]
+    if isinstance(images, Tensor) or not isinstance(images, Iterable):
+        raise TypeError(
+            f"images are a {type(images).__name__}; expected an image folder, or a list of float tensors"
+        )
+    found: list[Source] = []
+    for given in images:
+        if isinstance(given, Source):
+            found.append(given)
+        else:
+            found += [
+                _in_memory(image, f"image {len(found)}") for image in checked(given, f"image {len(found)}")
+            ]
+    if not found:
+        raise ValueError("no images to cut crops from: the sequence is empty")
+    return found
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """Return ``count`` of the numbers below ``total``, as far from each other and from the ends as can be."""
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def in_short(complaints: Sequence[str]) -> str:
+    """Return the first three of ``complaints`` and how many more there are."""
+    more = f"; and {len(complaints) - 3} more" if len(complaints) > 3 else ""
+    return "; ".join(complaints[:3]) + more
+
+
+def fingerprint(images: Iterable[Source]) -> str:
+    """Return how many images there are, and a text that changes with them."""
+    versions = [image.version for image in images]
+    digest = hashlib.sha256("\n".join(versions).encode()).hexdigest()
+    return f"{len(versions)} images, {digest[:12]}"
+
+
+def _in_memory(image: Tensor, name: str) -> Source:
+    image = image.cpu()  # where worker processes and pinned memory can have it
+    version = f"{tuple(image.shape)} of sum {image.sum(dtype=torch.float64).item()!r}"
+    return Source(name, image.detach, partial(_sides, image), version)
+
+
+def _sides(image: Tensor) -> tuple[int, int]:
+    return image.size(1), image.size(2)
+
+
+def _file(path: Path) -> Source:
+    return Source(
+        str(path), partial(read, path), partial(_size, path), f"{path.name}, {path.stat().st_size} bytes"
+    )
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Return height and width from the head of the file, before the EXIF orientation is applied."""
+    with _reading(path), Image.open(path) as image:
+        return image.height, image.width
+
+
+def checked(value: object, name: str) -> Tensor:
+    """Return ``value`` as (B, 3, H, W) float32 if it holds images in [0, 1]; TypeError or ValueError if not."""
+    if not isinstance(value, Tensor):
+        hint = "; of (images, labels) pairs pass the images" if isinstance(value, list | tuple) else ""
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a float tensor (B, 3, H, W){hint}")
+    if value.ndim not in (3, 4) or value.size(-3) != 3:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected (B, 3, H, W) or (3, H, W)")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} is {value.dtype}, expected floats in [0, 1]; divide 8-bit values by 255")
+    if value.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, which holds no pixels")
+    low, high = (float(extreme) for extreme in value.detach().aminmax())
+    if math.isnan(low):  # aminmax hands it on
+        raise ValueError(f"{name} contains NaN")
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        remedy = "divide by 255" if low >= 0 and high > 2 else "undo the normalization, or clamp"
+        raise ValueError(f"{name} has values from {low:.4g} to {high:.4g}, expected [0, 1]; {remedy}")
+    return value.detach().float().reshape(-1, *value.shape[-3:])

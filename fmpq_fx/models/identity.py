@@ -1,0 +1,95 @@
+"""What a file has to say of a model so that it can be made again, without pickle."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from compressai.entropy_models import EntropyModel
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.models.zoo import model_names, model_of_state, zoo_name
+from fmpq_fx.storage.tensor_packing import name_of
+
+Model = nn.Module | Callable[[], nn.Module]
+
+
+def identity_of(model: nn.Module) -> dict[str, Any]:
+    """Return what :func:`made` needs to make ``model`` again, besides its state dict; JSON can say it."""
+    state = model.state_dict()
+    name = zoo_name(model)
+    if name is not None and _shapes(_imagined(name, state)) != _shapes(state):
+        name = None  # its constructor was given more than the shapes of the weights tell
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    cls = type(model)
+    made = {"class": f"{cls.__module__}.{cls.__qualname__}", "zoo": name}
+    return {**made, "dtype": name_of(dtype)}
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def _imagined(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict of the model ``name`` of the zoo with the shapes of ``state``; it takes no memory.
+
+    Empty, where there is none.
+    """
+    with FakeTensorMode(), torch.no_grad():
+        fakes = {key: torch.empty(value.shape, dtype=value.dtype) for key, value in state.items()}
+        try:
+            return model_of_state(name, fakes).state_dict()
+        except FmpqError:
+            return {}
+
+
+def made(identity: dict[str, Any], state: dict[str, Tensor], model: Model | None) -> nn.Module:
+    """Return a model with the shapes of ``state``, whatever its values.
+
+    Args:
+        identity: what :func:`identity_of` returned.
+        state: its state dict; it decides on the sizes of a model of the zoo.
+        model: such a model, which is copied, or what makes one, instead of the zoo.
+
+    Raises:
+        FmpqError: the zoo does not have the model, or cannot make it with these shapes.
+    """
+    if model is not None:
+        own = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+        if not isinstance(own, nn.Module):
+            raise FmpqError(f"model= made a {type(own).__name__}; pass a model, or what makes one")
+        return own
+    name = identity["zoo"]
+    if name is not None and name not in model_names():  # what else a name may mean is not for a file to say
+        raise FmpqError(f"it names the model {name!r}, which CompressAI's zoo does not have")
+    if name is None:
+        raise FmpqError(
+            f"it holds a {identity['class']}, which CompressAI's zoo cannot make from its weights; pass model=, such "
+            "a model or what makes one (on the command line: --class package.module:callable)"
+        )
+    if _shapes(_imagined(name, state)) != _shapes(state):
+        raise FmpqError(f"its tensors are not those of a {name}")
+    return model_of_state(name, state)
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load ``state`` into ``model``, whose CDF tables may have any size yet, and whose numbers any type.
+
+    Raises:
+        FmpqError: the names or shapes are others.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, EntropyModel):
+            for key in dict(module.named_buffers(recurse=False)):
+                stored = state.get(f"{name}.{key}" if name else key)
+                if stored is not None:
+                    module.register_buffer(key, stored.clone())
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in state and value.dtype != state[name].dtype:
+            value.data = value.data.to(state[name].dtype)
+    try:
+        nn.Module.load_state_dict(model, state)
+    except RuntimeError as error:
+        raise FmpqError(f"its tensors are not those of the model: {error}") from error

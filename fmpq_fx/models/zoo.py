@@ -1,0 +1,155 @@
+"""Find a model by the name that the command line was given."""
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import compressai.models  # noqa: F401  (fills the registry)
+import torch
+from compressai.registry import MODELS
+from compressai.zoo import image_models
+from compressai.zoo import load_state_dict as with_current_names
+from torch import nn
+
+from fmpq_fx import samples
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.storage.files import read_tensors
+
+
+def model_names() -> list[str]:
+    """Return the names of CompressAI's image models that :func:`load_model` knows, sorted."""
+    others = ("ssf2020", "-pcc-")  # for video and for point clouds
+    names = set(image_models) | set(MODELS)
+    return sorted(name for name in names if not any(other in name for other in others))
+
+
+def load_model(
+    spec: str, *, quality: int | None = None, checkpoint: str | os.PathLike[str] | None = None
+) -> nn.Module:
+    """Return the model that ``spec`` names, in evaluation mode.
+
+    Args:
+        spec: "sample", the trained model of this package; a name of CompressAI's zoo ("mbt2018-mean"); or
+            "package.module:callable", which is called without arguments and returns a model.
+        quality: of CompressAI's pretrained weights, 1 … 8 (1 … 6 for cheng2020). Downloaded once by CompressAI.
+        checkpoint: a file of trained weights to load instead: a state dict, or a dict that holds one under
+            "state_dict", as CompressAI's training script saves it.
+
+    Raises:
+        ValueError: no such model, or neither quality nor checkpoint for one of the zoo.
+        FmpqError: the module, the download or the checkpoint fails.
+    """
+    state = None if checkpoint is None else _state_dict(Path(checkpoint))
+    if spec == "sample":
+        if quality is not None or state is not None:
+            raise ValueError(
+                "'sample' is trained already; --quality and --checkpoint are for models of the zoo"
+            )
+        sample: nn.Module = samples.model()
+        return sample
+    if state is not None:
+        return model_of_state(spec, state)
+    return _call(spec) if ":" in spec else _pretrained(_known(spec), quality)
+
+
+def model_of_state(spec: str, state: dict[str, Any]) -> nn.Module:
+    """Return the model that ``spec`` names (see :func:`load_model`) with the weights ``state``, in evaluation mode.
+
+    Raises:
+        ValueError: no such model.
+        FmpqError: the module fails, or ``state`` is of another model.
+    """
+    if spec == "sample":
+        return _loaded(samples.model(), state, spec)
+    if ":" in spec:
+        return _loaded(_call(spec), state, spec)
+    return _from_state_dict(_known(spec), state)
+
+
+def zoo_name(model: nn.Module) -> str | None:
+    """Return a name under which :func:`model_of_state` makes a model of the class of ``model``, or None."""
+    return next((name for name in model_names() if MODELS.get(name) is type(model)), None)
+
+
+def _known(spec: str) -> str:
+    if spec not in model_names():
+        raise ValueError(
+            f"there is no model and no file {spec!r}; pass 'sample', 'package.module:callable', or one of "
+            f"{', '.join(model_names())}"
+        )
+    return spec
+
+
+def model_factory(spec: str) -> Any:
+    """Return the callable that "package.module:callable" names, which is to make a model.
+
+    Raises:
+        ValueError: ``spec`` has another form.
+        FmpqError: there is no such thing.
+    """
+    module_name, colon, name = spec.partition(":")
+    if not colon:
+        raise ValueError(f"expected package.module:callable, got {spec!r}")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # the user's code may raise anything
+        raise FmpqError(f"cannot get a model from {spec!r}: {type(error).__name__}: {error}") from error
+
+
+def _call(spec: str) -> nn.Module:
+    make = model_factory(spec)
+    try:
+        model = make()
+    except Exception as error:  # the user's code may raise anything
+        raise FmpqError(f"cannot get a model from {spec!r}: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise FmpqError(f"{spec} returned a {type(model).__name__}; it must return a torch.nn.Module")
+    return model.eval()
+
+
+def _pretrained(spec: str, quality: int | None) -> nn.Module:
+    if spec not in image_models:
+        raise ValueError(f"CompressAI has no pretrained weights for {spec}; pass --checkpoint")
+    if quality is None:
+        raise ValueError(
+            f"pass --quality to get CompressAI's pretrained {spec}, or --checkpoint for your own"
+        )
+    try:
+        model: nn.Module = image_models[spec](quality=quality, pretrained=True, progress=True)
+    except OSError as error:  # URLError among them
+        raise FmpqError(
+            f"CompressAI's weights for {spec}, quality {quality}, cannot be downloaded ({error}); pass --checkpoint "
+            "with a file that you have"
+        ) from error
+    return model.eval()
+
+
+def _state_dict(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FmpqError(f"there is no checkpoint {path}")
+    content = read_tensors(path, f"{path} is not a checkpoint of tensors alone, as torch.save writes it")
+    for key in ("state_dict", "network"):
+        if isinstance(content, dict) and key in content:
+            content = content[key]
+    if not isinstance(content, dict) or not all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    ):
+        raise FmpqError(f"{path} holds no state dict; expected one, or a dict with one under 'state_dict'")
+    return content
+
+
+def _from_state_dict(spec: str, state: dict[str, Any]) -> nn.Module:
+    try:
+        model: nn.Module = MODELS[spec].from_state_dict(with_current_names(state))
+    except (RuntimeError, KeyError, IndexError) as error:
+        raise FmpqError(f"the checkpoint is not of a {spec}: {error}") from error
+    return model.eval()
+
+
+def _loaded(model: nn.Module, state: dict[str, Any], spec: str) -> nn.Module:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise FmpqError(f"the checkpoint is not of {spec}: {error}") from error
+    return model

@@ -1,0 +1,142 @@
+"""What an export holds, as ``manifest.json`` in its folder says it, and the check that the folder holds just that."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.storage.files import JsonFile
+
+NAME = "manifest.json"
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """One ONNX graph."""
+
+    name: str  # its role, as :func:`fmpq_fx.passes.parts.cut` names it
+    file: str  # in the folder
+    sha256: str
+    bytes: int
+    inputs: dict[str, list[int | str]]  # by name; numbers are fixed sizes, texts name dynamic ones
+    outputs: dict[str, list[int | str]]
+    module: str | None = None  # the module of the model that computes "entry" to the output, if there is one
+    entry: str | None = None  # value at which that module begins: an input, or one inside the graph
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """How a quantizable layer runs, and what its weights are stored in."""
+
+    site: str
+    part: str | None  # None where torch runs it, inside of an opaque module
+    bits: int | None  # None is float32
+    runs: str  # "int8" or "float32"
+    stored: str  # "int4", "uint4", "int8", "uint8", "int16" or "float32"
+    bytes: float  # of the stored weights
+    why: str
+
+
+@dataclass(frozen=True)
+class OnnxManifest(JsonFile):
+    """What is in the folder of an export."""
+
+    version: int
+    model: dict[str, Any]  # :func:`fmpq_fx.models.identity.identity_of` it
+    fingerprints: tuple[
+        str, ...
+    ]  # of its codecs, with and without exact entropy path (:mod:`fmpq_fx.storage.fingerprint`)
+    opset: int
+    parts: tuple[PartFile, ...]
+    layers: tuple[LayerRun, ...]
+    nominal_bytes: float  # parameters * bits / 8 over the layers that are in parts
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all graphs."""
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def stored_bytes(self) -> float:
+        """Bytes of the weights of all layers in parts, in their containers."""
+        return sum(layer.bytes for layer in self.layers if layer.part is not None)
+
+    def __str__(self) -> str:
+        rows = [
+            (r.site, r.part or "-", r.bits or "float", r.runs, r.stored, f"{r.bytes:,.0f}", r.why)
+            for r in self.layers
+        ]
+        table = tabulate(rows, ["layer", "part", "bits", "runs", "stored", "bytes", "why"])
+        return (
+            f"{table}\n\n{len(self.parts)} graphs, {self.bytes:,} bytes; weights {self.stored_bytes:,.0f}, nominal "
+            f"{self.nominal_bytes:,.0f}"
+        )
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> "OnnxManifest":
+        if fields["version"] != VERSION:
+            raise ValueError(f"version {fields['version']}; this fmpq_fx reads {VERSION}")
+        fields["fingerprints"] = tuple(fields["fingerprints"])
+        fields["parts"] = tuple(PartFile(**part) for part in fields["parts"])
+        fields["layers"] = tuple(LayerRun(**layer) for layer in fields["layers"])
+        return cls(**fields)
+
+    @classmethod
+    def of_folder(cls, folder: str | os.PathLike[str]) -> "OnnxManifest":
+        """Return the manifest of the export in ``folder``, after checking that it holds these files and no others.
+
+        Raises:
+            FmpqError: there is no export, or a file is missing, altered or foreign.
+        """
+        path = Path(folder)
+        if not (path / NAME).is_file():
+            raise FmpqError(f"there is no {NAME} in {folder}; fmpq_fx.export_onnx() writes one")
+        manifest = cls.load(path / NAME)
+        listed = {part.file for part in manifest.parts}
+        found = {entry.name for entry in path.iterdir()} - {NAME}
+        for names, words in (
+            (listed - found, "lacks"),
+            (found - listed, "has files that are not of this export:"),
+        ):
+            if names:
+                raise FmpqError(f"{folder} {words} {', '.join(sorted(names))}; export the model again")
+        for part in manifest.parts:
+            if Path(part.file).name != part.file or sha256(path / part.file) != part.sha256:
+                raise FmpqError(f"{path / part.file} is not what was exported; export the model again")
+        return manifest
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of the file ``path``, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def replacing_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside ``folder`` that takes its place when the block ends without an error.
+
+    Raises:
+        FmpqError: ``folder`` exists and is neither empty nor an export.
+        FileNotFoundError: the folder that it is to be in does not exist.
+    """
+    final = Path(folder)
+    if final.exists() and (not final.is_dir() or (any(final.iterdir()) and not (final / NAME).is_file())):
+        raise FmpqError(f"{folder} is there already and is no export; name another folder")
+    if not final.absolute().parent.is_dir():
+        raise FileNotFoundError(f"cannot write {folder}: there is no folder {final.parent}; create it")
+    with tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.absolute().parent) as name:
+        new, old = Path(name) / "new", Path(name) / "old"
+        new.mkdir()
+        yield new
+        if final.exists():
+            shutil.move(final, old)
+        shutil.move(new, final)

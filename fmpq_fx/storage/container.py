@@ -1,0 +1,108 @@
+"""The container of model files: safetensors, with a format, a version and a checksum over every byte of it."""
+
+import hashlib
+import json
+import lzma
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.storage.files import replacing
+
+FORMAT = "fmpq_fx model"
+VERSION = 1
+
+_BLANK = "0" * 64  # where the checksum will be, while it is computed
+_PACKED_LIMIT = 1 << 26  # bytes that a packed text or table may have
+
+
+@dataclass(frozen=True)
+class Container:
+    """What a model file holds."""
+
+    about: dict[str, Any]  # what the writer says of it
+    data: dict[str, bytes]  # its parts, by name
+    size: int  # bytes of the file
+
+    @property
+    def overhead(self) -> int:
+        """Bytes that belong to no part: the header."""
+        return self.size - sum(map(len, self.data.values()))
+
+
+def write(path: str | os.PathLike[str], about: dict[str, Any], data: dict[str, bytes]) -> None:
+    """Write the parts ``data``, and ``about``, which JSON can say, to ``path``, all of it or nothing.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    head = json.dumps(
+        {"format": FORMAT, "version": VERSION, "sha256": _BLANK, **about}, separators=(",", ":")
+    )
+    arrays = {name: np.frombuffer(part, np.uint8) for name, part in data.items()}
+    written = safetensors.numpy.save(arrays, metadata={"fmpq_fx": head})
+    written = written.replace(_BLANK.encode(), hashlib.sha256(written).hexdigest().encode(), 1)
+    with replacing(path) as temporary:
+        temporary.write_bytes(written)
+
+
+def read(path: str | os.PathLike[str]) -> Container:
+    """Return what :func:`write` wrote to ``path``.
+
+    Raises:
+        FmpqError: there is no such file; it is something else, of a newer version, or not as it was written.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FmpqError(f"there is no model file {file}; fmpq_fx.save() and 'fmpq-fx export model' write one")
+    data = file.read_bytes()
+    try:
+        parts = {name: bytes(part["data"]) for name, part in safetensors.deserialize(data)}
+        # Only now that safetensors has checked the header is it known to be small, flat and JSON.
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        about = json.loads(header.get("__metadata__", {}).get("fmpq_fx", "{}"))
+        found = about.get("format"), about.get("version")
+    except (SafetensorError, ValueError, AttributeError, RecursionError) as error:
+        raise FmpqError(f"{file} is damaged, or no model file that fmpq_fx.save() wrote: {error}") from error
+    if found[0] != FORMAT:
+        raise FmpqError(
+            f"{file} is a safetensors file, but no model file: its format is {found[0]!r}, expected {FORMAT!r}, as "
+            "fmpq_fx.save() and 'fmpq-fx export model' write it"
+        )
+    if found[1] != VERSION:
+        raise FmpqError(
+            f"{file} has version {found[1]!r} of the format, and this fmpq_fx reads version {VERSION}; install a "
+            "newer one, or write the file again"
+        )
+    claimed = str(about.get("sha256")).encode(errors="replace")
+    if hashlib.sha256(data.replace(claimed, _BLANK.encode(), 1)).hexdigest().encode() != claimed:
+        raise FmpqError(f"{file} is damaged: its checksum is not that of its content; get or write it again")
+    return Container(about, parts, len(data))
+
+
+def packed(data: bytes) -> bytes:
+    """Return ``data`` compressed by LZMA."""
+    return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+
+
+def unpacked(data: bytes, limit: int = _PACKED_LIMIT) -> bytes:
+    """Return what :func:`packed` was given.
+
+    Raises:
+        FmpqError: ``data`` is something else, or the result would have more than ``limit`` bytes.
+    """
+    decompressor = lzma.LZMADecompressor(memlimit=1 << 27)
+    try:
+        result = decompressor.decompress(data, max_length=limit + 1)
+    except lzma.LZMAError as error:
+        raise FmpqError(f"a packed part is damaged: {error}") from error
+    if not decompressor.eof or len(result) > limit or decompressor.unused_data:
+        raise FmpqError(f"a packed part does not end within {limit} bytes")
+    return result

@@ -1,0 +1,127 @@
+"""Quantization-aware training of a rewritten graph with the RD loss."""
+
+import hashlib
+import math
+import os
+import warnings
+
+from torch import fx
+
+from fmpq_fx.passes.plan.tables import Plan
+from fmpq_fx.passes.rewrite import plan_of
+from fmpq_fx.training.history import History, Settings
+from fmpq_fx.training.loop import Images, train
+
+
+def finetune(
+    gm: fx.GraphModule,
+    images: Images,
+    *,
+    lmbda: float | None = None,
+    steps: int = Settings.steps,
+    loss: str = Settings.loss,
+    validation: Images | None = None,
+    batch_size: int = Settings.batch_size,
+    crop: int = Settings.crop,
+    lr: float | None = None,
+    quantizer_lr: float = Settings.quantizer_lr,
+    aux_lr: float = Settings.aux_lr,
+    max_norm: float = Settings.max_norm,
+    bfloat16: bool = Settings.bfloat16,
+    validate_every: int = Settings.validate_every,
+    seed: int = Settings.seed,
+    checkpoint: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> History:
+    """Train the rewritten graph ``gm`` at its bits, in place.
+
+    Forward computes what will run, with rounded weights and activations; backward is the straight-through
+    estimator with a leaky clip, and steps and zero points are learned (LSQ: Esser et al. 2020, LSQ+: Bhalgat et
+    al. 2020). Adam, learning rates that fall to 0 by half a cosine, and the auxiliary loss of CompressAI's
+    entropy bottleneck. What is kept is the state with the lowest loss on the validation images, that before the
+    first step included: the model is never worse on them than it came.
+
+    Within :func:`fmpq_fx.ranks.joined` all ranks train together, by DistributedDataParallel, and end with the same
+    model; rank 0 writes the checkpoint, which all of them read.
+
+    Args:
+        gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned. Its training mode is restored.
+        images: a folder, or (3, H, W) or (B, 3, H, W) float tensors in [0, 1]; of at least ``crop`` pixels.
+        lmbda: weight of the distortion; None is that of the plan.
+        steps: number of steps.
+        loss: "rd" is rate + lmbda * 255^2 * MSE, "mse" its second term alone.
+        validation: a folder or tensors to validate on, by 256 x 256 crops from their centres; None holds out a
+            tenth of ``images``, one to eight.
+        batch_size: random crops in a step, of all ranks together.
+        crop: their side in pixels, a multiple of 64.
+        lr: learning rate of weights, biases and entropy models; None is :func:`learning_rate` of the plan.
+        quantizer_lr: of the logarithms of the quantizers' steps.
+        aux_lr: of the entropy bottlenecks' quantiles.
+        max_norm: what the norm of the gradient is clipped at.
+        bfloat16: compute the transforms in bfloat16 while training; entropy models and loss stay float32.
+        validate_every: steps between validations.
+        seed: of crops and noise.
+        checkpoint: a file that is written at every validation. Where it is there, training goes on from it, to
+            the result of an uninterrupted run; a finished run is not repeated. It is of use for that run alone:
+            name another, or remove it, to train further.
+        workers: processes that read images ahead, for each rank; 0 reads in this one, None chooses.
+        progress: show a progress bar; None shows it on terminals only.
+
+    Returns:
+        the losses and validations; ``gm.meta["history"]`` keeps it as well.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        FmpqError: ``gm`` carries no plan, there are too few images or none that is large enough, or the
+            checkpoint is of another plan, other weights, other images or other settings; ranks were given different
+            things.
+        KeyboardInterrupt: an interruption; ``gm`` is in its best state so far.
+
+    A warning tells where training diverged or ended above where it began, and what to try.
+    """
+    plan = plan_of(gm)
+    settings = Settings(
+        lmbda=plan.lmbda if lmbda is None else lmbda,
+        steps=steps,
+        loss=loss,
+        batch_size=batch_size,
+        crop=crop,
+        lr=learning_rate(plan) if lr is None else lr,
+        quantizer_lr=quantizer_lr,
+        aux_lr=aux_lr,
+        max_norm=max_norm,
+        bfloat16=bfloat16,
+        validate_every=validate_every,
+        seed=seed,
+    )
+    history = train(
+        gm,
+        images,
+        settings,
+        validation=validation,
+        identity=f"plan {hashlib.sha256(plan.to_json().encode()).hexdigest()[:12]}",
+        checkpoint=checkpoint,
+        workers=workers,
+        progress=progress,
+    )
+    gm.meta["history"] = history
+    if history.remarks:
+        warnings.warn(history.remarks, stacklevel=2)
+    return history
+
+
+def learning_rate(plan: Plan) -> float:
+    """Return a learning rate for the weights of a model that was quantized by ``plan``, 3e-5 … 2e-4.
+
+    It grows with the square root of what quantization cost on the calibration images, 1e-4 where the RD loss rose
+    by a tenth: much is to be repaired at few bits, and next to nothing at many, where larger steps of noisy
+    gradients do more harm than good. (Found by trial on the sample model: the best of 3e-5, 5e-5, 1e-4 and 2e-4 is
+    the first for float32 and 8 bits, and one of the last two for 4 bits.)
+    """
+    measured = plan.measured
+    if measured is None:
+        return 1e-4
+    rd = measured.weights_rd if plan.activation_bits is None else measured.rd
+    damage = max(0.0, rd / measured.float_rd - 1)
+    return min(max(1e-4 * math.sqrt(damage / 0.1), Settings.lr), 2e-4)

@@ -1,0 +1,128 @@
+"""What training did: its settings, its losses, and how good the model was along the way."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from fmpq_fx.rd import psnr
+from fmpq_fx.storage.files import JsonFile
+
+LOSSES = ("rd", "mse")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides on the result of training, besides the model and the images."""
+
+    lmbda: float  # weight of the distortion
+    steps: int = 300
+    loss: str = "rd"  # "rd": rate + lmbda * 255^2 * MSE; "mse": its second term alone
+    batch_size: int = 4  # crops in a step
+    crop: int = 192  # side of a crop, pixels; a multiple of 64
+    lr: float = 3e-5  # learning rate of weights, biases and entropy models
+    quantizer_lr: float = 3e-4  # of the logarithms of steps
+    aux_lr: float = 1e-3  # of the entropy bottleneck's quantiles
+    constant: float = 0.0  # part of the steps before the learning rates fall, by a cosine, to 0
+    max_norm: float = 1.0  # of the gradient, which is scaled down to it; inf leaves it as it is
+    bfloat16: bool = False  # compute the transforms in bfloat16
+    validate_every: int = 50  # steps
+    seed: int = 0  # of crops and noise
+
+    def __post_init__(self) -> None:
+        positive = (
+            "lmbda",
+            "steps",
+            "batch_size",
+            "lr",
+            "quantizer_lr",
+            "aux_lr",
+            "max_norm",
+            "validate_every",
+        )
+        for name in positive:
+            value = getattr(self, name)
+            if not (value > 0 and (math.isfinite(value) or name == "max_norm")):
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.crop < 64 or self.crop % 64:
+            raise ValueError(f"crop must be a positive multiple of 64, got {self.crop}")
+        if not 0 <= self.constant <= 1:
+            raise ValueError(f"constant must lie in [0, 1], got {self.constant}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+
+    def schedule(self, step: int) -> float:
+        """Return the factor of the learning rates at ``step``: 1, then half a cosine down to 0."""
+        start = self.constant * self.steps
+        if step <= start:
+            return 1.0
+        return 0.5 + 0.5 * math.cos(math.pi * (step - start) / (self.steps - start))
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How good the model was on the held-out images, in evaluation mode, after ``step`` steps."""
+
+    step: int
+    bpp: float  # bits per pixel, from the likelihoods
+    mse: float  # of images in [0, 1], not rounded to 8 bits
+    rd_loss: float  # bpp + lmbda * 255^2 * mse
+
+    @property
+    def psnr(self) -> float:
+        """PSNR of all images together, in dB."""
+        return psnr(self.mse)
+
+    def loss(self, kind: str) -> float:
+        """Return what training with the loss ``kind`` is to lower."""
+        return self.rd_loss if kind == "rd" else self.mse
+
+
+def best_of(validation: Sequence[Validation], kind: str) -> Validation:
+    """Return the earliest of those with the lowest loss; one that is not a number is higher than any."""
+    return min(validation, key=lambda v: (math.isnan(v.loss(kind)), v.loss(kind)))
+
+
+@dataclass(frozen=True)
+class History(JsonFile):
+    """What training did. The model is left as it was at :attr:`best`."""
+
+    settings: Settings
+    trained_on: str  # the images, in words
+    validated_on: str  # the held-out images, in words
+    losses: tuple[float, ...]  # of every step
+    validation: tuple[Validation, ...]  # the first is the model as it came, after 0 steps
+    remarks: str = ""  # what the user should know of how it went
+
+    @property
+    def best(self) -> Validation:
+        """The validation of the state that was kept."""
+        return best_of(self.validation, self.settings.loss)
+
+    @property
+    def gain(self) -> float:
+        """Part of the first validation's RD loss that training took away; negative where it rose."""
+        return 1 - self.best.rd_loss / self.validation[0].rd_loss
+
+    def __str__(self) -> str:
+        rows = [
+            (v.step, f"{v.bpp:.4f}", f"{v.psnr:.3f}", f"{v.rd_loss:.4f}", "kept" if v is self.best else "")
+            for v in self.validation
+        ]
+        headers = ("step", "bpp", "PSNR (dB)", "RD loss", "")
+        table = tabulate(rows, headers, disable_numparse=True, colalign=("right",) * 4 + ("left",))
+        images = f"trained on {self.trained_on}, validated on {self.validated_on}"
+        return f"{table}\n\n{images}"
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> "History":
+        fields["settings"] = Settings(**fields["settings"])
+        fields["validation"] = tuple(Validation(**v) for v in fields["validation"])
+        fields["losses"] = tuple(fields["losses"])
+        if not fields["validation"]:
+            raise ValueError("it has no validation")
+        return cls(**fields)

@@ -1,0 +1,146 @@
+"""The training loop, of quantized graphs and of float models alike: RD loss, validation, the best state kept.
+
+Crops and noise of a step are functions of the seed and the step's number alone, so that a run that was
+interrupted goes on from its checkpoint to the result of an uninterrupted one: bit for bit on a CPU with as many
+threads; a GPU's own arithmetic is not that repeatable.
+
+Within :func:`fmpq_fx.ranks.joined` each rank takes its share of a step's crops. They are the crops that one process
+would take; the noise is each rank's own, and sums are rounded otherwise. So a run is repeatable for a number of
+ranks, and a checkpoint goes on with any number of them, on the same crops.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fmpq_fx import ranks
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.images.crops import cut, describe
+from fmpq_fx.images.reading import Source, fingerprint, sources
+from fmpq_fx.passes.measure.allocator import freed_memory_kept
+from fmpq_fx.storage.files import check_folder
+from fmpq_fx.training import data
+from fmpq_fx.training.data import RandomCrops
+from fmpq_fx.training.history import History, Settings
+from fmpq_fx.training.run import TrainingRun
+
+Images = str | os.PathLike[str] | Iterable[Tensor | Source]
+"""An image folder, or (3, H, W) or (B, 3, H, W) float tensors in [0, 1]."""
+
+
+def train(
+    model: nn.Module,
+    images: Images,
+    settings: Settings,
+    *,
+    validation: Images | None = None,
+    identity: str = "",
+    checkpoint: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> History:
+    """Train ``model``, in place, and leave it in the best state that was seen, without gradients.
+
+    Args:
+        model: a rewritten graph, or any model whose forward returns CompressAI's dict. Its training mode is
+            restored.
+        images: to train on.
+        settings: how.
+        validation: images to validate on, by crops of 256 x 256 from the centre of each (or eight, where there are
+            fewer images); None holds out a tenth of ``images``, at least one and at most eight.
+        identity: what the model is, besides its weights; a checkpoint of another is refused.
+        checkpoint: a file that is written at every validation. Where it is there, training goes on from it; the
+            model must be as it was at the start, or as it was left. A finished run is not repeated.
+        workers: processes that read images ahead; 0 reads in this one, None chooses.
+        progress: show a progress bar; None shows it on terminals only.
+
+    Raises:
+        ValueError: ``settings.batch_size`` is no multiple of the number of ranks.
+        FmpqError: the images or the checkpoint cannot be used, or ranks have others.
+        KeyboardInterrupt: an interruption, after the best state so far was restored.
+    """
+    if checkpoint is not None:
+        check_folder(checkpoint)
+    if settings.batch_size % ranks.count():
+        raise ValueError(
+            f"batch_size counts the crops of all ranks: {settings.batch_size} cannot be shared evenly by "
+            f"{ranks.count()}; pass a multiple of {ranks.count()}"
+        )
+    parameter = next(model.parameters())
+    narrow = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
+    if narrow:
+        raise FmpqError(
+            f"the model is in {', '.join(map(str, narrow))}, which is too coarse to train in: train model.float(), "
+            "with bfloat16=True for speed"
+        )
+    to_train_on, to_validate_on = _split(images, validation, settings.crop)
+    about = {
+        "model": identity,
+        "images": fingerprint(to_train_on),
+        "validation": fingerprint(sources(to_validate_on)),
+        **{name: str(value) for name, value in dataclasses.asdict(settings).items()},
+    }
+    resumed = checkpoint is not None and Path(checkpoint).exists()
+    ranks.require_same({**about, "whether the checkpoint is there": str(resumed)})
+    mode = model.training
+    # One image at a time, so that ranks can share them, and the result is the same for any number of ranks.
+    held_out = [image for x in to_validate_on for image in x.to(parameter).split(1)]
+    run = TrainingRun(model, held_out, settings)
+    devices = [parameter.device] if parameter.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), freed_memory_kept():
+            if checkpoint is not None and resumed:
+                run.load(Path(checkpoint), about)
+            else:
+                run.validate()
+            batches = data.batches(
+                RandomCrops(to_train_on, settings.crop, settings.seed),
+                settings.batch_size,
+                range(len(run.losses), settings.steps),
+                workers=workers,
+                pin_memory=bool(devices),
+            )
+            hide = (None if progress is None else not progress) if ranks.is_first() else True
+            with tqdm(
+                batches,
+                desc="training",
+                unit="step",
+                total=settings.steps,
+                initial=len(run.losses),
+                disable=hide,
+            ) as bar:
+                for x in bar:
+                    bar.set_postfix(run.step(x.to(parameter, non_blocking=True)), refresh=False)
+                    if run.diverged:
+                        break
+                    if run.due:
+                        run.validate()
+                        if checkpoint is not None and ranks.is_first():
+                            run.save(Path(checkpoint), about)
+    finally:
+        model.load_state_dict(run.best)
+        model.zero_grad()
+        model.train(mode)
+    return History(
+        settings,
+        f"{len(to_train_on)} image{'s' * (len(to_train_on) != 1)}",
+        describe(to_validate_on),
+        tuple(run.losses),
+        tuple(run.validation),
+        run.remarks,
+    )
+
+
+def _split(images: Images, validation: Images | None, crop: int) -> tuple[list[Source], list[Tensor]]:
+    """Return the images to train on, and the batches to validate on."""
+    usable = data.large_enough(sources(images), crop)
+    if validation is not None:
+        to_validate_on = sources(validation)
+        return usable, cut(to_validate_on, count=max(data.HELD_OUT, len(to_validate_on)))
+    usable, held_out = data.hold_out(usable)
+    return usable, cut(held_out)

@@ -1,0 +1,227 @@
+"""One run of training: the model, its optimizers, what was seen so far, and the checkpoint of all of it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from compressai.entropy_models import EntropyBottleneck
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
+
+from fmpq_fx import ranks
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.measure.incremental import total_of_ranks
+from fmpq_fx.quant import ActivationFakeQuant, WeightFakeQuant
+from fmpq_fx.rd import PEAK, psnr, rate_and_distortion, rd_sums
+from fmpq_fx.storage.files import read_tensors, replacing
+from fmpq_fx.storage.fingerprint import digest
+from fmpq_fx.training.bfloat16 import transforms_in_bfloat16
+from fmpq_fx.training.history import Settings, Validation, best_of
+
+FORMAT = "fmpq_fx training, version 1"
+
+
+class TrainingRun:
+    """The state of training ``model``, which it changes.
+
+    Weights and quantization parameters are in groups of their own; the quantiles of entropy bottlenecks have an
+    optimizer and a loss of their own, as CompressAI trains them.
+
+    Of several ranks each has a copy of the model and takes its share of a step's images. Gradients and figures are
+    means over all of them, so that every rank takes the same steps and the same decisions.
+
+    Args:
+        model: to train.
+        batches: (B, 3, H, W) images each, to validate on.
+        settings: how to train.
+
+    Raises:
+        FmpqError: ranks have other weights.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor], settings: Settings):
+        self.model, self.batches, self.settings = model, batches, settings
+        self.bottlenecks = [m for m in model.modules() if isinstance(m, EntropyBottleneck)]
+        groups = parameter_groups(model, settings)
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.Adam(groups)
+        self.scheduler = LambdaLR(self.optimizer, settings.schedule)
+        quantiles = [m.quantiles for m in self.bottlenecks if m.quantiles.requires_grad]
+        self.aux_optimizer = torch.optim.Adam(quantiles, settings.aux_lr) if quantiles else None
+        self.losses: list[float] = []  # of the steps done
+        self.validation: list[Validation] = []
+        self.diverged = False
+        self.best = _copied(model.state_dict())
+        self.start = digest(self.best)
+        ranks.require_same({"the model": f"{type(model).__name__}, weights {self.start[:12]}"})
+        self.objective = ranks.replicated(_Objective(model, settings))
+
+    @property
+    def due(self) -> bool:
+        """Whether the model is to be validated after the step just done."""
+        return len(self.losses) % self.settings.validate_every == 0 or len(self.losses) == self.settings.steps
+
+    def step(self, x: Tensor) -> dict[str, str]:
+        """Train on the images ``x``, those of this rank, and return figures to show; sets :attr:`diverged`."""
+        settings = self.settings
+        self._seed(x.device)
+        self.model.train()
+        self.optimizer.zero_grad()
+        rate, distortion = self.objective(x)
+        (rate + distortion if settings.loss == "rd" else distortion).backward()
+        norm = clip_grad_norm_(self.parameters, settings.max_norm)
+        bpp, weighted = ranks.mean(torch.stack([rate, distortion]).detach()).tolist()
+        self.losses.append(bpp + weighted if settings.loss == "rd" else weighted)
+        if not (math.isfinite(self.losses[-1]) and math.isfinite(norm)):
+            self.diverged = True
+            return {}
+        self.optimizer.step()
+        self.scheduler.step()
+        self._train_quantiles()
+        db = psnr(weighted / (settings.lmbda * PEAK**2))
+        return {"loss": f"{self.losses[-1]:.3f}", "bpp": f"{bpp:.3f}", "PSNR": f"{db:.2f}"}
+
+    def _seed(self, device: torch.device) -> None:
+        """Make the noise of this step a function of seed, step's number and rank, on ``device`` alone."""
+        source = np.random.SeedSequence([self.settings.seed, len(self.losses), ranks.rank()])
+        (seed,) = source.generate_state(1).tolist()
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+
+    def _train_quantiles(self) -> None:
+        # Their loss depends on parameters alone, and so is the same on every rank.
+        if self.aux_optimizer is not None:
+            self.aux_optimizer.zero_grad()
+            torch.stack([m.loss() for m in self.bottlenecks]).sum().backward()
+            self.aux_optimizer.step()
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Measure the model as it is, in evaluation mode and full precision, and keep it if it is the best."""
+        self.model.eval()
+        sums = total_of_ranks([rd_sums(self.model(x), x) for x in ranks.share(self.batches)])
+        result = Validation(len(self.losses), sums.rate, sums.mse, sums.rd(self.settings.lmbda))
+        self.validation.append(result)
+        if best_of(self.validation, self.settings.loss) is result:
+            self.best = _copied(self.model.state_dict())
+
+    @property
+    def remarks(self) -> str:
+        """What the user should know of how it went, and what to try."""
+        first, last = (v.loss(self.settings.loss) for v in (self.validation[0], self.validation[-1]))
+        name = "RD loss" if self.settings.loss == "rd" else "MSE"
+        remedy = "try a lower lr and quantizer_lr, a larger batch_size, or more bits per weight"
+        if self.diverged:
+            return (
+                f"Training diverged at step {len(self.losses)}: loss or gradient were not finite. The best state "
+                f"before that was kept; {remedy}."
+            )
+        if not last < first:
+            return (
+                f"The {name} on the validation images ended above where it began ({last:.6g} after {first:.6g}). The "
+                f"best state was kept; {remedy}, or images that resemble those to validate on."
+            )
+        return ""
+
+    def save(self, path: Path, about: Mapping[str, str]) -> None:
+        """Write all that :meth:`load` needs to ``path``; the file that is there stays whole if that fails."""
+        with replacing(path) as temporary:
+            torch.save({"format": FORMAT, "about": dict(about), **self._state()}, temporary)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "start": self.start,
+            "model": self.model.state_dict(),
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "aux_optimizer": None if self.aux_optimizer is None else self.aux_optimizer.state_dict(),
+            "losses": self.losses,
+            "validation": [vars(v) for v in self.validation],
+        }
+
+    def load(self, path: Path, about: Mapping[str, str]) -> None:
+        """Go on from what :meth:`save` wrote to ``path``.
+
+        Raises:
+            FmpqError: it is no checkpoint, or one of another run than that which ``about`` describes, or of other
+                weights: the model must be as it was before the first step, or as that run left it.
+        """
+        state = _read(path)
+        remedy = "remove the file to begin anew, or name another"
+        for name, value in about.items():
+            if state["about"].get(name) != value:
+                raise FmpqError(
+                    f"the checkpoint {path} is of another run: {name} was {state['about'].get(name)!r} there and is "
+                    f"{value!r} now; {remedy}"
+                )
+        if self.start not in (state["start"], digest(state["best"])):
+            raise FmpqError(f"the checkpoint {path} is of a model with other weights; {remedy}")
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.aux_optimizer is not None:
+                self.aux_optimizer.load_state_dict(state["aux_optimizer"])
+        except ValueError as error:  # parameters were frozen or freed meanwhile
+            raise FmpqError(
+                f"the checkpoint {path} is of another run: other parameters were trained; {remedy}"
+            ) from error
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.model.load_state_dict(state["model"])
+        self.start, self.best = state["start"], state["best"]
+        self.losses = state["losses"]
+        self.validation = [Validation(**v) for v in state["validation"]]
+        ranks.require_same(
+            {"the checkpoint": f"of step {len(self.losses)}, weights {digest(state['model'])[:12]}"}
+        )
+
+
+class _Objective(nn.Module):
+    """The two parts of the RD loss that ``model`` reaches on images; where the rate is not trained, it is detached."""
+
+    def __init__(self, model: nn.Module, settings: Settings):
+        super().__init__()
+        self.model, self.settings = model, settings
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with transforms_in_bfloat16(self.model, x.device) if self.settings.bfloat16 else nullcontext():
+            output = self.model(x)
+        rate, distortion = rate_and_distortion(output, x, self.settings.lmbda)
+        return (rate if self.settings.loss == "rd" else rate.detach()), distortion
+
+
+def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """Return the parameters of ``model``, without the quantiles of entropy bottlenecks, by learning rate.
+
+    A zero point counts in integers of its range, a step in its logarithm: zero points get the steps' learning
+    rate times their last integer, so that both move by the same part of the range.
+    """
+    rates: dict[nn.Parameter, float] = dict.fromkeys(model.parameters(), settings.lr)
+    for module in model.modules():
+        if isinstance(module, EntropyBottleneck):
+            rates.pop(module.quantiles, None)
+        if isinstance(module, WeightFakeQuant | ActivationFakeQuant):
+            rates[module.log_scale] = settings.quantizer_lr
+        if isinstance(module, ActivationFakeQuant):
+            rates[module.zero_point] = settings.quantizer_lr * module.high
+    return [
+        {"params": [p for p, rate in rates.items() if rate == lr and p.requires_grad], "lr": lr}
+        for lr in sorted(set(rates.values()))
+    ]
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    state: Any = read_tensors(path, f"{path} is no checkpoint of training; remove it, or name another")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise FmpqError(f"{path} is no checkpoint of this version's training; remove it, or name another")
+    return state

@@ -1,0 +1,67 @@
+"""Lower the entropy path of a model to exact integer arithmetic, so that what it codes decodes everywhere."""
+
+import functools
+from typing import Any
+
+import torch
+from compressai.entropy_models import EntropyBottleneck
+from torch import nn
+
+from fmpq_fx.coding.wavefront import Context, WavefrontDecoder, WavefrontEncoder
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.exact import ExactLayer, ExactLeakyReLU
+from fmpq_fx.exact.fixed_point import MOST, from_integers, to_integers
+from fmpq_fx.passes.lower.entropy_path import EntropyPath
+from fmpq_fx.passes.swap import replace_module
+
+
+def integerize(model: nn.Module, path: EntropyPath) -> nn.Module:
+    """Put exact modules in the places of those of ``model`` on ``path``, in place, and return it.
+
+    Args:
+        model: a model of any class whose layers are quantized as a plan says. It is for coding from now on:
+            nothing on the path has gradients.
+        path: where they are (:func:`fmpq_fx.passes.lower.entropy_path.entropy_path`).
+
+    Raises:
+        FmpqError: something on the path cannot be computed exactly; ``model`` is then as it was.
+    """
+    if path.obstacles:
+        raise FmpqError("; ".join(path.obstacles))
+    device = next(model.parameters()).device
+    exact: dict[int, tuple[nn.Module, nn.Module]] = {}  # by the module replaced: it may have several names
+    layer = functools.partial(ExactLayer, most=MOST // path.terms)
+    for names, make in ((path.layers, layer), (path.activations, ExactLeakyReLU)):
+        for name in names:
+            old = model.get_submodule(name)
+            try:
+                exact[id(old)] = old, make(old).to(device)  # type: ignore[arg-type]
+            except FmpqError as error:
+                raise FmpqError(f"{name!r} has no exact form: {error}") from error
+    for old, new in exact.values():
+        replace_module(model, old, new)
+    if path.in_order:
+        try:
+            _code_along_wavefronts(model)
+        except FmpqError:
+            for old, new in exact.values():
+                replace_module(model, new, old)
+            raise
+    for name in path.priors:
+        _round_medians(model.get_submodule(name))
+    return model
+
+
+def _code_along_wavefronts(model: Any) -> None:
+    """Replace the coding loops of mbt2018, which read the weight of the context prediction, by exact ones."""
+    context = Context(model.gaussian_conditional, model.context_prediction, model.entropy_parameters)
+    # Callable objects, not methods: a copy of the model, or a pickled one, has its own.
+    model._compress_ar = WavefrontEncoder(context)
+    model._decompress_ar = WavefrontDecoder(context)
+
+
+@torch.no_grad()
+def _round_medians(prior: EntropyBottleneck) -> None:
+    """Make the medians of ``prior`` fixed-point numbers, so that a symbol plus its median is one in every type."""
+    medians = prior.quantiles[:, :, 1]
+    medians.copy_(from_integers(to_integers(medians), medians.dtype))

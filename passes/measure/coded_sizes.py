@@ -1,0 +1,50 @@
+"""Measure how many bytes the model file's entropy coder takes for each site at each width."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import fx, nn
+from tqdm import tqdm
+
+from fmpq_fx import ranks
+from fmpq_fx.passes.plan.tables import Table
+from fmpq_fx.passes.sites import find_sites
+from fmpq_fx.quant import quantize_layer
+from fmpq_fx.storage.weight_coder import coded_bytes
+
+
+def measure_coded_sizes(
+    gm: fx.GraphModule,
+    bits: Iterable[int],
+    given: Mapping[str, int | None],
+    *,
+    progress: bool | None = None,
+) -> Table:
+    """Return the bytes of each site of ``gm`` at each of ``bits``, with min-max scales.
+
+    Args:
+        gm: a traced model.
+        bits: candidate widths.
+        given: sites whose width is fixed, to what; those are coded at that width alone, or not at all where it
+            is None.
+        progress: show a progress bar; None shows it on terminals only.
+    """
+    candidates = tuple(bits)
+    table: Table = {site.name: {} for site in find_sites(gm)}
+    jobs = [
+        (site, b)
+        for site in table
+        for b in ((given[site],) if site in given else candidates)
+        if b is not None
+    ]
+    hide = None if progress is None else not progress
+    bar = tqdm(ranks.share(jobs), desc="coded sizes", unit="width", disable=hide, leave=False)
+    sizes = ranks.merged([_coded_size(gm.get_submodule(site), b) for site, b in bar])
+    for (site, b), size in zip(jobs, sizes, strict=True):
+        table[site][b] = size
+    return table
+
+
+def _coded_size(module: nn.Module, bits: int) -> float:
+    layer = quantize_layer(module, bits)
+    quantizer = layer.weight_quantizer
+    return float(coded_bytes(layer.integers.cpu().long().numpy(), quantizer.low, quantizer.high))

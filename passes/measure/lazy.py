@@ -1,0 +1,135 @@
+"""Plan with the fewest measurements: of nine widths per site, two to six decide the plan.
+
+Each round measures all the points that the plan may hang on, given what is known, for all sites at once.
+Values that were not measured are bounded by their neighbours (:mod:`fmpq_fx.passes.plan.interpolation`). The plan is
+that of the full table as long as no value is outside of its bounds; where noise decides, that can happen.
+"""
+
+import math
+from collections.abc import Iterator
+
+from fmpq_fx import ranks
+from fmpq_fx.passes.measure.sensitivity import Point, SensitivityMeter
+from fmpq_fx.passes.plan.interpolation import noise_of
+from fmpq_fx.passes.plan.planners import Assignment, bits_at, search, total_at
+from fmpq_fx.passes.plan.tables import FLOAT_BITS, Plan, Sensitivity, Table
+from fmpq_fx.passes.plan.task import Task
+from fmpq_fx.passes.sites import annotate
+
+REGULAR = 0.01
+"""A site whose zeta deviates by more than this from falling with the bits is measured at all of them."""
+
+
+def plan_lazily(task: Task, meter: SensitivityMeter) -> Plan:
+    """Plan ``task``, measuring what the plan rests on.
+
+    The plan's own bits are always among it, so that what the plan says of itself was measured. Zeta is written on
+    the nodes of the meter's graph, ``node.meta["fmpq"]["zeta"]``.
+    """
+    points = set(_first_points(task, meter.table)) or ranks.from_first(unsettled(task, meter.table))
+    while points:
+        meter.measure(points)
+        points = ranks.from_first(unsettled(task, meter.table))
+    annotate(meter.gm, "zeta", meter.table.zeta)
+    return task.plan(meter.table)
+
+
+def _first_points(task: Task, table: Sensitivity) -> Iterator[Point]:
+    """Yield the average width for each site of which nothing is known; "uniform" asks for none."""
+    for site, widths in task.cost.items():
+        if task.planner != "uniform" and site not in task.given and not table.raw[site]:
+            yield site, min(widths, key=lambda b: abs(b - FLOAT_BITS * task.target))
+            if task.planner == "optimal":
+                yield site, min(widths)
+
+
+def unsettled(task: Task, table: Sensitivity) -> set[Point]:
+    """Return what to measure next, nothing if the plan is settled."""
+    missing = set(table.missing)
+    if not missing:
+        return set()
+    likely, low, high = (task.choices(table.expected(bound)) for bound in (0, -1, 1))
+    points: set[Point] = set()
+    if task.planner == "adaptive":
+        points = _unsettled_search(task, likely, low, high, missing)
+    points |= {(site, b) for site, b in missing if b in likely[site] and noise_of(table.raw[site]) > REGULAR}
+    if points:
+        return points
+    found = task.assign(likely)
+    if task.planner == "adaptive" and found.remarks:  # what it is filled up with hangs on every wider value
+        start = dict.fromkeys(likely, 0) if found.beta is None else bits_at(likely, found.beta)
+        points = {(site, b) for site, b in missing if b in likely[site] and b >= start[site]}
+    elif task.planner == "optimal":
+        points = _unsettled_optimum(task, found, likely, low, missing)
+    chosen = {**found.bits, **task.given}
+    return points or {(site, b) for site, b in missing if b == chosen[site]}
+
+
+def _unsettled_search(task: Task, likely: Table, low: Table, high: Table, missing: set[Point]) -> set[Point]:
+    """Return what decides the search for beta: a point of each site that beta may pass or not.
+
+    What counts is the first step after which the searches by the bounds take another way, or else the last.
+    """
+    floor = task.budget - task.window
+    ways = [[beta for beta, _ in search(zeta, task.cost, floor, task.budget)] for zeta in (likely, low, high)]
+    alike = 1  # all searches begin with the same beta
+    while all(len(way) > alike for way in ways) and len({way[alike] for way in ways}) == 1:
+        alike += 1
+    beta = ways[0][alike - 1]
+    fewest, most = bits_at(low, beta), bits_at(high, beta)
+    points: set[Point] = set()
+    for site, values in likely.items():
+        if fewest[site] != most[site]:
+            between = [b for b in values if fewest[site] <= b < most[site] and (site, b) in missing]
+            # A mean over measured and other widths, by which zeta was made monotone, is decided next to them.
+            around = [b for b in values if (site, b) in missing]
+            nearest = min(between or around, key=lambda b: abs(math.log(max(values[b], 1e-12) / beta)))
+            points.add((site, nearest))
+    return points
+
+
+def _unsettled_optimum(
+    task: Task, found: Assignment, likely: Table, low: Table, missing: set[Point]
+) -> set[Point]:
+    """Return the points that a plan of less zeta may have, the likeliest of each site.
+
+    By Lagrange's bound: at any price of a byte, no plan within the budget has less than the sum of the sites'
+    least zeta + price * bytes, less that of the budget; and a plan with a site at other bits has at least as much
+    more as these bits cost the site. What exceeds the best plan known by that cannot be in a better one.
+    """
+    price = _price(likely, task.cost, task.budget)
+    least = {
+        site: min(z + price * task.cost[site][b] for b, z in values.items())
+        for site, values in likely.items()
+    }
+    best = math.fsum(likely[site][b] for site, b in found.bits.items())
+    gap = best - (math.fsum(least.values()) - price * task.budget)
+    points: set[Point] = set()
+    for site, values in likely.items():
+        rivals = [
+            b
+            for b in values
+            if (site, b) in missing
+            and low[site][b] + price * task.cost[site][b] - least[site] <= gap * (1 + 1e-9)
+        ]
+        if rivals:
+            points.add((site, min(rivals, key=lambda b: values[b] + price * task.cost[site][b])))
+    return points
+
+
+def _price(zeta: Table, cost: Table, budget: float) -> float:
+    """Return the least zeta per byte at which the sites, each for itself, ask for no more than ``budget``."""
+
+    def fits(price: float) -> bool:
+        bits = {s: min(v, key=lambda b: (v[b] + price * cost[s][b], cost[s][b])) for s, v in zeta.items()}
+        return total_at(cost, bits) <= budget
+
+    if fits(0.0):
+        return 0.0
+    low, high = 0.0, 1.0
+    while not fits(high):
+        low, high = high, 4 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high

@@ -1,0 +1,213 @@
+"""Run a graph once, and afterwards only what a changed layer reaches.
+
+An evaluation ends where a value comes out equal to the kept one, which after rounding happens often: in a scale
+hyperprior the hyper decoder does not touch the image at all. The values are those of full runs, bit for bit.
+"""
+
+from collections import ChainMap
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from fmpq_fx.passes.measure.kept_values import Budget, KeptValues, value_bytes
+
+UNCHANGED = object()
+"""Stands in an output for what is as it was before the change."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a change of a site reaches."""
+
+    starts: frozenset[fx.Node]  # the nodes that run the site
+    nodes: tuple[fx.Node, ...]  # these and all that is computed from them, in order
+    reads: frozenset[fx.Node]  # the other nodes whose values those need
+    last_reads: Mapping[fx.Node, tuple[fx.Node, ...]]  # by node: what no later one of ``nodes`` reads
+
+
+def find_reach(gm: fx.GraphModule) -> dict[str, Reach]:
+    """Return what each site of ``gm`` reaches; :func:`fmpq_fx.passes.sites.find_sites` marked them."""
+    starts: dict[str, set[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        for site in node.meta.get("fmpq", {}).get("sites", ()):
+            starts.setdefault(site, set()).add(node)
+    return {site: _reach(gm, nodes) for site, nodes in starts.items()}
+
+
+def _reach(gm: fx.GraphModule, starts: set[fx.Node]) -> Reach:
+    reached: dict[fx.Node, None] = {}  # in order
+    reads: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node in starts or any(source in reached for source in node.all_input_nodes):
+            reached[node] = None
+            reads.update(source for source in node.all_input_nodes if not _is_given(source))
+    nodes = tuple(reached)
+    return Reach(frozenset(starts), nodes, frozenset(reads.difference(reached)), _last_reads(nodes))
+
+
+def _last_reads(nodes: Sequence[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    reader = {source: node for node in nodes for source in node.all_input_nodes}  # the last one stays
+    return {node: tuple(s for s in node.all_input_nodes if reader[s] is node) for node in nodes}
+
+
+def _is_given(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "get_attr")
+
+
+class IncrementalInterpreter(fx.Interpreter):
+    """Runs a graph once, keeping values of nodes, and then only what a change reaches.
+
+    Example::
+
+        interpreter = IncrementalInterpreter(gm, find_reach(gm), Budget(2**30))
+        before = interpreter.run_once(x)
+        with substituted(gm, "g_a.0", quantized):
+            after = interpreter.rerun("g_a.0")
+
+    Kept is, as far as the budget allows, what an evaluation of some site reads, and values that are no larger than
+    the images: latents, which after rounding may be equal. Larger ones never are, in practice.
+
+    Args:
+        gm: free of in-place operations (:func:`fmpq_fx.passes.functionalize.functionalize`).
+        reach: of the sites that may be changed.
+        budget: for the values.
+    """
+
+    def __init__(self, gm: fx.GraphModule, reach: Mapping[str, Reach], budget: Budget):
+        super().__init__(gm, garbage_collect_values=False)
+        self.reach = dict(reach)
+        self.kept = KeptValues(budget)  # of the graph as it is
+        self.tried = KeptValues(budget)  # small ones, of the last rerun that may be accepted
+        self.changed: set[fx.Node] = set()  # by the last rerun
+        self._budget = budget
+        self._given: dict[fx.Node, Any] = {}  # inputs and parameters
+        self._small = 0  # bytes up to which values are compared
+
+    def run_once(self, x: Tensor) -> Any:
+        """Return the output for ``x``, (B, 3, H, W), and keep values.
+
+        Raises:
+            ValueError: the budget does not hold what the evaluation of some site reads.
+        """
+        self.kept.clear()
+        self._small = x.nbytes
+        self._given = {}
+        self.args_iter = iter((x,))
+        fresh: dict[fx.Node, Any] = {}
+        self.env = ChainMap(fresh, self._given)  # type: ignore[assignment]
+        nodes = list(self.graph.nodes)
+        last_reads = _last_reads(nodes)
+        read = frozenset[fx.Node]().union(*(reach.reads for reach in self.reach.values()))
+        sizes: dict[fx.Node, int] = {}
+        for node in nodes:
+            value = self.run_node(node)
+            (self._given if _is_given(node) else fresh)[node] = value
+            if node in read or self._is_small(value):
+                sizes[node] = value_bytes(value)
+                if not _is_given(node):
+                    self.kept.offer(node, value)
+            for source in last_reads[node]:
+                fresh.pop(source, None)
+        needs = {site: sum(sizes[node] for node in reach.reads) for site, reach in self.reach.items()}
+        if needs:
+            most = max(needs, key=needs.__getitem__)
+            self._budget.check(needs[most], self._what(most, x))
+        return value
+
+    def rerun(self, site: str, *, remember: bool = False) -> Any:
+        """Return the output now that ``site`` is another module, :data:`UNCHANGED` in place of what is as before.
+
+        Args:
+            site: its name.
+            remember: the change may be accepted (:meth:`accept`) afterwards.
+        """
+        reach = self.reach[site]
+        fresh: dict[fx.Node, Any] = {}
+        self.env = ChainMap(fresh, self.kept.values, self._given)  # type: ignore[assignment]
+        self.changed = set()
+        self.tried.clear()
+        for node in reach.nodes:
+            if node in reach.starts or not self.changed.isdisjoint(node.all_input_nodes):
+                if node.op == "output":
+                    return fx.node.map_arg(node.args[0], self._changed_value)
+                self._recompute([source for source in node.all_input_nodes if source not in self.env])
+                value = self.run_node(node)
+                if not (node in self.kept.values and _equal(value, self.kept.values[node])):
+                    self.changed.add(node)
+                    fresh[node] = value
+                    if remember and self._is_small(value):
+                        self.tried.offer(node, value)
+            for source in reach.last_reads[node]:
+                fresh.pop(source, None)
+        return UNCHANGED
+
+    def prepare(self, site: str, x: Tensor) -> None:
+        """Have the values at hand that evaluations of ``site`` read; the graph must be as it was run."""
+        reads = self.reach[site].reads
+        missing = [node for node in reads if node not in self.kept.values]
+        if not missing:
+            return
+        self.env = ChainMap({}, self.kept.values, self._given)  # type: ignore[assignment]
+        self._recompute(missing)
+        self.kept.demand({node: self.env[node] for node in reads}, self._what(site, x))
+        self.env = {}  # which would hold what was dropped for them
+
+    def accept(self) -> None:
+        """Take over the change of the last rerun, made with ``remember``: it is part of the graph from now on."""
+        for node in self.changed:
+            self.kept.drop(node)
+        accepted = dict(self.tried.values)
+        self.tried.clear()
+        for node, value in accepted.items():
+            self.kept.offer(node, value)
+
+    def forget(self, site: str) -> None:
+        """Let go of what is kept for changes of ``site`` alone: it will not be changed again."""
+        del self.reach[site]
+        useful = {node for reach in self.reach.values() for node in (*reach.nodes, *reach.reads)}
+        for node in self.kept.values.keys() - useful:
+            self.kept.drop(node)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the module that is registered under ``target`` now, not the one of the first run."""
+        return self.fetch_attr(target)(*args, **kwargs)
+
+    def _recompute(self, wanted: Collection[fx.Node]) -> None:
+        """Compute the values of ``wanted``, which did not change, from those at hand, and add them to these."""
+        missing: set[fx.Node] = set()
+        open_nodes = list(wanted)
+        while open_nodes:
+            node = open_nodes.pop()
+            missing.add(node)
+            open_nodes += [s for s in node.all_input_nodes if s not in self.env and s not in missing]
+        if not missing:
+            return
+        nodes = [node for node in self.graph.nodes if node in missing]
+        last_reads = _last_reads(nodes)
+        for node in nodes:
+            self.env[node] = self.run_node(node)
+            for source in last_reads[node]:
+                if source in missing and source not in wanted:
+                    del self.env[source]
+
+    def _changed_value(self, node: fx.Node) -> Any:
+        return self.env[node] if node in self.changed else UNCHANGED
+
+    def _is_small(self, value: Any) -> bool:
+        return value_bytes(value) <= self._small
+
+    def _what(self, site: str, x: Tensor) -> str:
+        return f"what {site!r} reads for {len(x)} images of {x.size(-1)} x {x.size(-2)}"
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Compare two values of a node exactly, tensors inside containers included."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or a.equal(b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b)

@@ -1,0 +1,174 @@
+"""The commands for model files and coded images, as a user types them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import fmpq_fx
+from conftest import small_model
+from fmpq_fx.cli.main import main
+from fmpq_fx.formats.state import save_state
+from fmpq_fx.images import reading
+
+
+class Private(nn.Module):
+    """A model of a class that is not in the zoo."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small_model("mbt2018-mean")
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.inner(x)
+
+    def update(self, force: bool = False) -> object:
+        return self.inner.update(force=force)  # type: ignore[operator]
+
+    def compress(self, x: torch.Tensor) -> object:
+        return self.inner.compress(x)  # type: ignore[operator]
+
+    def decompress(self, strings: object, shape: object) -> object:
+        return self.inner.decompress(strings, shape)  # type: ignore[operator]
+
+
+def run(*arguments: object) -> int:
+    return main(list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a state, its model file, another model, and two photographs of different sizes."""
+    folder = tmp_path_factory.mktemp("files")
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for name, bits in (("model", 8), ("other", 6)):
+        gm = fmpq_fx.prepare(
+            small_model("mbt2018-mean"), bits / 32, calibration=x, bits=[bits], planner="uniform"
+        )
+        fmpq_fx.save(gm, folder / f"{name}.fmpq")
+        save_state(gm, folder / f"{name}.state", model="mbt2018-mean")
+    gm = fmpq_fx.prepare(Private(), 0.25, calibration=x, bits=[8], planner="uniform")
+    fmpq_fx.save(gm, folder / "private.fmpq")
+    (folder / "photos").mkdir()
+    for index, size in enumerate([(64, 64), (50, 90)]):
+        pixels = np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "photos" / f"{index}.png")
+    return folder
+
+
+def test_export_model_writes_what_save_writes(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("export", "model", files / "model.state", "--out", tmp_path / "m.fmpq") == 0
+    assert (tmp_path / "m.fmpq").read_bytes() == (files / "model.fmpq").read_bytes()
+    assert run("inspect", tmp_path / "m.fmpq") == 0
+    printed = capsys.readouterr().out
+    assert "g_a.0" in printed
+    assert f"{(tmp_path / 'm.fmpq').stat().st_size:,}" in printed
+
+
+def test_an_image_there_and_back(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, coded, back = files / "photos" / "1.png", tmp_path / "1.fmi", tmp_path / "1.png"
+    assert run("encode", source, "-m", files / "model.fmpq", "-o", coded) == 0
+    printed = capsys.readouterr().out
+    assert f"{8 * coded.stat().st_size / (50 * 90):.4f} bits per pixel" in printed
+    assert run("decode", coded, "-m", files / "model.fmpq", "-o", back) == 0
+    codec = fmpq_fx.load_codec(files / "model.fmpq")
+    expected = fmpq_fx.decode(codec, fmpq_fx.encode(codec, reading.read(source)))
+    assert torch.equal(reading.read(back), (expected * 255).round() / 255)
+
+
+def test_folders_of_images(files: Path, tmp_path: Path) -> None:
+    assert run("encode", files / "photos", "-m", files / "model.fmpq", "-o", tmp_path / "coded") == 0
+    assert sorted(p.name for p in (tmp_path / "coded").iterdir()) == ["0.fmi", "1.fmi"]
+    assert run("decode", tmp_path / "coded", "-m", files / "model.fmpq", "-o", tmp_path / "back") == 0
+    assert reading.read(tmp_path / "back" / "1.png").shape == (3, 50, 90)
+
+
+def test_a_memory_that_is_too_little_is_an_error(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, model = files / "photos" / "1.png", files / "model.fmpq"
+    assert run("encode", photo, "-m", model, "-o", tmp_path / "a.fmi", "--memory", "1kB") == 2
+    assert "needs about" in capsys.readouterr().err
+    assert not (tmp_path / "a.fmi").exists()
+    assert run("encode", photo, "-m", model, "-o", tmp_path / "a.fmi", "--memory", "1GB") == 0
+    assert run("decode", tmp_path / "a.fmi", "-m", model, "-o", tmp_path / "a.png", "--memory", "1kB") == 2
+    assert "needs about" in capsys.readouterr().err
+    assert run("evaluate", model, files / "photos", "--memory", "2XB") == 2
+    assert "memory is '2XB'" in capsys.readouterr().err
+
+
+def test_evaluate_takes_a_model_file(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", files / "model.fmpq", files / "photos") == 0
+    by_file = capsys.readouterr().out
+    assert run("evaluate", files / "model.state", files / "photos") == 0
+    drop_times = [
+        [line.split()[:5] for line in text.splitlines()] for text in (by_file, capsys.readouterr().out)
+    ]
+    assert drop_times[0] == drop_times[1]
+
+
+def test_a_private_class_is_named_on_the_command_line(files: Path, tmp_path: Path) -> None:
+    arguments = ("-m", files / "private.fmpq", "--class", "test_cli_files:Private")
+    assert run("encode", files / "photos" / "0.png", *arguments, "-o", tmp_path / "0.fmi") == 0
+    assert run("decode", tmp_path / "0.fmi", *arguments, "-o", tmp_path / "0.png") == 0
+
+
+MISTAKES = {
+    "the wrong model": (
+        ["decode", "{tmp}/a.fmi", "-m", "{files}/other.fmpq", "-o", "{tmp}/a.png"],
+        "another model",
+    ),
+    "no such source": (
+        ["encode", "{tmp}/none", "-m", "{files}/model.fmpq", "-o", "{tmp}/b.fmi"],
+        "no file and no",
+    ),
+    "no images": (["encode", "{tmp}", "-m", "{files}/model.fmpq", "-o", "{tmp}/b"], "no images in"),
+    "nothing coded": (["decode", "{files}", "-m", "{files}/model.fmpq", "-o", "{tmp}/b"], "no .fmi files in"),
+    "no such folder": (["encode", "{files}/photos/0.png", "-m", "m", "-o", "{tmp}/no/b.fmi"], "no folder"),
+    "unknown format": (["decode", "{tmp}/a.fmi", "-m", "m", "-o", "{tmp}/a.xyz"], "expected one of .bmp"),
+    "no such model": (
+        ["decode", "{tmp}/a.fmi", "-m", "{tmp}/m.fmpq", "-o", "{tmp}/a.png"],
+        "there is no model file",
+    ),
+    "not an image": (
+        ["decode", "{files}/photos/0.png", "-m", "{files}/model.fmpq", "-o", "{tmp}/a.png"],
+        "no .fmi",
+    ),
+    "private class": (
+        ["decode", "{tmp}/a.fmi", "-m", "{files}/private.fmpq", "-o", "{tmp}/a.png"],
+        "--class",
+    ),
+    "malformed class": (
+        ["decode", "{tmp}/a.fmi", "-m", "{files}/private.fmpq", "--class", "Private", "-o", "{tmp}/a.png"],
+        "expected package.module:callable",
+    ),
+    "suffix": (["export", "model", "{files}/model.state", "--out", "{tmp}/m.bin"], "named *.fmpq"),
+    "inspect a state": (["inspect", "{files}/model.state"], "no model file"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named_and_nothing_is_written(
+    mistake: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        run("encode", files / "photos" / "0.png", "-m", files / "model.fmpq", "-o", tmp_path / "a.fmi") == 0
+    )
+    arguments, says = MISTAKES[mistake]
+    assert main([a.format(files=files, tmp=tmp_path) for a in arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a.fmi"]
+
+
+def test_two_images_of_one_name_are_not_written_over_each_other(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for suffix in ("png", "bmp"):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"same.{suffix}")
+    assert run("encode", tmp_path, "-m", files / "model.fmpq", "-o", tmp_path / "out") == 2
+    assert "same.bmp and same.png would both be written" in capsys.readouterr().err

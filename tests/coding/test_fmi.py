@@ -1,0 +1,179 @@
+"""Images as files: what is decoded is what the codec decoded, or a clear error."""
+
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from compressai.ops import compute_padding
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import pad as pad_image
+
+import fmpq_fx
+from conftest import SMALL, small_model
+from fmpq_fx import FmpqError
+from fmpq_fx.coding.fmi import MAGIC, VERSION, decode, encode
+from fmpq_fx.storage import fingerprint
+from fmpq_fx.storage.byte_reader import ByteReader, counted
+from support.traced_models import WITH_CODEC, lively
+
+
+def ready(model: nn.Module) -> nn.Module:
+    model.update(force=True)  # type: ignore[operator]
+    return model.eval()
+
+
+def picture(height: int, width: int) -> Tensor:
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(2))
+
+
+CODEC = ready(small_model("bmshj2018-hyperprior"))
+DATA = encode(CODEC, picture(40, 70))
+
+
+def sealed(body: bytes, version: int = VERSION) -> bytes:
+    """Return ``body`` with a right checksum, as one who forges a file would."""
+    return MAGIC + bytes([version]) + struct.pack(">I", zlib.crc32(body)) + body
+
+
+def forged(
+    height: int = 40, width: int = 70, shape: object = (1, 2), strings: tuple[bytes, ...] = (b"",)
+) -> bytes:
+    parts = [bytes.fromhex(fingerprint.of_codec(CODEC))[:8] + struct.pack(">II", height, width)]
+    parts += [counted(b"ScaleHyperprior", 1), counted(json.dumps(shape).encode(), 2), bytes([len(strings)])]
+    return sealed(b"".join(parts) + b"".join(counted(string, 4) for string in strings))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 70), (129, 64), (1, 1)])
+@pytest.mark.parametrize("name", SMALL)
+def test_an_image_of_any_size_is_what_the_codec_decodes(name: str, size: tuple[int, int]) -> None:
+    codec, image = ready(small_model(name)), picture(*size)
+    with torch.no_grad():
+        pad, unpad = compute_padding(*size, min_div=64)
+        coded = codec.compress(pad_image(image[None], pad))  # type: ignore[operator]
+        expected = codec.decompress(coded["strings"], coded["shape"])["x_hat"]  # type: ignore[operator]
+    data = encode(codec, image)
+    assert torch.equal(decode(codec, data), pad_image(expected, unpad)[0].clamp(0, 1))
+    strings = sum(len(string[0]) for string in coded["strings"])
+    assert len(data) - strings < 80  # what the container takes
+
+
+def test_a_latent_codec_is_told_the_sizes_of_all_its_latents() -> None:
+    codec = ready(lively(WITH_CODEC["cheng2020-checkerboard"]))
+    decoded = decode(codec, encode(codec, picture(64, 100)))
+    assert decoded.shape == (3, 64, 100)
+    assert decoded.isfinite().all()
+
+
+def test_a_model_file_decodes_what_the_converted_graph_encoded(x: Tensor, tmp_path: Path) -> None:
+    gm = fmpq_fx.prepare(small_model("mbt2018-mean"), 0.25, calibration=x, bits=[4, 8])
+    fmpq_fx.save(gm, tmp_path / "model.fmpq")
+    here, there = fmpq_fx.convert(gm), fmpq_fx.load_codec(tmp_path / "model.fmpq")
+    data = encode(here, x[0])
+    assert data == encode(there, x[0])
+    assert torch.equal(decode(there, data), decode(here, data))
+
+
+@pytest.mark.parametrize("change", ["g_a.0.bias", "h_s.0.weight", "entropy_bottleneck._quantized_cdf"])
+def test_another_model_is_refused_by_name(change: str) -> None:
+    other = ready(small_model("bmshj2018-hyperprior"))
+    other.state_dict()[change].view(-1)[:1].add_(1)
+    with pytest.raises(
+        FmpqError, match=r"encoded with another model: with the ScaleHyperprior [0-9a-f]{16}, and this"
+    ):
+        decode(other, DATA)
+
+
+@pytest.mark.parametrize("length", range(len(DATA)))
+def test_what_was_cut_off_is_refused(length: int) -> None:
+    with pytest.raises(FmpqError, match=r"damaged|no .fmi file"):
+        decode(CODEC, DATA[:length])
+
+
+@given(st.integers(0, len(DATA) - 1), st.integers(1, 255))
+@settings(max_examples=50, deadline=None)
+def test_a_changed_byte_is_noticed(position: int, change: int) -> None:
+    data = bytearray(DATA)
+    data[position] ^= change
+    with pytest.raises(FmpqError, match=r"damaged|no .fmi file|version"):
+        decode(CODEC, bytes(data))
+
+
+def test_more_bytes_are_noticed() -> None:
+    with pytest.raises(FmpqError, match="checksum"):
+        decode(CODEC, DATA + b"\0")
+    body = DATA[9:] + b"\0"
+    with pytest.raises(FmpqError, match="1 bytes too many"):
+        decode(CODEC, sealed(body))
+
+
+def test_a_newer_version_is_named() -> None:
+    with pytest.raises(FmpqError, match=f"version {VERSION + 1} of the format.* reads version {VERSION}"):
+        decode(CODEC, sealed(DATA[9:], VERSION + 1))
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (forged(height=2**32 - 1, width=2**32 - 1), "claims 4294967295 x 4294967295 pixels"),
+        (forged(height=0), "claims 70 x 0 pixels"),
+        (forged(shape=[10**9, 10**9]), "impossible shape"),
+        (forged(shape=[-1, 2]), "impossible shape"),
+        (forged(shape=[True, 2]), "impossible shape"),
+        (forged(shape="x" * 200), "impossible shape"),
+        (forged(shape={"y": [1.5]}), "impossible shape"),
+        (forged(shape=[1, 2]), "cannot be decoded"),
+        (forged(shape=[1, 2], strings=(b"", b"", b"")), "cannot be decoded"),
+    ],
+)
+def test_a_forged_file_is_refused(data: bytes, says: str) -> None:
+    with pytest.raises(FmpqError, match=says):
+        decode(CODEC, data)
+
+
+def test_a_deeply_nested_shape_is_refused() -> None:
+    depth = 30_000
+    start = DATA[9:25] + counted(b"x", 1)
+    with pytest.raises(FmpqError, match="shape of its latents is damaged"):
+        decode(CODEC, sealed(start + counted(b"[" * depth + b"]" * depth, 2)))
+
+
+@given(st.binary(max_size=300), st.binary(max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_strings_of_noise_give_an_image_or_an_error_but_no_crash(first: bytes, second: bytes) -> None:
+    """CompressAI's decoder reads on where its string ends: that must not leave the memory that is its own."""
+    try:
+        image = decode(CODEC, forged(strings=(first, second)))
+    except FmpqError:
+        return
+    assert image.shape == (3, 40, 70)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: encode(nn.Conv2d(1, 1, 1), picture(8, 8)), "Conv2d has no compress"),
+        (lambda: decode(nn.Conv2d(1, 1, 1), DATA), "Conv2d has no compress"),
+        (lambda: encode(CODEC, torch.rand(2, 3, 8, 8)), "pass one image"),
+        (lambda: encode(CODEC, 255 * torch.ones(3, 8, 8)), "divide by 255"),
+    ],
+)
+def test_mistakes_are_named(make: Callable[[], object], says: str) -> None:
+    with pytest.raises((FmpqError, ValueError), match=says):
+        make()
+
+
+def test_a_reader_says_what_is_missing() -> None:
+    reader = ByteReader(counted(b"abc", 2) + b"d")
+    assert reader.take_counted(2) == b"abc"
+    with pytest.raises(FmpqError, match="ends 1 bytes early"):
+        reader.take(2)
+    with pytest.raises(FmpqError, match="1 bytes too many"):
+        reader.end()
+    assert reader.rest() == b"d"
+    reader.end()

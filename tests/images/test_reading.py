@@ -1,0 +1,190 @@
+"""Reading image files of every kind."""
+
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.images import reading
+
+RGB = np.array(
+    [[[0, 1, 2], [50, 100, 150]], [[255, 254, 253], [7, 8, 9]], [[30, 20, 10], [0, 0, 0]]], np.uint8
+)
+WIDE = np.array(
+    [[0, 255, 256], [32896, 65279, 65535]], np.uint16
+)  # an 8-bit reading would clip or fold these
+
+
+def planes(pixels: NDArray[np.generic], peak: int = 255) -> Tensor:
+    """Return pixels (H, W) or (H, W, 3) as the tensor that `read` should give."""
+    colour = pixels if pixels.ndim == 3 else np.stack([pixels] * 3, axis=2)
+    return torch.tensor(colour.astype(np.float32) / np.float32(peak)).permute(2, 0, 1)
+
+
+def png16(path: Path, pixels: NDArray[np.uint16], colour_type: int, transparent: int | None = None) -> Path:
+    """Write a 16-bit PNG by the letter of its standard, because Pillow writes none in colour."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    key = b"" if transparent is None else chunk(b"tRNS", struct.pack(">H", transparent))
+    body = chunk(b"IHDR", header) + key + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+def saved(path: Path, image: Image.Image, **options: object) -> Path:
+    image.save(path, **options)  # type: ignore[arg-type]
+    return path
+
+
+def test_rgb_is_channels_first_and_divided_by_255(tmp_path: Path) -> None:
+    read = reading.read(saved(tmp_path / "a.png", Image.fromarray(RGB)))
+    assert read.dtype == torch.float32
+    assert read.is_contiguous()
+    assert torch.equal(read, planes(RGB))
+
+
+def test_a_path_may_be_a_string(tmp_path: Path) -> None:
+    assert torch.equal(reading.read(str(saved(tmp_path / "a.png", Image.fromarray(RGB)))), planes(RGB))
+
+
+def test_gray_becomes_three_equal_channels(tmp_path: Path) -> None:
+    gray = RGB[:, :, 0]
+    assert torch.equal(reading.read(saved(tmp_path / "a.png", Image.fromarray(gray))), planes(gray))
+
+
+def test_one_bit_images_are_black_and_white(tmp_path: Path) -> None:
+    bits = np.array([[True, False, True]])
+    assert torch.equal(reading.read(saved(tmp_path / "a.png", Image.fromarray(bits))), planes(bits, peak=1))
+
+
+def test_transparency_is_composited_over_white(tmp_path: Path) -> None:
+    # Opaque stays as it is to the last bit, transparent is white, a fifth of opaque a fifth of the colour.
+    pixels = np.array([[[200, 100, 3, 255], [200, 100, 3, 0], [200, 100, 0, 51]]], np.uint8)
+    read = reading.read(saved(tmp_path / "a.png", Image.fromarray(pixels)))
+    assert torch.equal(read[:, 0, 0], torch.tensor([200, 100, 3]) / 255)
+    assert torch.equal(read[:, 0, 1], torch.ones(3))
+    expected = torch.tensor([200, 100, 0]) / 255 * 0.2 + 0.8
+    torch.testing.assert_close(read[:, 0, 2], expected, rtol=0, atol=1e-7)
+
+
+def test_transparency_of_gray(tmp_path: Path) -> None:
+    pixels = np.array([[[90, 255], [90, 0]]], np.uint8)
+    read = reading.read(saved(tmp_path / "a.png", Image.fromarray(pixels, mode="LA")))
+    assert torch.equal(read, planes(np.array([[90, 255]])))
+
+
+def test_palette(tmp_path: Path) -> None:
+    image = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), mode="P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    expected = np.array([[[10, 20, 30], [40, 50, 60]], [[70, 80, 90], [40, 50, 60]]])
+    assert torch.equal(reading.read(saved(tmp_path / "a.png", image)), planes(expected))
+    expected[:, 1] = 255  # entry 1 declared transparent
+    assert torch.equal(reading.read(saved(tmp_path / "b.png", image, transparency=1)), planes(expected))
+
+
+def test_one_colour_declared_transparent(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.png", Image.fromarray(RGB), transparency=(50, 100, 150))
+    expected = RGB.copy()
+    expected[0, 1] = 255
+    assert torch.equal(reading.read(path), planes(expected))
+
+
+def test_16_bit_gray_is_scaled_not_clipped(tmp_path: Path) -> None:
+    expected = planes(WIDE, peak=65535)
+    assert torch.equal(reading.read(png16(tmp_path / "a.png", WIDE, colour_type=0)), expected)
+    assert torch.equal(reading.read(saved(tmp_path / "a.tif", Image.fromarray(WIDE))), expected)
+    (tmp_path / "a.pgm").write_bytes(b"P5 3 2 65535\n" + WIDE.astype(">u2").tobytes())  # Pillow's mode I
+    assert torch.equal(reading.read(tmp_path / "a.pgm"), expected)
+
+
+def test_16_bit_gray_with_a_transparent_level(tmp_path: Path) -> None:
+    expected = planes(np.where(WIDE == 256, np.uint16(65535), WIDE), peak=65535)
+    assert torch.equal(
+        reading.read(png16(tmp_path / "a.png", WIDE, colour_type=0, transparent=256)), expected
+    )
+
+
+def test_16_bit_colour_keeps_at_least_the_upper_8_bits(tmp_path: Path) -> None:
+    colour = np.stack([WIDE, WIDE[::-1], WIDE[:, ::-1]], axis=2)
+    read = reading.read(png16(tmp_path / "a.png", colour, colour_type=2))
+    assert float((read - planes(colour, peak=65535)).abs().max()) < 1 / 255
+    assert read.max() == 1
+    assert read.min() == 0
+
+
+def test_cmyk_is_converted(tmp_path: Path) -> None:
+    inks = np.array([[[0, 0, 0, 0], [0, 0, 0, 255], [255, 0, 0, 0], [0, 255, 255, 0]]], np.uint8)
+    read = reading.read(saved(tmp_path / "a.tif", Image.fromarray(inks, mode="CMYK")))
+    assert torch.equal(read, planes(np.array([[[255] * 3, [0] * 3, [0, 255, 255], [255, 0, 0]]])))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (2, lambda a: a[:, ::-1]),
+        (3, lambda a: a[::-1, ::-1]),
+        (4, lambda a: a[::-1]),
+        (5, lambda a: a.transpose(1, 0, 2)),
+        (6, lambda a: np.rot90(a, -1)),
+        (8, lambda a: np.rot90(a)),
+    ],
+)
+def test_exif_orientation_is_applied(
+    tmp_path: Path, orientation: int, upright: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "a.png", Image.fromarray(RGB), exif=exif)
+    assert torch.equal(reading.read(path), planes(upright(RGB)))
+
+
+def broken_jpeg(path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:1500])
+
+
+def broken_png(path: Path) -> None:
+    png16(path, np.arange(4096, dtype=np.uint16).reshape(64, 64), colour_type=0)
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "No such file"),
+        (lambda path: path.mkdir(), "directory"),
+        (lambda path: path.write_text("no pixels here"), "not an image"),
+        (lambda path: path.write_bytes(b""), "not an image"),
+        (broken_jpeg, "truncated"),
+        (broken_png, "truncated"),
+        (lambda path: Image.fromarray(WIDE.astype(np.float32)).save(path, "TIFF"), "floats of unknown range"),
+        (lambda path: Image.fromarray(WIDE.astype(np.int32) + 1).save(path, "TIFF"), "32 bits"),
+        (lambda path: Image.fromarray(-WIDE.astype(np.int32)).save(path, "TIFF"), "32 bits"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
+    path = tmp_path / "bad.png"
+    make(path)
+    with pytest.raises(FmpqError, match=message) as caught:
+        reading.read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "bomb.png", Image.new("RGB", (10, 10)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 49)  # Pillow refuses more than twice this
+    with pytest.raises(FmpqError, match=r"bomb\.png: .*exceeds limit"):
+        reading.read(path)

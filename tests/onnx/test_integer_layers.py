@@ -1,0 +1,160 @@
+"""Integer convolutions in ONNX compute what the quantized layers compute, whatever their geometry."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fmpq_fx.onnx.integers import run_in_integers
+from fmpq_fx.quant import QuantizedLayer
+from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedGDN
+
+onnx = pytest.importorskip("onnx", reason="needs the extra: pip install 'fmpq-fx[onnx]'")
+pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'fmpq-fx[onnx]'")
+
+from compressai.layers import GDN  # noqa: E402  (after what it needs is known to be there)
+
+from fmpq_fx.onnx.codec import SessionForward  # noqa: E402
+from fmpq_fx.onnx.graph import OPSET, OnnxGraph  # noqa: E402
+from fmpq_fx.onnx.ops import emit  # noqa: E402
+
+
+class Tracer(fx.Tracer):
+    """Keeps quantized layers whole."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, QuantizedLayer) or super().is_leaf_module(m, module_qualified_name)
+
+
+class Shapes(fx.Interpreter):
+    """Notes the shapes of all values."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["example_shape"] = tuple(value.shape)
+        return value
+
+
+def quantized(layer: nn.Conv2d, bits: int, activation_bits: int = 8, low: float = -0.7) -> QuantizedConv2d:
+    made = QuantizedConv2d(layer, bits, activation_bits)
+    assert made.input_quantizer is not None
+    made.input_quantizer.freeze(low, 1.0, False)
+    return made.eval()
+
+
+def in_onnx(layers: nn.Sequential, x: Tensor) -> tuple[Tensor, set[str], str]:
+    """Return what ONNX Runtime makes of ``x``, the operations of the graph, and how the first layer runs."""
+    gm = run_in_integers(fx.GraphModule(layers, Tracer().trace(layers)))
+    with torch.no_grad():
+        Shapes(gm).run(x)
+    graph, values = OnnxGraph(), {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = graph.name("x")
+        elif node.op == "output":
+            out = values[node.args[0]]
+        else:
+            values[node] = emit(graph, gm, node, values)
+    graph.pruned([out])
+    ends = [
+        onnx.helper.make_tensor_value_info(
+            name, onnx.TensorProto.FLOAT, ["batch", channels, "height", "width"]
+        )
+        for name, channels in (("x", x.size(1)), (out, None))
+    ]
+    opsets = [onnx.helper.make_opsetid("", OPSET)]
+    parts = (graph.nodes, "layers", ends[:1], ends[1:], list(graph.initializers.values()))
+    model = onnx.helper.make_model(onnx.helper.make_graph(*parts), opset_imports=opsets, ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    kinds = {node.op_type for node in graph.nodes}
+    first = next(node for node in gm.graph.nodes if node.op == "call_module")
+    return SessionForward(model.SerializeToString(), 1)(x), kinds, first.meta["fmpq"]["run"].kind
+
+
+GEOMETRIES = {
+    "1 x 1": {"kernel_size": 1},
+    "1 x 1, stride": {"kernel_size": 1, "stride": 2},
+    "3 x 3": {"kernel_size": 3, "padding": 1},
+    "no bias, no padding": {"kernel_size": 3, "bias": False},
+    "5 x 5, stride": {"kernel_size": 5, "stride": 2, "padding": 2},
+    "4 x 4, stride 3": {"kernel_size": 4, "stride": 3, "padding": 1},
+    "oblong": {"kernel_size": (1, 3), "stride": (1, 2), "padding": (0, 2), "dilation": (1, 2)},
+    "dilation": {"kernel_size": 3, "padding": 2, "dilation": 2},
+}
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8, 9, 15])
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_an_integer_convolution_is_the_quantized_one(geometry: dict[str, Any], bits: int) -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(quantized(nn.Conv2d(16, 20, **geometry), bits))
+    for size in ((2, 16, 11, 14), (1, 16, 8, 9)):
+        x = torch.empty(size).uniform_(-1, 1.3)  # beyond the range on both sides
+        found, kinds, runs = in_onnx(layers, x)
+        assert runs == "int8"
+        assert "MatMul" in kinds
+        assert "Conv" not in kinds
+        with torch.no_grad():
+            torch.testing.assert_close(found, layers(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "activation_bits"), [(8, 4), (8, 8), (15, 8)])
+def test_the_largest_sums_are_exact(bits: int, activation_bits: int) -> None:
+    # Processors without VNNI saturate sums of two products, unless told otherwise.
+    layer = nn.Conv2d(64, 32, 3)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)[::2] = -1.0
+    layers = nn.Sequential(quantized(layer, bits, activation_bits, low=0.0))
+    x = torch.ones(1, 64, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(in_onnx(layers, x)[0], layers(x), rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_pixel_shuffle_gets_its_channels_in_its_order(factor: int) -> None:
+    torch.manual_seed(0)
+    second = quantized(nn.Conv2d(16, 5, 3, padding=1), 8, low=-3.0)
+    layers = nn.Sequential(
+        quantized(nn.Conv2d(16, 16 * factor**2, 3, padding=1), 8),
+        nn.PixelShuffle(factor),
+        nn.LeakyReLU(),
+        second,
+    )
+    x = torch.empty(2, 16, 6, 7).uniform_(-1, 1)
+    found, kinds, _ = in_onnx(layers, x)
+    assert "DepthToSpace" not in kinds
+    with torch.no_grad():
+        assert (found - layers(x)).abs().median() < 1e-5  # but for ties of the second layer's input
+
+
+def test_norms_keep_the_layout() -> None:
+    torch.manual_seed(0)
+    norm = QuantizedGDN(GDN(20), 8, 8).eval()
+    assert norm.input_quantizer is not None
+    norm.input_quantizer.freeze(-3.0, 3.0, False)
+    layers = nn.Sequential(
+        quantized(nn.Conv2d(16, 20, 3), 8), norm, quantized(nn.Conv2d(20, 4, 3), 8, low=-3.0)
+    )
+    x = torch.empty(2, 16, 9, 7).uniform_(-1, 1)
+    found, kinds, _ = in_onnx(layers, x)
+    assert "Conv" not in kinds
+    with torch.no_grad():
+        assert (found - layers(x)).abs().median() < 1e-5
+
+
+def test_layers_that_cannot_run_in_float() -> None:
+    x = torch.rand(1, 16, 8, 8)
+    reasons = {
+        "groups": quantized(nn.Conv2d(16, 16, 3, groups=2), 8),
+        "bits": quantized(nn.Conv2d(16, 16, 3), 16),
+        "input": quantized(nn.Conv2d(16, 16, 3), 8, 10),
+        "pads": quantized(nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"), 8),
+    }
+    for layer in reasons.values():
+        layers = nn.Sequential(layer)
+        found, kinds, runs = in_onnx(layers, x)
+        assert runs == "float32"
+        assert "Conv" in kinds
+        with torch.no_grad():
+            torch.testing.assert_close(found, layers(x), rtol=1e-4, atol=1e-4)

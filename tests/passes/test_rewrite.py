@@ -1,0 +1,285 @@
+"""Rewriting: quantized layers take their places, the plan stays with the graph, and all can be trained."""
+
+import copy
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import compressai.models as zoo
+import pytest
+import torch
+from compressai.entropy_models import EntropyBottleneck
+from compressai.latent_codecs import LatentCodec
+from torch import Tensor, fx, nn
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.clip.ranges import calibrate
+from fmpq_fx.passes.functionalize import functionalize
+from fmpq_fx.passes.plan.tables import Plan, Sensitivity
+from fmpq_fx.passes.rewrite import plan_of, quantize
+from fmpq_fx.passes.sites import annotate, find_sites, float_remainder
+from fmpq_fx.passes.trace import trace
+from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, quantize_layer, quantized_layers
+from support.traced_models import each_codec, lively
+
+
+def traced(model: nn.Module) -> fx.GraphModule:
+    return functionalize(trace(model))
+
+
+def plan_for(gm: fx.GraphModule, activation_bits: int | None = None, **bits: int | None) -> Plan:
+    """Return a plan made by hand: 2, 3, 4 … bits in turn, but for those given, "g_a__0" meaning g_a.0."""
+    sites = find_sites(gm)
+    given = {name.replace("__", "."): b for name, b in bits.items()}
+    chosen = {site.name: given.get(site.name, 2 + i % 6) for i, site in enumerate(sites)}
+    zero = {site.name: {4: 0.0} for site in sites}
+    table = Sensitivity(sites, 0.01, 1.0, 1.0, zero, zero, float_remainder(gm, sites), "none")
+    return Plan(sites, chosen, activation_bits, 0.25, "uniform", table)
+
+
+def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        output = model(x)
+    return [output["x_hat"], *output["likelihoods"].values()]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def notes(gm: fx.GraphModule) -> list[Any]:
+    """Return what is noted on each node that runs sites, with what it runs."""
+    return [(n.target, n.meta["fmpq"]) for n in gm.graph.nodes if "fmpq" in n.meta]
+
+
+@pytest.fixture
+def gm(model: nn.Module, x: Tensor) -> fx.GraphModule:
+    """Each small model quantized to mixed bits with 8-bit activations, calibrated, g_a.0 left float."""
+    float_gm = traced(model)
+    rewritten = quantize(float_gm, plan_for(float_gm, 8, g_a__0=None))
+    calibrate(rewritten, [x])
+    return rewritten
+
+
+def test_the_rewrite_is_the_model_with_each_layer_replaced_by_hand(model: nn.Module, x: Tensor) -> None:
+    gm = traced(model)
+    plan = plan_for(gm)
+    rewritten = quantize(gm, plan)
+    rewritten.graph.lint()
+    by_hand = copy.deepcopy(model)
+    for name, bits in plan.bits.items():
+        assert bits is not None
+        parent, _, leaf = name.rpartition(".")
+        setattr(by_hand.get_submodule(parent), leaf, quantize_layer(by_hand.get_submodule(name), bits))
+    assert same(outputs(rewritten, x), outputs(by_hand, x))
+    assert not same(outputs(rewritten, x), outputs(model, x)), "nothing was quantized"
+    assert {name: layer.bits for name, layer in quantized_layers(rewritten).items()} == plan.bits
+    assert plan_of(rewritten) is plan
+
+
+def test_a_site_without_bits_stays_the_very_float_layer(model: nn.Module, x: Tensor) -> None:
+    gm = traced(model)
+    kept, state = gm.get_submodule("g_s.2"), dict(gm.get_submodule("g_s.2").named_parameters())
+    rewritten = quantize(gm, plan_for(gm, 8, g_s__2=None))
+    assert rewritten.get_submodule("g_s.2") is kept
+    assert all(p is state[name] for name, p in kept.named_parameters())
+    assert "g_s.2" not in quantized_layers(rewritten)
+    gm = traced(model)
+    assert same(outputs(quantize(gm, plan_for(gm, **dict.fromkeys(_names(gm)))), x), outputs(model, x))
+
+
+def _names(gm: fx.GraphModule) -> list[str]:
+    return [site.name.replace(".", "__") for site in find_sites(gm)]
+
+
+def test_bits_are_on_the_nodes_and_in_the_printed_code(
+    gm: fx.GraphModule, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(gm)
+    for target, note in notes(gm):
+        assert note["bits"] == {target: plan.bits[target]}
+    assert len(notes(gm)) == len(plan.sites)
+    gm.print_readable()
+    printed = capsys.readouterr().out
+    assert printed.count("'bits': ") == len(plan.sites)
+    assert f"'bits': {plan.bits['g_s.0']}}}" in printed
+
+
+def test_a_deep_copy_is_alike_and_shares_nothing(gm: fx.GraphModule, x: Tensor) -> None:
+    twin = copy.deepcopy(gm)
+    assert plan_of(twin) == plan_of(gm)
+    assert notes(twin) == notes(gm)
+    before = outputs(gm, x)
+    assert same(outputs(twin, x), before)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.1)
+    assert same(outputs(gm, x), before)
+
+
+def test_the_notes_of_a_deep_copy_are_its_own(gm: fx.GraphModule) -> None:
+    before = copy.deepcopy(notes(gm))
+    annotate(copy.deepcopy(gm), "bits", dict.fromkeys(plan_of(gm).bits, 99))
+    assert notes(gm) == before
+
+
+def test_a_trained_state_loads_into_a_fresh_rewrite(gm: fx.GraphModule, model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        for parameter in gm.parameters():
+            parameter.mul_(1.01)
+    fresh = quantize(traced(model), plan_of(gm))
+    assert not same(outputs(fresh, x), outputs(gm, x))
+    fresh.load_state_dict(gm.state_dict())
+    assert same(outputs(fresh, x), outputs(gm, x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_saving_keeps_outputs_plan_and_notes(
+    gm: fx.GraphModule, x: Tensor, tmp_path: Path, training: bool
+) -> None:
+    torch.save(gm.train(training), tmp_path / "gm.pt")
+    loaded = torch.load(tmp_path / "gm.pt", weights_only=False)
+    assert [m.training for m in loaded.modules()] == [training] * len(list(gm.modules()))
+    assert same(outputs(loaded.eval(), x), outputs(gm.eval(), x))
+    assert plan_of(loaded) == plan_of(gm)
+    assert notes(loaded) == notes(gm)
+
+
+def test_bits_are_printed_after_loading_too(
+    gm: fx.GraphModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(gm, tmp_path / "gm.pt")
+    torch.load(tmp_path / "gm.pt", weights_only=False).print_readable()
+    assert "'bits': " in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:Was not able to save the following children modules")
+def test_to_folder_writes_code_that_computes_the_same(
+    gm: fx.GraphModule, x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gm.to_folder(tmp_path / "written_model", "Written")
+    monkeypatch.syspath_prepend(tmp_path)
+    written = importlib.import_module("written_model").Written()
+    for name in ("written_model", "written_model.module"):
+        del sys.modules[name]
+    assert same(outputs(written.eval(), x), outputs(gm, x))
+
+
+def test_float64_and_modes_reach_all_parts(gm: fx.GraphModule, x: Tensor) -> None:
+    gm.train()
+    assert all(module.training for module in gm.modules())
+    gm.eval()
+    assert not any(module.training for module in gm.modules())
+    before = outputs(gm, x)[0]
+    after = outputs(gm.to(torch.float64), x.double())[0]
+    assert after.dtype == torch.float64
+    assert all(p.dtype == torch.float64 for p in gm.parameters())
+    assert (after - before).abs().mean() < 0.1 * before.std(), "only roundings that lie on an edge may differ"
+
+
+def narrow(quantizer: nn.Module, args: tuple[Tensor]) -> None:
+    """Give a quantizer too narrow a range for its input: clipped values are what moves a zero point."""
+    assert isinstance(quantizer, ActivationFakeQuant)
+    high = args[0].abs().max().item() / 2
+    quantizer.freeze(-high, high, False)
+
+
+def test_a_training_step_reaches_every_parameter(model: nn.Module, x: Tensor) -> None:
+    gm = traced(model)
+    gm = quantize(gm, plan_for(gm, 6))
+    for layer in quantized_layers(gm).values():
+        assert layer.input_quantizer is not None
+        layer.input_quantizer.register_forward_pre_hook(narrow)
+    output = gm.train()(x)
+    rate = sum(-torch.log2(p).sum() for p in output["likelihoods"].values())
+    (rate / x.numel() + 100 * (output["x_hat"] - x).square().mean()).backward()
+    trained = {n: p for n, p in gm.named_parameters() if not n.endswith(".quantiles")}  # by an auxiliary loss
+    for name, parameter in trained.items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.count_nonzero() > 0, name
+    kinds = [sum(name.endswith(kind) for name in trained) for kind in ("log_scale", "zero_point")]
+    assert kinds == [2 * len(plan_of(gm).sites), len(plan_of(gm).sites)]
+
+
+def test_the_plan_of_another_model_is_refused(model: nn.Module) -> None:
+    other = traced(zoo.ScaleHyperprior(4, 6))
+    with pytest.raises(FmpqError, match=r"of another model.*'.*'.*prepare"):
+        quantize(traced(model), plan_for(other))
+    gm = traced(model)
+    plan = plan_for(gm)
+    with pytest.raises(FmpqError, match=r"1 sites, the first of them 'g_a\.0' \(model: Site.*no such site"):
+        quantize(gm, replace(plan, sites=plan.sites[1:]))
+    assert not quantized_layers(gm), "refused too late"
+
+
+def test_a_quantized_model_is_not_quantized_again(gm: fx.GraphModule, x: Tensor) -> None:
+    with pytest.raises(FmpqError, match="quantized already"):
+        trace(gm)
+    with pytest.raises(FmpqError):
+        quantize(gm, plan_of(gm))
+
+
+def test_a_graph_without_a_plan_is_told_so(model: nn.Module) -> None:
+    for module in (traced(model), model):
+        with pytest.raises(FmpqError, match="carries no plan"):
+            plan_of(module)  # type: ignore[arg-type]
+
+
+@each_codec
+def test_sites_inside_an_opaque_codec_are_really_replaced(make: Callable[[], nn.Module], x: Tensor) -> None:
+    model = lively(make)
+    names = _names(traced(model))
+    before = outputs(model, x)
+    for name in ("latent_codec__hyper__h_a__0", "latent_codec__hyper__h_s__0", names[-1]):
+        gm = traced(model)
+        rewritten = quantize(gm, plan_for(gm, 8, **{**dict.fromkeys(names), name: 2}))
+        assert list(quantized_layers(rewritten)) == [name.replace("__", ".")]
+        assert not same(outputs(rewritten, x), before), name
+    calibrate(rewritten, [x])
+    twin = copy.deepcopy(rewritten)
+    assert same(outputs(twin, x), outputs(rewritten, x))
+    note = dict(notes(twin))["latent_codec"]
+    assert note["bits"] == {site: plan_of(twin).bits[site] for site in note["sites"]}
+
+
+class Shared(nn.Module):
+    """A user's model that calls a layer by two names, and perhaps again inside a latent codec."""
+
+    def __init__(self, inside: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = self.second = nn.Conv2d(3, 3, 3, padding=1)
+        self.codec = _Codec(self.first if inside else nn.Conv2d(3, 3, 1))
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        out = self.codec(self.second(self.first(x)))
+        return {"x_hat": out["y_hat"], "likelihoods": out["likelihoods"]}
+
+
+class _Codec(LatentCodec):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = self.alias = layer  # CompressAI's codecs have such aliases
+        self.prior = EntropyBottleneck(3)
+
+    def forward(self, y: Tensor) -> dict[str, Any]:
+        y_hat, likelihoods = self.prior(50 * self.alias(y))
+        return {"y_hat": y_hat, "likelihoods": {"y": likelihoods}}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_shared_layer_is_replaced_once_everywhere(inside: bool, x: Tensor) -> None:
+    gm = traced(Shared(inside).eval())
+    plan = plan_for(gm)
+    assert len(plan.sites) == (1 if inside else 2)
+    rewritten = quantize(gm, plan)
+    found = rewritten.named_modules(remove_duplicate=False)
+    floats = [name for name, m in found if type(m) is nn.Conv2d]
+    assert all(
+        isinstance(rewritten.get_submodule(name.rpartition(".")[0]), QuantizedLayer) for name in floats
+    )
+    outputs(rewritten, x)

@@ -1,0 +1,225 @@
+"""Tracing: the graph computes what the model computes, bit for bit, and the model is left as it was."""
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import compressai.models as zoo
+import pytest
+import torch
+import torch.nn.functional as F
+from compressai.layers import GDN
+from compressai.models import vbr
+from torch import Tensor, nn
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.functionalize import functionalize
+from fmpq_fx.passes.sites import find_sites, float_remainder
+from fmpq_fx.passes.trace import check_trace, trace
+from support.traced_models import (
+    PLAIN,
+    Branch,
+    Codec,
+    Make,
+    assert_same,
+    each_codec,
+    each_model,
+    lively,
+    outputs,
+    photos,
+)
+
+
+@each_model
+def test_the_graph_computes_what_the_model_computes(make: Make) -> None:
+    model, x = lively(make), photos()
+    expected = outputs(model, x)
+    assert not torch.equal(*expected["x_hat"]), "the latents carry nothing, so equality would show nothing"
+    gm = trace(model)
+    assert_same(outputs(gm, x), expected)
+    functionalize(gm)
+    gm.graph.lint()
+    assert_same(outputs(gm, x), expected)
+    check_trace(model, gm, x)
+
+
+@each_model
+def test_the_model_is_left_as_it_was(make: Make) -> None:
+    model = lively(make).train()
+    model.get_submodule("g_s").eval()  # frozen, as in partial fine-tuning
+    modes = [m.training for m in model.modules()]
+    before = copy.deepcopy(model.state_dict())
+    inplace = {name: getattr(m, "inplace", None) for name, m in model.named_modules()}
+    gm = functionalize(trace(model))
+    check_trace(model, gm, photos(1))
+    find_sites(gm)
+    assert [m.training for m in model.modules()] == modes
+    assert inplace == {name: getattr(m, "inplace", None) for name, m in model.named_modules()}
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    ours = {t.untyped_storage().data_ptr() for t in gm.state_dict().values() if t.numel()}
+    assert not ours & {t.untyped_storage().data_ptr() for t in after.values() if t.numel()}, "shared storage"
+
+
+@each_model
+def test_every_parameter_is_counted_once(make: Make) -> None:
+    model = lively(make)
+    gm = functionalize(trace(model))
+    sites = find_sites(gm)
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, GDN)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    assert {s.name for s in sites} == layers.keys()
+    for site in sites:
+        layer = layers[site.name]
+        assert site.params == (layer.gamma if isinstance(layer, GDN) else layer.weight).numel()
+        assert site.kind == type(layer).__name__
+    quantized = sum(site.params for site in sites)
+    left = sum(float_remainder(gm, sites).values())
+    assert quantized + left == sum(p.numel() for p in model.parameters())
+
+
+@each_model
+def test_training_adds_the_very_noise_that_the_model_adds(make: Make) -> None:
+    """Tracing in evaluation mode would leave rounding in an autoregressive model's graph, and no gradient."""
+    model, x = lively(make), photos(1)
+    gm = functionalize(trace(model))
+    torch.manual_seed(2)
+    expected = outputs(model.train(), x)
+    torch.manual_seed(2)
+    assert_same(outputs(gm.train(), x), expected)
+
+
+@each_codec
+def test_sites_inside_an_opaque_codec_belong_to_its_node(make: Make) -> None:
+    gm = functionalize(trace(lively(make)))
+    inside = {site.name: site for site in find_sites(gm) if site.name.startswith("latent_codec.")}
+    (node,) = [n for n in gm.graph.nodes if n.target == "latent_codec"]
+    assert "latent_codec.hyper.h_a.0" in inside
+    assert any(site.kind == "CheckerboardMaskedConv2d" for site in inside.values())
+    assert {site.node for site in inside.values()} == {node.name}
+    assert node.meta["fmpq"]["sites"] == tuple(inside)
+
+
+@pytest.mark.parametrize(
+    "kind", ["ScaleHyperprior", "MeanScaleHyperprior", "JointAutoregressiveHierarchicalPriors"]
+)
+def test_a_model_that_cannot_be_traced_gets_module_line_and_remedy(kind: str) -> None:
+    with pytest.raises(FmpqError) as caught:
+        trace(getattr(vbr, f"{kind}Vbr")(8, 12))
+    message = str(caught.value)
+    assert f"{kind}Vbr cannot be traced: the forward of {kind}Vbr" in message
+    assert re.search(r"vbr\.py:\d+: \S", message), "no source line"
+    assert "torch.where" in message
+    assert "LatentCodec" in message
+
+
+def test_the_innermost_module_and_the_users_line_are_named() -> None:
+    model = Codec()
+    model.conv = nn.Sequential(nn.Conv2d(3, 3, 1), Branch())  # type: ignore[assignment]
+    with pytest.raises(FmpqError) as caught:
+        trace(model)
+    assert "module 'conv.1' (Branch)" in str(caught.value)
+    assert re.search(r"traced_models\.py:\d+: return x if x\.mean\(\) > 0 else -x", str(caught.value))
+
+
+def test_a_layer_that_runs_twice_is_one_site_with_two_nodes() -> None:
+    gm = trace(Codec(lambda m, x: m.conv(m.conv(x))))
+    assert [(site.name, site.node) for site in find_sites(gm)] == [("conv", "conv"), ("last", "last")]
+    noted = [n.target for n in gm.graph.nodes if n.meta.get("fmpq", {}).get("sites") == ("conv",)]
+    assert noted == ["conv", "conv"]
+
+
+def test_a_functional_convolution_stays_float_and_is_counted_so() -> None:
+    model = Codec(lambda m, x: F.conv2d(x, m.conv.weight, padding=1) + m.shift).eval()
+    gm = functionalize(trace(model))
+    check_trace(model, gm, photos())
+    sites = find_sites(gm)
+    assert [site.name for site in sites] == ["last"]
+    left = float_remainder(gm, sites)
+    assert (left["conv.weight"], left["shift"], left["last.bias"]) == (81, 1, 3)
+    assert "last.weight" not in left
+
+
+def test_a_model_without_layers_has_no_sites() -> None:
+    model = Codec(lambda m, x: x + m.shift)
+    model.last = nn.Identity()  # type: ignore[assignment]
+    with pytest.raises(FmpqError, match="nothing to quantize"):
+        find_sites(trace(model))
+
+
+def test_a_diverged_model_is_told_so() -> None:
+    model = Codec().eval()
+    nn.init.constant_(model.last.weight, float("nan"))
+    gm = functionalize(trace(model))
+    check_trace(model, gm, photos())  # no complaint of the trace, which is right
+    with pytest.raises(FmpqError, match=r"9 of 9 values of last\.weight are NaN"):
+        find_sites(gm)
+
+
+FROZEN: dict[str, Callable[[Any, Any], Any]] = {
+    "type": lambda m, x: m.conv(x) * (1 if type(x) is Tensor else 2),
+    "constant": lambda m, x: m.conv(x + torch.rand(1)),
+    "view": lambda m, x: [y := m.conv(x), v := y[:, :1].relu_(), y + v][-1],
+}
+
+
+@pytest.mark.parametrize("analysis", FROZEN.values(), ids=FROZEN)
+def test_a_graph_that_computes_something_else_is_refused(analysis: Callable[[Any, Any], Any]) -> None:
+    model = Codec(analysis).eval()
+    with pytest.raises(FmpqError, match="does not compute what the model computes"):
+        check_trace(model, functionalize(trace(model)), photos())
+
+
+REFUSED: dict[str, Callable[[Any], Any]] = {
+    "likelihoods": lambda out: {"x_hat": out["x_hat"]},
+    "'likelihoods'": lambda out: out["x_hat"],
+    "no likelihoods": lambda out: {**out, "likelihoods": {}},
+    "multiples of its stride": lambda out: {**out, "x_hat": out["x_hat"][..., 1:]},
+}
+
+
+@pytest.mark.parametrize(("words", "change"), REFUSED.items(), ids=REFUSED)
+def test_an_output_that_has_no_rd_loss_is_refused(words: str, change: Callable[[Any], Any]) -> None:
+    class Changed(Codec):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            return change(super().forward(x))  # type: ignore[no-any-return]
+
+    model = Changed().eval()
+    with pytest.raises(FmpqError, match=words):
+        check_trace(model, trace(model), photos())
+
+
+def test_images_that_do_not_suit_the_stride_are_refused_with_their_size() -> None:
+    model = lively(PLAIN["mean-scale hyperprior"])
+    for size in (8, 72):
+        with pytest.raises(FmpqError, match=rf"(?s){size}.*multiple"):
+            check_trace(model, trace(model), photos(1, size))
+
+
+def test_a_forward_that_decides_on_training_is_warned_of() -> None:
+    def analysis(m: Any, x: Tensor) -> Tensor:
+        y: Tensor = m.conv(x)
+        return y + torch.rand_like(y) - 0.5 if m.training else torch.round(y)
+
+    with pytest.warns(UserWarning, match=r"Codec does something else in training(.|\n)*traced_models\.py"):
+        trace(Codec(analysis))
+
+
+@pytest.mark.filterwarnings("error")
+@each_model
+def test_compressais_own_models_train_as_graphs_without_a_warning(make: Make) -> None:
+    trace(make())
+
+
+def test_what_wraps_a_model_is_told_apart() -> None:
+    with pytest.raises(FmpqError, match=r"DataParallel only hands out copies.*model\.module"):
+        trace(nn.DataParallel(zoo.ScaleHyperprior(8, 12)))
+
+
+def test_two_layers_with_one_weight_are_refused() -> None:
+    model = zoo.ScaleHyperprior(8, 12).eval()
+    model.h_a[4].weight = model.h_a[2].weight
+    with pytest.raises(FmpqError, match=r"'h_a\.2' and 'h_a\.4' share one weight tensor"):
+        find_sites(trace(model))

@@ -1,0 +1,300 @@
+"""The table and the picture of a plan, against numbers computed here from the model itself."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from compressai.latent_codecs import LatentCodec
+from compressai.models import ScaleHyperprior
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+from torch import Tensor, fx, nn
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.functionalize import functionalize
+from fmpq_fx.passes.measure.sensitivity import measure_sensitivity
+from fmpq_fx.passes.plan.tables import Measured, Plan, Site
+from fmpq_fx.passes.rewrite import quantize
+from fmpq_fx.passes.trace import trace
+from fmpq_fx.report.picture import plot_plan
+from fmpq_fx.report.table import bit_table
+
+WIDTHS = [2, 5, 8]
+Show = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def model() -> ScaleHyperprior:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return ScaleHyperprior(8, 12).eval()
+
+
+@pytest.fixture(scope="module")
+def plan(model: ScaleHyperprior) -> Plan:
+    """Give the sites 2, 5, 8, 2, 5, ... bits."""
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    gm = functionalize(trace(model))
+    table = measure_sensitivity(gm, [x], bits=WIDTHS, images="1 crop of 64 x 64", progress=False)
+    return Plan(
+        sites=table.sites,
+        bits={site.name: WIDTHS[i % 3] for i, site in enumerate(table.sites)},
+        activation_bits=8,
+        target_cr=0.1875,
+        planner="adaptive",
+        sensitivity=table,
+        beta=0.0123,
+        history=((0.01, 0.15), (0.02, 0.14), (0.0123, 0.145)),
+        measured=Measured(table.float_rd, 1.05 * table.float_rd, 1.1 * table.float_rd),
+    )
+
+
+def quantized(model: nn.Module, plan: Plan) -> fx.GraphModule:
+    return quantize(functionalize(trace(model)), plan)
+
+
+@pytest.fixture(scope="module")
+def gm(model: ScaleHyperprior, plan: Plan) -> fx.GraphModule:
+    return quantized(model, plan)
+
+
+@pytest.fixture
+def show(model: ScaleHyperprior, plan: Plan) -> Show:
+    """Return the table of the plan with changes, some of which may be to its sensitivity."""
+
+    def table(sensitivity: dict[str, Any] | None = None, **changes: Any) -> str:
+        changed = replace(plan, sensitivity=replace(plan.sensitivity, **sensitivity or {}), **changes)
+        return bit_table(quantized(model, changed))
+
+    return table
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def rows_of(table: str) -> dict[str, list[str]]:
+    """Return the cells of each row behind its name; the row of sums, which has no kind, is under "sum"."""
+    lines = table.split("\n\n")[0].splitlines()
+    assert re.sub(r" {2,}", "|", lines[0]) == "node|kind|parameters|bits|zeta %|bytes|share %"
+    *sites, (_, *sums) = [re.split(r" {2,}", line.strip()) for line in lines[2:] if line[0] not in "-*"]
+    return {**{name: cells for name, *cells in sites}, "sum": ["", *sums]}
+
+
+def footer_of(table: str) -> dict[str, str]:
+    """Return the text of each line below the table; continued lines are joined to it by single spaces."""
+    found: dict[str, str] = {}
+    for line in table.split("\n\n")[1].splitlines():
+        name = line[:14].strip() or list(found)[-1]
+        found[name] = " ".join([found.get(name, ""), *line[14:].split()]).strip()
+    return found
+
+
+def test_a_row_has_the_bytes_and_share_of_the_weights(model: ScaleHyperprior, show: Show) -> None:
+    rows = rows_of(show())
+    sums = rows.pop("sum")
+    # In the order of the data flow, not of the alphabet or of the state_dict.
+    transforms = {"g_a": range(7), "h_a": (0, 2, 4), "h_s": (0, 2, 4), "g_s": range(7)}
+    assert list(rows) == [f"{transform}.{i}" for transform, places in transforms.items() for i in places]
+
+    bits = {name: WIDTHS[i % 3] for i, name in enumerate(rows)}
+    layers = {name: model.get_submodule(name) for name in rows}
+    numel = {name: (m.gamma if hasattr(m, "gamma") else m.weight).numel() for name, m in layers.items()}
+    total = sum(numel[name] * bits[name] / 8 for name in rows)
+    for name, (kind, params, width, _, size, share) in rows.items():
+        assert (kind, params, width) == (type(layers[name]).__name__, f"{numel[name]:,}", str(bits[name]))
+        assert number(size) == pytest.approx(numel[name] * bits[name] / 8, abs=0.51)
+        assert number(share) == pytest.approx(100 * numel[name] * bits[name] / 8 / total, abs=0.051)
+    assert sum(number(cells[-1]) for cells in rows.values()) == pytest.approx(100, abs=0.05 * len(rows))
+    params, average = sum(numel.values()), f"{total * 8 / sum(numel.values()):.1f}"
+    assert (sums[1], sums[2], sums[4], sums[5]) == (f"{params:,}", average, f"{total:,.0f}", "100.0")
+
+
+def test_sizes_and_search_below_the_table(plan: Plan, show: Show) -> None:
+    footer = footer_of(show())
+    full = 4 * sum(site.params for site in plan.sites)
+    size = sum(site.params * WIDTHS[i % 3] / 8 for i, site in enumerate(plan.sites))
+    assert footer["average bits"] == f"W{32 * size / full:.1f}A8"
+    assert footer["size"] == f"{size / 1e3:.1f} kB instead of {full / 1e3:.1f} kB (float32)"
+    assert footer["CR"] == f"{size / full:.4f} ({full / size:.1f}x smaller), target 0.1875 (5.3x smaller)"
+    assert footer["planner"] == "adaptive, beta 0.0123 (zeta < 1.23 %), 3 search steps"
+    assert float(footer["lambda"]) == pytest.approx(plan.lmbda, rel=1e-3)
+    assert (footer["images"], footer.get("remarks")) == ("1 crop of 64 x 64", None)
+
+
+def test_a_parameter_is_in_a_row_or_stays_float(model: ScaleHyperprior, show: Show) -> None:
+    rows, text = rows_of(show()), footer_of(show())["stays float"]
+    rest = sum(p.numel() for p in model.parameters()) - int(number(rows["sum"][1]))
+    bottleneck = sum(p.numel() for p in model.entropy_bottleneck.parameters())
+    beta = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".beta"))
+    parts = f"EntropyBottleneck {bottleneck:,}, bias {rest - bottleneck - beta:,}, beta {beta:,}"
+    assert text == f"{rest:,} more parameters, {4 * rest / 1e3:.2f} kB: {parts}"
+
+
+def test_only_the_largest_kinds_of_float_parameters_are_named(show: Show) -> None:
+    names = {"g_a.0.bias": 1_000_000, "a": 50, "b": 40, "c": 30, "d": 2, "e": 1}
+    text = footer_of(show({"float_remainder": names}))["stays float"]
+    assert text == "1,000,123 more parameters, 4.00 MB: bias 1,000,000, a 50, b 40, c 30, others 3"
+    assert footer_of(show({"float_remainder": {}}))["stays float"] == "nothing else"
+
+
+def test_the_loss_is_shown_in_steps_beside_its_prediction(plan: Plan, show: Show) -> None:
+    made_up = {s.name: {2: 0.03, 5: 0.02, 8: 0.01} for s in plan.sites}
+    table = show({"rate": made_up, "distortion": made_up})
+    # Of 20 sites 7, 7 and 6 have 2, 5 and 8 bits; rate and distortion each contribute 0.41.
+    assert rows_of(table)["sum"][3] == "82.000"
+    base, words = plan.sensitivity.float_rd, footer_of(table)["RD loss"]
+    weights = f"weights quantized {1.05 * base:.4f} +5.00 % (sum of zeta: +82.00 %)"
+    assert words == f"float {base:.4f} {weights} activations too {1.1 * base:.4f} +10.00 %"
+    weights_only = footer_of(show(activation_bits=None))
+    assert weights_only["average bits"].endswith("A32")
+    assert "activations" not in weights_only["RD loss"]
+
+
+def test_zeta_is_the_one_that_planners_saw(plan: Plan, show: Show) -> None:
+    """From 5 to 8 bits, what was measured rises from 0.1 to 0.3 %: both become the mean. Zero has no sign."""
+    distortion = {site.name: {2: 0.02, 5: 0.001, 8: 0.003} for site in plan.sites}
+    distortion |= {"g_a.3": dict.fromkeys(WIDTHS, -1e-9), "g_a.6": {2: 1e6, 5: 0.0, 8: 0.0}}
+    rate = {site.name: dict.fromkeys(WIDTHS, 0.0) for site in plan.sites}
+    rows = rows_of(show({"rate": rate, "distortion": distortion}))
+    assert [rows[f"g_a.{i}"][3] for i in (0, 1, 2, 3, 6)] == ["2.000", "0.200", "0.200", "0.000", "1e+08"]
+
+
+def test_a_float_site_and_one_of_unmeasured_width(plan: Plan, show: Show) -> None:
+    table = show(bits={**plan.bits, "g_a.0": None, "g_s.6": 12})
+    rows = rows_of(table)
+    assert rows["g_a.0"][1:5] == ["600", "float", "0.000", "2,400"]
+    assert rows["g_s.6"][1:5] == ["600", "12", "-", "900"]
+    assert "nan" not in table
+    assert "1 site unknown)" in footer_of(table)["RD loss"]
+
+
+def test_what_was_not_measured_or_is_not_known_is_said(plan: Plan, show: Show) -> None:
+    same, remark = dict.fromkeys(plan.bits, 8), "A remark. " * 20
+    unknown: dict[str, Any] = {"measured": None, "beta": None, "history": (), "bits": same}
+    table = show({"images": ""}, planner="uniform", remarks=remark, **unknown)
+    footer = footer_of(table)
+    assert footer["RD loss"].startswith("not measured (sum of zeta: ")
+    assert (footer["planner"], footer["average bits"], footer["images"]) == (
+        "uniform",
+        "W8A8",
+        "not recorded",
+    )
+    assert footer["remarks"] == remark.strip()
+    assert max(map(len, table.splitlines())) <= 96
+    words = footer_of(show(measured=Measured(1.0, 1.1, 1.2)))["images"]
+    seen = f"{plan.sensitivity.float_rd:.4f}"
+    assert words == f"1 crop of 64 x 64 for zeta (float RD loss {seen}); others for the RD loss above"
+
+
+class Codec(LatentCodec):
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.Conv2d(4, 4, 1)
+
+    def forward(self, y: Tensor) -> dict[str, Any]:
+        return {"y_hat": self.h(y), "likelihoods": {"y": y.sigmoid()}}
+
+
+class WithCodec(nn.Sequential):
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        coded = self[1](self[0](x))
+        return {"x_hat": self[2](coded["y_hat"]), "likelihoods": coded["likelihoods"]}
+
+
+def test_sites_inside_an_opaque_module_are_marked(plan: Plan) -> None:
+    gm = trace(WithCodec(nn.Conv2d(3, 4, 1), Codec(), nn.Conv2d(4, 3, 1)))
+    table = measure_sensitivity(gm, [torch.rand(1, 3, 8, 8)], bits=[4], progress=False)
+    bits: dict[str, int | None] = dict.fromkeys(table.zeta, 4)
+    text = bit_table(quantize(gm, replace(plan, sites=table.sites, bits=bits, sensitivity=table)))
+    assert list(rows_of(text)) == ["0", "1.h *", "2", "sum"]
+    assert "\n* inside a module that is one node of the graph: 1 (1 site)\n" in text
+
+
+def test_without_a_plan_there_is_nothing_to_show() -> None:
+    for show in (bit_table, lambda gm: plot_plan(gm, "plan.png")):
+        with pytest.raises(FmpqError, match="carries no plan"):
+            show(fx.symbolic_trace(nn.Identity()))
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Figure]:
+    """Collect the figures instead of rendering them."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    monkeypatch.chdir(tmp_path)
+    return drawn
+
+
+def test_pictures_are_of_the_format_of_their_suffix(gm: fx.GraphModule, plan: Plan, tmp_path: Path) -> None:
+    png, svg, pdf = (tmp_path / name for name in ("a.PNG", "b.svg", "c.pdf"))
+    png.write_text("an older picture, which is replaced")
+    for path in (png, svg, pdf):
+        plot_plan(gm, path)
+    assert sorted(tmp_path.iterdir()) == [png, svg, pdf]
+    with Image.open(png) as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 100, "a picture in colour"
+    assert pdf.read_bytes().startswith(b"%PDF")
+    text = svg.read_text(encoding="utf-8")
+    assert ElementTree.fromstring(text).tag.endswith("svg")
+    words = [*plan.bits, f"CR {plan.cr:.4f}", "RD loss +10.00 %", "bits per weight", "candidate bits", "zeta"]
+    assert [word for word in words if word not in text] == []
+    assert not pyplot.get_fignums(), "no figure is left in pyplot's global list"
+
+
+def test_bars_frames_and_colours(model: ScaleHyperprior, plan: Plan, figures: list[Figure]) -> None:
+    plot_plan(quantized(model, replace(plan, bits={**plan.bits, "g_a.0": None, "g_s.6": 12})), "plan.png")
+    upper, middle, lower = figures[0].axes[:3]
+    first, *bars = upper.containers
+    bits = [*list(plan.bits.values())[1:-1], 12]
+    assert first[0].get_height() == upper.get_ylim()[1], "what stays float reaches to the top"
+    assert [bar[0].get_height() for bar in bars] == bits
+    assert sum(bar[0].get_height() for bar in middle.containers) == pytest.approx(100)
+    assert len({bar[0].get_facecolor() for bar in bars}) == 4, "one colour for each of g_a, h_a, h_s and g_s"
+    legend = upper.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()][:4] == ["g_a", "h_a", "h_s", "g_s"]
+    rows = [label.get_text() for label in lower.get_yticklabels()]
+    assert rows == ["2", "5", "8", "12", "float"]
+    frames = [patch.get_y() for patch in lower.patches if isinstance(patch, Rectangle)]
+    assert [rows[round(y + 0.5)] for y in frames] == ["float", *map(str, bits)]
+    shown = np.ma.masked_invalid(np.asarray(lower.collections[0].get_array()).reshape(5, -1))
+    assert shown.mask.all(axis=1).tolist() == [row == "12" for row in rows], "not measured"
+    assert shown[0, 0] == pytest.approx(max(100 * plan.sensitivity.zeta["g_a.0"][2], 1e-3))
+
+
+@pytest.mark.parametrize("count", [1, 5, 150])
+def test_labels_do_not_overlap(count: int, plan: Plan, figures: list[Figure]) -> None:
+    sites = tuple(Site(f"model.g_{i % 7}.{i}.conv", f"n{i}", "Conv2d", 64 + i) for i in range(count))
+    zeta = {site.name: {b: 4.0**-b for b in range(2, 11)} for site in sites}
+    table = replace(plan.sensitivity, sites=sites, rate=zeta, distortion=zeta)
+    gm = fx.symbolic_trace(nn.Identity())
+    gm.meta["fmpq"] = replace(plan, sites=sites, bits=dict.fromkeys(zeta, 10), sensitivity=table)
+    plot_plan(gm, "plan.svg")
+    figures[0].draw_without_rendering()
+    upper, _, lower = figures[0].axes[:3]
+    for texts in (upper.texts, lower.get_xticklabels()):
+        boxes = [text.get_window_extent() for text in texts]
+        assert len(boxes) == count
+        assert all(left.x1 <= right.x0 for left, right in pairwise(boxes))
+    colors = {bar.get_facecolor() for bar in upper.patches}
+    assert len(colors) == min(count, 7), "the part that all names share tells no transforms apart"
+
+
+def test_a_suffix_that_is_no_picture_is_refused(gm: fx.GraphModule, tmp_path: Path) -> None:
+    for name in ("plan.gif", "plan", "plan.txt"):
+        with pytest.raises(ValueError, match=rf"{name}'.*\.png, \.svg, \.pdf"):
+            plot_plan(gm, tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
+        plot_plan(gm, tmp_path / "nowhere" / "plan.png")
+    assert not list(tmp_path.iterdir())

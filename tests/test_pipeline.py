@@ -1,0 +1,239 @@
+"""prepare() and rewrite() as a user calls them, on small models, and on the trained one."""
+
+import copy
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fmpq_fx
+from conftest import shared, small_model
+from fmpq_fx import FmpqError, Plan
+from fmpq_fx.images import crops
+from fmpq_fx.passes.functionalize import functionalize
+from fmpq_fx.passes.measure.incremental import mean_rd
+from fmpq_fx.passes.measure.sensitivity import measure_sensitivity
+from fmpq_fx.passes.plan.task import make_plan
+from fmpq_fx.passes.rewrite import activations_float
+from fmpq_fx.passes.trace import trace
+from fmpq_fx.quant import quantized_layers
+from fmpq_fx.rd import rd_loss
+
+BITS = (2, 4, 6, 8)
+
+
+def test_the_size_is_what_was_asked_for(model: nn.Module, x: Tensor) -> None:
+    gm = fmpq_fx.prepare(model, 0.2, calibration=x, bits=BITS)
+    plan = fmpq_fx.plan_of(gm)
+    weights = {name: layer.float_weight().numel() for name, layer in quantized_layers(gm).items()}
+    # Counted on the rewritten graph itself, not by the plan.
+    quantized_bits = sum(n * quantized_layers(gm)[name].bits for name, n in weights.items())
+    assert plan.cr == pytest.approx(quantized_bits / (32 * sum(weights.values())), rel=1e-12)
+    assert 0.19 <= plan.cr <= 0.2
+    assert set(weights) == {site.name for site in plan.sites}
+    for name, layer in quantized_layers(gm).items():
+        levels = layer.weight_quantizer.integers(layer.float_weight()).unique()
+        assert len(levels) <= 2**layer.bits, name
+
+
+def test_sites_and_float_remainder_are_the_whole_model(model: nn.Module, x: Tensor) -> None:
+    plan = fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.2, calibration=x, bits=BITS))
+    counted = sum(site.params for site in plan.sites) + sum(plan.float_remainder.values())
+    assert counted == sum(p.numel() for p in model.parameters())
+
+
+def test_measured_losses_are_those_of_the_models(x: Tensor) -> None:
+    model = small_model("mbt2018-mean")
+    gm = fmpq_fx.prepare(model, 0.2, calibration=x, bits=BITS, lmbda=0.01)
+    measured = fmpq_fx.plan_of(gm).measured
+    assert measured is not None
+    with torch.no_grad():
+        assert measured.float_rd == pytest.approx(rd_loss(model(x), x, 0.01).item(), rel=1e-9)
+        assert measured.rd == pytest.approx(rd_loss(gm(x), x, 0.01).item(), rel=1e-9)
+        with activations_float(gm):
+            assert measured.weights_rd == pytest.approx(rd_loss(gm(x), x, 0.01).item(), rel=1e-9)
+    assert measured.weights_rd != measured.rd
+
+
+def test_a_table_serves_several_targets(x: Tensor) -> None:
+    model = small_model("bmshj2018-hyperprior")
+    table = fmpq_fx.analyze(model, calibration=x, bits=BITS)
+    for target in (0.1, 0.2):
+        plan = fmpq_fx.plan_of(fmpq_fx.prepare(model, target, calibration=x, sensitivity=table))
+        assert plan.sensitivity == table
+        assert plan.bits == make_plan(table, target).bits
+
+
+def test_rewrite_rebuilds_the_graph_from_a_saved_plan(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    gm = fmpq_fx.prepare(model, 0.15, calibration=x, bits=BITS)
+    fmpq_fx.plan_of(gm).save(tmp_path / "plan.json")
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan == fmpq_fx.plan_of(gm)
+    again = fmpq_fx.rewrite(model, plan)
+    with torch.no_grad():
+        for a, b in zip(_tensors(gm(x)), _tensors(again(x)), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_plan_of_another_model_is_refused(x: Tensor) -> None:
+    plan = fmpq_fx.plan_of(
+        fmpq_fx.prepare(small_model("bmshj2018-hyperprior"), 0.2, calibration=x, bits=BITS)
+    )
+    with pytest.raises(FmpqError, match="plan is of another model"):
+        fmpq_fx.rewrite(small_model("mbt2018"), plan)
+
+
+def test_a_plan_that_was_not_calibrated_is_refused(x: Tensor) -> None:
+    model = small_model("mbt2018")
+    plan = make_plan(fmpq_fx.analyze(model, calibration=x, bits=BITS), 0.2)
+    with pytest.raises(FmpqError, match="no activation ranges"):
+        fmpq_fx.rewrite(model, plan)
+    rewritten = fmpq_fx.rewrite(model, dataclasses.replace(plan, activation_bits=None))
+    assert fmpq_fx.plan_of(rewritten).bits == plan.bits
+
+
+def test_a_table_of_another_model_is_refused(x: Tensor) -> None:
+    table = fmpq_fx.analyze(small_model("bmshj2018-hyperprior"), calibration=x, bits=BITS)
+    with pytest.raises(FmpqError, match="sensitivity is of another model"):
+        fmpq_fx.prepare(small_model("mbt2018-mean"), 0.2, calibration=x, sensitivity=table)
+    with pytest.raises(ValueError, match="was measured with lmbda"):
+        fmpq_fx.prepare(
+            small_model("bmshj2018-hyperprior"), 0.2, calibration=x, sensitivity=table, lmbda=table.lmbda * 2
+        )
+
+
+def test_fixed_sites_get_their_bits_or_stay_float(x: Tensor) -> None:
+    model = small_model("bmshj2018-hyperprior")
+    gm = fmpq_fx.prepare(model, 0.2, calibration=x, bits=BITS, fixed={"g_s.6": 8, "h_s.*": 4, "g_a.0": None})
+    plan = fmpq_fx.plan_of(gm)
+    assert plan.bits["g_s.6"] == 8
+    assert all(bits == 4 for site, bits in plan.bits.items() if site.startswith("h_s"))
+    assert plan.bits["g_a.0"] is None
+    assert type(gm.get_submodule("g_a.0")) is nn.Conv2d
+    assert torch.equal(gm.get_parameter("g_a.0.weight"), model.get_parameter("g_a.0.weight"))
+    assert plan.cr <= 0.2
+
+
+def test_mode_dtype_and_the_model_itself_stay_as_they_were(x: Tensor) -> None:
+    model = small_model("mbt2018-mean").double().train()
+    before = copy.deepcopy(model.state_dict())
+    gm = fmpq_fx.prepare(model, 0.2, calibration=x, bits=BITS)
+    assert gm.training
+    assert all(module.training for module in gm.modules())
+    assert {p.dtype for p in gm.parameters()} == {torch.float64}
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_float_activations(x: Tensor) -> None:
+    gm = fmpq_fx.prepare(small_model("mbt2018-mean"), 0.2, calibration=x, bits=BITS, activation_bits=None)
+    measured = fmpq_fx.plan_of(gm).measured
+    assert measured is not None
+    assert measured.rd == measured.weights_rd
+    assert all(layer.input_quantizer is None for layer in quantized_layers(gm).values())
+
+
+def test_chosen_scales_never_raise_the_loss(model: nn.Module, x: Tensor) -> None:
+    gm = fmpq_fx.prepare(model, 0.1, calibration=x, bits=BITS, lmbda=0.01)
+    plan = fmpq_fx.plan_of(gm)
+    without = Plan.from_json(plan.to_json())
+    without.clips.clear()
+    min_max = fmpq_fx.rewrite(model, without)
+    with torch.no_grad(), activations_float(min_max), activations_float(gm):
+        assert rd_loss(gm(x), x, 0.01) <= rd_loss(min_max(x), x, 0.01)
+
+
+def test_notes_on_the_graph(x: Tensor) -> None:
+    gm = fmpq_fx.prepare(small_model("mbt2018"), 0.2, calibration=x, bits=BITS)
+    plan = fmpq_fx.plan_of(gm)
+    noted = {}
+    for node in gm.graph.nodes:
+        for site in node.meta.get("fmpq", {}).get("sites", ()):
+            assert node.meta["fmpq"]["zeta"][site] == plan.sensitivity.zeta[site]
+            noted[site] = node.meta["fmpq"]["bits"][site]
+    assert noted == plan.bits
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"target_cr": 0.9},
+        {"target_cr": 0.01},
+        {"planner": "best"},
+        {"fixed": {"g_x": 8}},
+        {"activation_bits": 1},
+    ],
+)
+def test_mistakes_are_told_before_the_long_measurement(
+    x: Tensor, mistake: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["fmpq_fx.prepare"], "SensitivityMeter", None)
+    with pytest.raises(ValueError, match=r"reached|planner|g_x|activation_bits"):
+        fmpq_fx.prepare(small_model("mbt2018"), **{"target_cr": 0.2, "calibration": x, **mistake})
+
+
+def test_a_model_without_parameters() -> None:
+    with pytest.raises(FmpqError, match="no parameters"):
+        fmpq_fx.prepare(nn.ReLU(), 0.25)
+
+
+def test_the_plan_as_json_is_plain(x: Tensor) -> None:
+    plan = fmpq_fx.plan_of(fmpq_fx.prepare(small_model("mbt2018"), 0.2, calibration=x, bits=BITS))
+    fields = json.loads(plan.to_json())
+    assert fields["format"] == "Plan"
+    assert fields["bits"] == plan.bits
+    assert all(len(step) == 2 for step in fields["history"])
+
+
+def test_fmpq_at_6_bits_costs_less_than_half_of_uniform_on_kodak() -> None:
+    # Weights only, no fine-tuning, 24 crops of 256 x 256 that were not calibrated on.
+    kodak = crops.cut(shared("data", "kodak"), count=24)
+    val = crops.cut(shared("data", "bsds500", "val"), count=8)
+    model = fmpq_fx.samples.model()
+    gm = functionalize(trace(model))
+    float_rd = mean_rd(gm, kodak, 0.013)
+    table = measure_sensitivity(gm, val, lmbda=0.013, bits=range(2, 11))
+    above = {}
+    for planner in ("adaptive", "uniform"):
+        prepared = fmpq_fx.prepare(
+            model, 6 / 32, calibration=val, sensitivity=table, planner=planner, activation_bits=None
+        )
+        above[planner] = mean_rd(prepared, kodak, 0.013) / float_rd - 1
+    assert fmpq_fx.plan_of(prepared).average_bits == 6
+    assert 0 < above["adaptive"] < above["uniform"] / 2
+
+
+def _tensors(output: dict[str, Tensor | dict[str, Tensor]]) -> list[Tensor]:
+    likelihoods = output["likelihoods"]
+    assert isinstance(likelihoods, dict)
+    x_hat = output["x_hat"]
+    assert isinstance(x_hat, Tensor)
+    return [x_hat, *likelihoods.values()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_steps_and_zero_points_keep_their_precision_in_a_narrow_model(dtype: torch.dtype, x: Tensor) -> None:
+    gm = fmpq_fx.prepare(small_model("mbt2018"), 0.2, calibration=x, bits=BITS, activation_bits=12)
+    before = copy.deepcopy(gm.state_dict())
+    gm.to(dtype)
+    for name, value in gm.state_dict().items():
+        quantizer = name.endswith(("log_scale", "zero_point"))
+        assert (
+            torch.equal(value, before[name])
+            if quantizer
+            else value.dtype == dtype or not value.is_floating_point()
+        )
+    layer = quantized_layers(gm)["g_a.2"]
+    assert layer.weight.dtype == dtype
+    assert layer.weight.isfinite().all()
+
+
+def test_a_quantized_model_that_is_not_finite_is_refused(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["fmpq_fx.prepare"], "choose_scales", lambda *_, **__: float("nan"))
+    with pytest.raises(FmpqError, match="quantized model is not finite"):
+        fmpq_fx.prepare(small_model("bmshj2018-hyperprior"), 0.2, calibration=x, bits=BITS)
