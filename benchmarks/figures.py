@@ -10,6 +10,6 @@ from fmpq_fx.storage.files import replacing
 
 def save(figure: Figure, path: Path) -> None:
     """Write ``figure`` to ``path``, all of it or nothing, and close it."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix("."), dpi=120)
     plt.close(figure)

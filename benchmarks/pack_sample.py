@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from compressai.models import ScaleHyperprior
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fmpq_fx.storage.files import replacing
@@ -66,8 +66,8 @@ def main() -> None:
     arguments = parser.parse_args()
     checkpoint = torch.load(arguments.checkpoint, map_location="cpu", weights_only=True)
     tensors, metadata = pack(checkpoint)
-    with replacing(arguments.out) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    with replacing(arguments.out) as file:
+        file.write(safetensors.torch.save(tensors, metadata))
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.2f} MB")
 
 

@@ -103,8 +103,8 @@ def main() -> None:
     model = model.cpu().eval()
     model.update(force=True)  # type: ignore[operator]
     about = {"arch": args.arch, "N": args.N, "M": args.M, "lmbda": args.lmbda, "steps": args.steps}
-    with replacing(path) as temporary:
-        torch.save({**about, "state_dict": model.state_dict()}, temporary)
+    with replacing(path) as file:
+        torch.save({**about, "state_dict": model.state_dict()}, file)
     history.save(path.with_suffix(".json"))
     checkpoint.unlink(missing_ok=True)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")

@@ -69,8 +69,8 @@ def _code(gm: fx.GraphModule, photo: Tensor, out: Path) -> None:
     report = file_report(model_path)
     codec = load_codec(model_path)
     data = encode(codec, photo)
-    with replacing(coded_path) as temporary:
-        temporary.write_bytes(data)
+    with replacing(coded_path) as file:
+        file.write(data)
     decoded = (decode(codec, data) * 255).round() / 255
     reading.write(decoded, out / "motorcycle.png")
     mse = (decoded - photo).square().mean().item()

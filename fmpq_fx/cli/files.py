@@ -215,8 +215,8 @@ def _encode(args: argparse.Namespace) -> None:
     for source, out in tqdm(jobs.items(), desc="encode", unit="image", disable=None, leave=False):
         image = reading.read(source)
         data = fmi.encode(codec, image, memory=args.memory)
-        with replacing(out) as temporary:
-            temporary.write_bytes(data)
+        with replacing(out) as file:
+            file.write(data)
         pixels, coded = pixels + image[0].numel(), coded + len(data)
     images = f"{len(jobs)} image{'s' * (len(jobs) != 1)}"
     print(f"{images}: {coded:,} bytes, {8 * coded / pixels:.4f} bits per pixel: {args.out}")

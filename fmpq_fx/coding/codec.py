@@ -109,8 +109,8 @@ def export_checkpoint(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
         check_weight(layer, site)
         layer.set_integers(layer.integers)  # its float weight is what it multiplied with from now on
         replace_module(model, layer, layer.layer)
-    with replacing(path) as temporary:
-        torch.save({"state_dict": model.state_dict()}, temporary)
+    with replacing(path) as file:
+        torch.save({"state_dict": model.state_dict()}, file)
 
 
 def check_weight(layer: QuantizedLayer, site: str) -> None:

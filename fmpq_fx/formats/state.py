@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from fmpq_fx.errors import FmpqError
@@ -55,8 +55,8 @@ def save_state(gm: fx.GraphModule, path: str | os.PathLike[str], *, model: str) 
                 tensors[f"quantizers.{site}.{name}"] = value
     # Clones, because safetensors refuses tensors that share memory, and models may.
     stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(stored, temporary, metadata={"state": json.dumps(about)})
+    with replacing(path) as file:
+        file.write(safetensors.torch.save(stored, metadata={"state": json.dumps(about)}))
 
 
 def load_state(path: str | os.PathLike[str]) -> fx.GraphModule:

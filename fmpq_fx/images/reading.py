@@ -62,8 +62,8 @@ def write(image: Tensor, path: str | os.PathLike[str]) -> None:
     """
     check_writable(path)
     pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    with replacing(path) as temporary:
-        Image.fromarray(pixels).save(temporary)
+    with replacing(path) as file:
+        Image.fromarray(pixels).save(file, Image.registered_extensions()[Path(path).suffix.lower()])
 
 
 @contextmanager

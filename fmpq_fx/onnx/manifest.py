@@ -13,7 +13,7 @@ from typing import Any
 from tabulate import tabulate
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.storage.files import JsonFile
+from fmpq_fx.storage.files import JsonFile, followed, writing
 
 NAME = "manifest.json"
 VERSION = 2
@@ -125,18 +125,26 @@ def replacing_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside ``folder`` that takes its place when the block ends without an error.
 
     Raises:
-        FmpqError: ``folder`` exists and is neither empty nor an export.
+        FmpqError: ``folder`` exists and is neither empty nor an export, or has other files beside those of one.
         FileNotFoundError: the folder that it is to be in does not exist.
+        OSError: the disk refuses to be written.
     """
-    final = Path(folder)
-    if final.exists() and (not final.is_dir() or (any(final.iterdir()) and not (final / NAME).is_file())):
+    final = followed(Path(folder))
+    if final.exists() and not (final.is_dir() and _holds_an_export_at_most(final)):
         raise FmpqError(f"{folder} is there already and is no export; name another folder")
     if not final.absolute().parent.is_dir():
         raise FileNotFoundError(f"cannot write {folder}: there is no folder {final.parent}; create it")
-    with tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.absolute().parent) as name:
+    beside = final.absolute().parent
+    with writing(folder), tempfile.TemporaryDirectory(prefix=".fmpq-fx-", dir=beside) as name:
         new, old = Path(name) / "new", Path(name) / "old"
         new.mkdir()
         yield new
         if final.exists():
             shutil.move(final, old)
         shutil.move(new, final)
+
+
+def _holds_an_export_at_most(folder: Path) -> bool:
+    """Return whether replacing ``folder`` loses nothing but graphs that were exported."""
+    others = [entry for entry in folder.iterdir() if entry.name != NAME]
+    return not others or ((folder / NAME).is_file() and all(entry.suffix == ".onnx" for entry in others))

@@ -39,8 +39,8 @@ def plot_plan(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     """
     plan, suffix = plan_of(gm), check_plot_path(path)
     figure = _draw(plan, type(gm).__name__)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=suffix, dpi=150)
+    with replacing(path) as file:
+        figure.savefig(file, format=suffix, dpi=150)
 
 
 def check_plot_path(path: str | os.PathLike[str]) -> str:

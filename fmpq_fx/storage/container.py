@@ -49,8 +49,8 @@ def write(path: str | os.PathLike[str], about: dict[str, Any], data: dict[str, b
     arrays = {name: np.frombuffer(part, np.uint8) for name, part in data.items()}
     written = safetensors.numpy.save(arrays, metadata={"fmpq_fx": head})
     written = written.replace(_BLANK.encode(), hashlib.sha256(written).hexdigest().encode(), 1)
-    with replacing(path) as temporary:
-        temporary.write_bytes(written)
+    with replacing(path) as file:
+        file.write(written)
 
 
 def read(path: str | os.PathLike[str]) -> Container:

@@ -4,12 +4,14 @@ import json
 import os
 import pickle
 import secrets
+import shutil
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 
@@ -27,31 +29,71 @@ def check_folder(path: str | os.PathLike[str]) -> None:
     """
     if Path(path).is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
-    folder = Path(path).parent
+    folder = followed(Path(path)).parent
     if not folder.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {folder}; create it")
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its place when the block ends without an error.
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Yield a file to write into that takes the place of ``path`` when the block ends without an error.
 
-    The temporary name keeps the suffix, so that writers that choose a format by it do so. On any error,
-    a full disk or an interruption included, the temporary file is removed and ``path`` stays as it was.
+    On any error, a full disk or an interruption included, ``path`` stays as it was and nothing else is left. A link
+    is followed: the file that it points to is replaced. A device, a pipe or a socket stays one; it is written into
+    at the end of the block. A new file has the permissions that any new file of the process has.
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: writing failed, in the block or after it; the message says why ``path`` could not be written.
     """
     final = Path(path)
     check_folder(final)
-    temporary = final.with_name(f".{final.stem}-{secrets.token_hex(8)}{final.suffix}")
-    temporary.open("xb").close()
+    with writing(final):
+        if final.exists() and not final.is_file():
+            with tempfile.TemporaryFile() as temporary:
+                yield temporary
+                temporary.seek(0)
+                with final.open("wb") as special:
+                    shutil.copyfileobj(temporary, special)
+            return
+        target = followed(final)
+        beside = target.with_name(f".fmpq-fx-{secrets.token_hex(8)}")
+        try:
+            with beside.open("xb") as file:
+                yield file
+            beside.replace(target)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say which ``path`` could not be written, and why, where the block fails because of the disk.
+
+    Other people's writers raise errors of their own when a write fails; what the system said is behind those.
+
+    Raises:
+        OSError: what the system refused, of the type that it raised, with its ``errno``.
+    """
     try:
-        yield temporary
-        temporary.replace(final)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except FmpqError:
         raise
+    except Exception as error:
+        refused: BaseException | None = error
+        while refused is not None and not isinstance(refused, OSError):
+            refused = refused.__cause__ or refused.__context__
+        if refused is None:
+            raise
+        told = type(refused)(f"cannot write {path}: {refused.strerror or refused}")
+        told.errno = refused.errno
+        raise told from error
+
+
+def followed(path: Path) -> Path:
+    """Return what the link ``path`` points to, whether or not it is there; ``path`` itself if it is no link."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def read_tensors(path: str | os.PathLike[str], complaint: str) -> Any:
@@ -68,8 +110,8 @@ def read_tensors(path: str | os.PathLike[str], complaint: str) -> Any:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` to ``path`` as UTF-8, all of it or nothing."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 class JsonFile(ABC):

@@ -132,8 +132,8 @@ class TrainingRun:
 
     def save(self, path: Path, about: Mapping[str, str]) -> None:
         """Write all that :meth:`load` needs to ``path``; the file that is there stays whole if that fails."""
-        with replacing(path) as temporary:
-            torch.save({"format": FORMAT, "about": dict(about), **self._state()}, temporary)
+        with replacing(path) as file:
+            torch.save({"format": FORMAT, "about": dict(about), **self._state()}, file)
 
     def _state(self) -> dict[str, Any]:
         return {

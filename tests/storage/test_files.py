@@ -16,8 +16,8 @@ def test_what_fails_half_way_leaves_the_old_file_and_nothing_else(
     file.write_text("old")
 
     def write_half() -> None:
-        with replacing(file) as temporary:
-            temporary.write_text("ha")
+        with replacing(file) as half:
+            half.write(b"ha")
             raise error
 
     with pytest.raises(type(error)):
