@@ -5,20 +5,25 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# From glibc's malloc.h; the defaults are those of its manual, the trim threshold the most that it adapts to.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 64 * 2**20, 65536
+# The numbers of glibc's malloc.h, and the values that its own adaptation can grow to in any process.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MOST_MMAP_THRESHOLD, _MOST_TRIM_THRESHOLD = 32 * 2**20, 64 * 2**20  # bytes
+_NEVER = 2**31 - 1
 
 _blocks = 0  # that are open now, one in the other
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Within the block, glibc's malloc does not return large freed blocks to the kernel.
+    """Within the block, glibc's malloc does not return freed memory to the kernel.
 
-    It would otherwise map new pages for every activation of every run, and have each zeroed: a quarter and more
-    of the time of an evaluation. At the end of the outermost block the memory is returned. With another C library
-    nothing happens. (This is what PyTorch's tuning guide reaches with another allocator or environment variables.)
+    It would otherwise take new pages for the activations of every run, and the kernel zeroes each: a tenth to a
+    quarter of the time of an evaluation. At the end of the outermost block the memory is returned.
+
+    glibc adapts to a program by two thresholds: larger tensors get pages of their own, and more free memory than the
+    other one is returned. Setting either stops the adapting for the rest of the process. So both are left at the
+    highest values that it adapts to, where the caller's tensors are allocated as fast as in any process that has used
+    large ones. With another C library nothing happens.
     """
     global _blocks
     if platform.libc_ver()[0] != "glibc":
@@ -26,13 +31,12 @@ def freed_memory_kept() -> Iterator[None]:
         return
     libc = ctypes.CDLL(None)
     _blocks += 1
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_M_MMAP_THRESHOLD, _MOST_MMAP_THRESHOLD)
+    libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
     try:
         yield
     finally:
         _blocks -= 1
         if not _blocks:
-            libc.mallopt(_M_MMAP_MAX, _DEFAULT_MMAP_MAX)
-            libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_TRIM_THRESHOLD)
+            libc.mallopt(_M_TRIM_THRESHOLD, _MOST_TRIM_THRESHOLD)
             libc.malloc_trim(0)
