@@ -172,7 +172,7 @@ def test_notes_on_the_graph(x: Tensor) -> None:
 def test_mistakes_are_told_before_the_long_measurement(
     x: Tensor, mistake: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["fmpq_fx.prepare"], "SensitivityMeter", None)
+    monkeypatch.setattr(sys.modules["fmpq_fx.pipeline"], "SensitivityMeter", None)
     with pytest.raises(ValueError, match=r"reached|planner|g_x|activation_bits"):
         fmpq_fx.prepare(small_model("mbt2018"), **{"target_cr": 0.2, "calibration": x, **mistake})
 
@@ -234,6 +234,6 @@ def test_steps_and_zero_points_keep_their_precision_in_a_narrow_model(dtype: tor
 
 
 def test_a_quantized_model_that_is_not_finite_is_refused(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["fmpq_fx.prepare"], "choose_scales", lambda *_, **__: float("nan"))
+    monkeypatch.setattr(sys.modules["fmpq_fx.pipeline"], "choose_scales", lambda *_, **__: float("nan"))
     with pytest.raises(FmpqError, match="quantized model is not finite"):
         fmpq_fx.prepare(small_model("bmshj2018-hyperprior"), 0.2, calibration=x, bits=BITS)

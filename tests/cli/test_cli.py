@@ -19,7 +19,7 @@ from fmpq_fx.models.zoo import load_model, model_names
 from fmpq_fx.quant import quantized_layers
 from fmpq_fx.training.run import TrainingRun
 
-PIPELINE = sys.modules["fmpq_fx.prepare"]  # as an attribute of the package, the name is the function's
+PIPELINE = sys.modules["fmpq_fx.pipeline"]
 
 
 def make_model() -> nn.Module:

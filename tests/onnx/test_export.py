@@ -82,6 +82,7 @@ class Values(fx.Interpreter):
 def outputs(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1")  # else products overflow without VNNI
     session = ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     arrays = {name: value.numpy() for name, value in inputs.items()}
     return [torch.from_numpy(array) for array in session.run(None, arrays)]
