@@ -200,7 +200,9 @@ def test_what_was_loaded_can_be_trained_on_and_saved_again(path: Path, tmp_path:
 
 
 def test_a_model_that_is_not_of_the_zoo_needs_to_be_told(own: Path) -> None:
-    with pytest.raises(FmpqError, match=r"model.fmpq: it holds a support\.trained_graphs\.Own, which.*pass model="):
+    with pytest.raises(
+        FmpqError, match=r"model.fmpq: it holds a support\.trained_graphs\.Own, which.*pass model="
+    ):
         load(own)
 
 
