@@ -54,11 +54,11 @@ def prepare(
     Within :func:`fmpq_fx.ranks.joined` all ranks share the work, and each returns what one process would, bit for bit.
 
     Args:
-        model: any traceable model whose forward takes images (B, 3, H, W) and returns CompressAI's dict of
+        model: any traceable model whose forward takes images (B, C, H, W) and returns CompressAI's dict of
             ``x_hat`` and ``likelihoods``. It is not modified.
         target_cr: quantized weight bytes / float32 weight bytes, 0.25 for four times smaller; a number above 1
             is read as the factor (4 means 0.25).
-        calibration: an image folder, an iterable of (B, 3, H, W) float tensors in [0, 1], or None for 256 x 256
+        calibration: an image folder, an iterable of (B, C, H, W) float tensors in [0, 1], or None for 256 x 256
             crops of scikit-image's colour photographs. Eight crops suffice.
         lmbda: the Lagrangian of the RD loss; None makes rate and distortion weigh the same on the calibration.
         bits: candidate bit-widths of the weights; None is 2 … 10, or those of ``sensitivity``.

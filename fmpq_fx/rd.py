@@ -32,7 +32,7 @@ class RDSums:
     bits: float = 0.0  # information content of all latents, bits
     squared_error: float = 0.0  # sum of squared errors of images in [0, 1]
     pixels: int = 0  # B * H * W
-    elements: int = 0  # B * 3 * H * W
+    elements: int = 0  # B * C * H * W
 
     @property
     def rate(self) -> float:
@@ -58,7 +58,7 @@ class RDSums:
 
 
 def rd_sums(output: Mapping[str, Any], x: Tensor) -> RDSums:
-    """Return the sums of a model's ``output`` for the images ``x``, (B, 3, H, W) in [0, 1]."""
+    """Return the sums of a model's ``output`` for the images ``x``, (B, C, H, W) in [0, 1]."""
     bits = sum(total_bits(p).item() for p in output["likelihoods"].values())
     return RDSums(bits, squared_error(output["x_hat"], x).item(), x.numel() // x.size(1), x.numel())
 
@@ -73,7 +73,7 @@ def rate_and_distortion(output: Mapping[str, Any], x: Tensor, lmbda: float) -> t
 
     Args:
         output: what a CompressAI model returns: ``x_hat`` and the dict ``likelihoods``.
-        x: (B, 3, H, W) images in [0, 1].
+        x: (B, C, H, W) images in [0, 1].
         lmbda: weight of the distortion.
 
     Returns:

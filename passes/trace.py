@@ -8,7 +8,7 @@ included, are traced into.
 import copy
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -20,6 +20,7 @@ from compressai.latent_codecs import LatentCodec
 from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.forward import output_of
 from fmpq_fx.quant import QuantizedLayer, QuantizeLatent, quantized_class
 
 
@@ -193,8 +194,8 @@ def check_trace(model: nn.Module, gm: fx.GraphModule, x: Tensor) -> None:
     # A copy, since some layers write to their weights when they run, and the model is not ours.
     twin = copy.deepcopy(model).eval()
     with torch.no_grad():
-        expected = run(twin, x.clone())  # some models also write to their input
-        found = run(gm, x.clone())
+        expected = output_of(twin, x.clone())  # some models also write to their input
+        found = output_of(gm, x.clone())
     flat_expected = [expected["x_hat"], *expected["likelihoods"].values()]
     flat_found = [found["x_hat"], *found["likelihoods"].values()]
     if len(flat_expected) != len(flat_found) or not all(map(_identical, flat_expected, flat_found)):
@@ -208,32 +209,3 @@ def check_trace(model: nn.Module, gm: fx.GraphModule, x: Tensor) -> None:
 
 def _identical(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-
-
-def run(model: Callable[[Tensor], Any], x: Tensor) -> dict[str, Any]:
-    """Return the checked output of ``model`` for the images ``x`` (B, 3, H, W).
-
-    Raises:
-        FmpqError: the model fails on images of that size, or its output is not CompressAI's.
-    """
-    size = f"{x.size(-2)} x {x.size(-1)}"
-    try:
-        output: dict[str, Any] = model(x)
-    except RuntimeError as error:
-        raise FmpqError(
-            f"the model cannot run on images of {size}: {error}\n"
-            f"Calibration images must be at least as large as the model's stride and a multiple of it; "
-            f"256 x 256 suits most models."
-        ) from error
-    likelihoods = output.get("likelihoods") if isinstance(output, dict) else None
-    if not isinstance(likelihoods, dict) or not likelihoods or "x_hat" not in output:
-        raise FmpqError(
-            "the model's output has no likelihoods; the RD loss needs a dict with 'x_hat' and a dict "
-            "'likelihoods' with those of all latents, as CompressAI's models return it"
-        )
-    if output["x_hat"].shape != x.shape:
-        raise FmpqError(
-            f"the model makes {tuple(output['x_hat'].shape)} from images {tuple(x.shape)}: their height and "
-            "width must be multiples of its stride, and at least that large; crop or pad them"
-        )
-    return output

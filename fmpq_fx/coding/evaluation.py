@@ -141,7 +141,8 @@ def evaluate(
     Args:
         model: a rewritten graph, which is converted first, or any model with CompressAI's ``compress`` and
             ``decompress``. It is not modified.
-        images: an image folder, or (3, H, W) tensors in [0, 1] by name; of any size.
+        images: an image folder, or (C, H, W) tensors in [0, 1] by name, of as many channels as the model takes; of any
+            size.
         memory: the most that this may take beside the codec, in bytes or as "2GB"; None is a quarter of the
             machine's. An image that would take more is transformed in tiles (:func:`fmpq_fx.coding.tiling.within`).
         progress: show a progress bar; None shows it on terminals only.
@@ -190,17 +191,18 @@ def _named(images: str | os.PathLike[str] | Mapping[str, Tensor]) -> Iterator[tu
     """Yield the name of each image and what loads it."""
     if isinstance(images, Mapping):
         for name, x in images.items():
-            if not isinstance(x, Tensor) or x.ndim != 3 or x.size(0) != 3 or not x.is_floating_point():
+            if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
                 what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(f"image {name!r} is {what}; pass float tensors (3, H, W) in [0, 1]")
-            yield name, lambda x=x: x
+                raise ValueError(f"image {name!r} is {what}; pass float tensors (C, H, W) in [0, 1]")
+            (image,) = reading.checked(x, f"image {name!r}")
+            yield name, lambda image=image: image
     else:
         for path in reading.find(images):
             yield path.name, lambda path=path: reading.read(path)
 
 
 def _code(codec: Any, name: str, x: Tensor) -> ImageResult:
-    """Code the image ``x`` (3, H, W), and measure."""
+    """Code the image ``x`` (C, H, W), and measure."""
     height, width = x.shape[-2:]
     pad, unpad = compute_padding(height, width, min_div=STRIDE)
     padded = F.pad(x.unsqueeze(0), pad)

@@ -53,7 +53,7 @@ def encode(codec: nn.Module, image: Tensor, *, memory: int | str | None = None) 
     Args:
         codec: what :func:`fmpq_fx.load_codec` or :func:`fmpq_fx.convert` returned, or any model with CompressAI's
             ``compress``.
-        image: (3, H, W) or (1, 3, H, W) in [0, 1], of any size.
+        image: (C, H, W) or (1, C, H, W) in [0, 1], of any size.
         memory: the most that this may take beside the codec, in bytes or as "2GB"; None is a quarter of the
             machine's. An image that would take more is transformed in tiles (:func:`fmpq_fx.coding.tiling.within`).
 
@@ -64,7 +64,7 @@ def encode(codec: nn.Module, image: Tensor, *, memory: int | str | None = None) 
     checked_codec(codec)
     batch = reading.checked(image, "the image")
     if len(batch) != 1:
-        raise ValueError(f"the image has shape {tuple(image.shape)}; pass one image, (3, H, W)")
+        raise ValueError(f"the image has shape {tuple(image.shape)}; pass one image, (C, H, W)")
     parameter = next(codec.parameters())
     height, width = batch.shape[-2:]
     pad, _ = compute_padding(height, width, min_div=STRIDE)
@@ -84,7 +84,7 @@ def encode(codec: nn.Module, image: Tensor, *, memory: int | str | None = None) 
 
 
 def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) -> Tensor:
-    """Return the image in ``data``, what :func:`encode` returned: (3, H, W), float, in [0, 1], on the CPU.
+    """Return the image in ``data``, what :func:`encode` returned: (C, H, W), float, in [0, 1], on the CPU.
 
     Args:
         codec: the one that it was encoded with.

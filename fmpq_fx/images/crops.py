@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fmpq_fx import samples
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.images.reading import Source, checked, evenly_spaced, in_short, sources
+from fmpq_fx.images.reading import Source, check_channels, checked, evenly_spaced, in_short, sources
 
 # What `prepare` and `analyze` take as calibration; see `batches`.
 Calibration: TypeAlias = str | os.PathLike[str] | Tensor | Iterable[Tensor] | None
@@ -39,18 +39,18 @@ def cut(
     and the next usable image not yet chosen takes its place.
 
     Args:
-        source: a folder (see `image_files.find`), or images: tensors (3, H, W) or (B, 3, H, W), float in
-            [0, 1], or `image_files.sources`.
+        source: a folder (see `reading.find`), or images: tensors (C, H, W) or (B, C, H, W), float in
+            [0, 1], or `reading.sources`.
         size: side of a crop in pixels, a multiple of ``multiple``.
         count: number of crops wanted, at least 1.
         seed: of the random choice; None for the fixed one.
         multiple: what the model needs image sides to be a multiple of; 64 serves all of CompressAI's.
 
     Returns:
-        Batches (B, 3, h, w), float32 in [0, 1], one for each size of crop: normally one batch of ``count``.
+        Batches (B, C, h, w), float32 in [0, 1], one for each size of crop: normally one batch of ``count``.
 
     Raises:
-        FmpqError: the folder cannot be used (see `image_files.find`), or none of the images can.
+        FmpqError: the folder cannot be used (see `reading.find`), or none of the images can.
         TypeError, ValueError: an argument is out of its range, or an image is not as described.
     """
     if count < 1 or multiple < 1:
@@ -152,16 +152,18 @@ def _shares(capacities: Sequence[int], count: int) -> list[int]:
 
 
 def batches(calibration: Calibration) -> list[Tensor]:
-    """Return any form of calibration as a checked list of batches, (B, 3, H, W) float32 in [0, 1].
+    """Return any form of calibration as a checked list of batches, (B, C, H, W) float32 in [0, 1].
+
+    Image files and photographs have 3 channels; for a model that takes 1 or 4, pass tensors.
 
     Args:
-        calibration: an image folder, of which `crops` are taken; a tensor (B, 3, H, W) or (3, H, W), float in
+        calibration: an image folder, of which `crops` are taken; a tensor (B, C, H, W) or (C, H, W), float in
             [0, 1]; an iterable of such tensors, read to its end; or None for the crops of `samples.photos`.
 
     Raises:
         FmpqError: the folder has no usable image.
         TypeError: not one of these, or not floats.
-        ValueError: wrong shape, values outside [0, 1], NaN, or no tensors at all.
+        ValueError: wrong shape, values outside [0, 1], NaN, no tensors at all, or different numbers of channels.
     """
     if calibration is None:
         return cut(samples.photos().values())
@@ -171,10 +173,11 @@ def batches(calibration: Calibration) -> list[Tensor]:
         return [checked(calibration, "calibration")]
     if not isinstance(calibration, Iterable):
         kind = type(calibration).__name__
-        raise TypeError(f"calibration is a {kind}; expected an image folder, tensors (B, 3, H, W), or None")
+        raise TypeError(f"calibration is a {kind}; expected an image folder, tensors (B, C, H, W), or None")
     given = [checked(batch, f"calibration batch {i}") for i, batch in enumerate(calibration)]
     if not given:
         raise ValueError("calibration is empty: no tensor came out of it (a generator gives them only once)")
+    check_channels(given)
     return given
 
 

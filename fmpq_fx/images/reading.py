@@ -20,6 +20,9 @@ from fmpq_fx.storage.files import replacing
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
+CHANNELS = range(1, 5)
+"""How many channels images may have; those of image files have 3."""
+
 # Resizing in float arithmetic ends this far outside [0, 1] without anything being wrong.
 _ROUNDING = 1e-4
 
@@ -124,17 +127,18 @@ class Source:
     """An image that may turn out unusable. It is loaded when it is needed, so that memory holds one at a time."""
 
     name: str  # for messages
-    load: Callable[[], Tensor]  # returns (3, H, W); raises FmpqError where it cannot
+    load: Callable[[], Tensor]  # returns (C, H, W); raises FmpqError where it cannot
     size: Callable[[], tuple[int, int]]  # returns height and width, pixels; raises FmpqError where it cannot
     version: str  # changes with the content, as far as that can be told without reading a file
 
 
 def sources(images: str | os.PathLike[str] | Iterable[Tensor | Source]) -> list[Source]:
-    """Return the images of a folder, or each of the given tensors (3, H, W) or (B, 3, H, W).
+    """Return the images of a folder, or each of the given tensors (C, H, W) or (B, C, H, W).
 
     Raises:
         FmpqError: the folder cannot be used (see :func:`find`).
-        TypeError, ValueError: there are no tensors, or one is not float (…, 3, H, W) in [0, 1].
+        TypeError, ValueError: there are no tensors, or one is not float (…, C, H, W) in [0, 1], or they have
+            different numbers of channels.
     """
     if isinstance(images, str | os.PathLike):
         return [_file(path) for path in find(images)]
@@ -143,15 +147,16 @@ def sources(images: str | os.PathLike[str] | Iterable[Tensor | Source]) -> list[
             f"images are a {type(images).__name__}; expected an image folder, or a list of float tensors"
         )
     found: list[Source] = []
+    tensors: list[Tensor] = []
     for given in images:
         if isinstance(given, Source):
             found.append(given)
         else:
-            found += [
-                _in_memory(image, f"image {len(found)}") for image in checked(given, f"image {len(found)}")
-            ]
+            tensors.append(checked(given, f"image {len(found)}"))
+            found += [_in_memory(image, f"image {len(found)}") for image in tensors[-1]]
     if not found:
         raise ValueError("no images to cut crops from: the sequence is empty")
+    check_channels(tensors)
     return found
 
 
@@ -196,12 +201,19 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 def checked(value: object, name: str) -> Tensor:
-    """Return ``value`` as (B, 3, H, W) float32 if it holds images in [0, 1]; TypeError or ValueError if not."""
+    """Return ``value`` as (B, C, H, W) float32 if it holds images in [0, 1] of 1 to 4 channels.
+
+    Raises:
+        TypeError, ValueError: it does not.
+    """
     if not isinstance(value, Tensor):
         hint = "; of (images, labels) pairs pass the images" if isinstance(value, list | tuple) else ""
-        raise TypeError(f"{name} is a {type(value).__name__}, expected a float tensor (B, 3, H, W){hint}")
-    if value.ndim not in (3, 4) or value.size(-3) != 3:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected (B, 3, H, W) or (3, H, W)")
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a float tensor (B, C, H, W){hint}")
+    if value.ndim not in (3, 4) or value.size(-3) not in CHANNELS:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, expected (B, C, H, W) or (C, H, W), with C from {CHANNELS[0]} to "
+            f"{CHANNELS[-1]} channels: 3 for colour images"
+        )
     if not value.is_floating_point():
         raise TypeError(f"{name} is {value.dtype}, expected floats in [0, 1]; divide 8-bit values by 255")
     if value.numel() == 0:
@@ -213,3 +225,14 @@ def checked(value: object, name: str) -> Tensor:
         remedy = "divide by 255" if low >= 0 and high > 2 else "undo the normalization, or clamp"
         raise ValueError(f"{name} has values from {low:.4g} to {high:.4g}, expected [0, 1]; {remedy}")
     return value.detach().float().reshape(-1, *value.shape[-3:])
+
+
+def check_channels(images: Iterable[Tensor]) -> None:
+    """Check that batches (B, C, H, W) have the same number of channels.
+
+    Raises:
+        ValueError: they have not.
+    """
+    found = sorted({x.size(1) for x in images})
+    if len(found) > 1:
+        raise ValueError(f"the images have {' and '.join(map(str, found))} channels; a model takes one kind")

@@ -26,11 +26,11 @@ from fmpq_fx.onnx.manifest import (
 from fmpq_fx.onnx.ops import emit
 from fmpq_fx.onnx.part_modules import modules_of_parts
 from fmpq_fx.onnx.subpixel import subpixel
+from fmpq_fx.passes.forward import output_of
 from fmpq_fx.passes.lower.entropy_path import entropy_path
 from fmpq_fx.passes.parts import Part, cut
 from fmpq_fx.passes.plan.tables import FLOAT_BITS, Plan
 from fmpq_fx.passes.rewrite import plan_of
-from fmpq_fx.passes.trace import run
 from fmpq_fx.storage import fingerprint
 
 _SIDE = 128  # pixels of the image that the graph runs on once, so that shapes are known
@@ -119,7 +119,7 @@ class _Recorder(fx.Interpreter):
 def _example(gm: fx.GraphModule, x: Tensor) -> Mapping[fx.Node, Tensor]:
     """Note the shapes of all values of ``gm`` for the image ``x``, and return its constants."""
     recorder = _Recorder(gm)
-    run(recorder.run, x)
+    output_of(recorder.run, x)
     return recorder.constants
 
 

@@ -11,11 +11,11 @@ from tqdm import tqdm
 from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.memory import bytes_of
+from fmpq_fx.passes.forward import output_of
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.measure.kept_values import Budget
 from fmpq_fx.passes.measure.rerun import UNCHANGED, IncrementalInterpreter, Reach, find_reach
 from fmpq_fx.passes.swap import substituted
-from fmpq_fx.passes.trace import run
 from fmpq_fx.quant import weights_kept
 from fmpq_fx.rd import RDSums, rd_sums, squared_error, total_bits
 
@@ -108,12 +108,12 @@ def run_part(model: Callable[[Tensor], Any], x: Tensor) -> dict[str, Any]:
     On a CPU that is channels last, unless the model has a view of its activations that this layout does not allow.
 
     Raises:
-        FmpqError: see :func:`fmpq_fx.passes.trace.run`.
+        FmpqError: see :func:`fmpq_fx.passes.forward.output_of`.
     """
     if x.device.type == "cpu":
         with suppress(FmpqError):
-            return run(model, x.contiguous(memory_format=torch.channels_last))
-    return run(model, x)
+            return output_of(model, x.contiguous(memory_format=torch.channels_last))
+    return output_of(model, x)
 
 
 def measured_parts(

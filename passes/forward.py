@@ -1,0 +1,64 @@
+"""Run a model on images, and say what is wrong where it cannot, or where its output is not CompressAI's."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmpq_fx.errors import FmpqError
+
+_CHANNELS = re.compile(r"to have (\d+) channels, but got (\d+) channels")
+
+
+def output_of(model: Callable[[Tensor], Any], x: Tensor) -> dict[str, Any]:
+    """Return the checked output of ``model`` for the images ``x`` (B, C, H, W).
+
+    Raises:
+        FmpqError: there is too little memory, the model fails on such images, or its output is not CompressAI's.
+    """
+    try:
+        output: dict[str, Any] = model(x)
+    except (RuntimeError, MemoryError) as error:
+        raise FmpqError(_failure(error, x)) from error
+    likelihoods = output.get("likelihoods") if isinstance(output, dict) else None
+    if not isinstance(likelihoods, dict) or not likelihoods or "x_hat" not in output:
+        raise FmpqError(
+            "the model's output has no likelihoods; the RD loss needs a dict with 'x_hat' and a dict "
+            "'likelihoods' with those of all latents, as CompressAI's models return it"
+        )
+    if output["x_hat"].shape != x.shape:
+        raise FmpqError(
+            f"the model makes {tuple(output['x_hat'].shape)} from images {tuple(x.shape)}: their height and "
+            "width must be multiples of its stride, and at least that large; crop or pad them"
+        )
+    return output
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Say whether ``error`` was raised because an allocation failed, on a CPU or a GPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _failure(error: BaseException, x: Tensor) -> str:
+    """Return what to tell of a model that raised ``error`` on the images ``x``, and what to do."""
+    images = f"{len(x)} image{'s' * (len(x) != 1)} of {x.size(-1)} x {x.size(-2)}"
+    if ran_out_of_memory(error):
+        return (
+            f"there is too little memory to run the model on {images}: {error}\n"
+            "Pass smaller images (crops of 256 x 256 suit most models), a smaller memory=, so that less is kept "
+            "beside it, or use a machine with more."
+        )
+    channels = _CHANNELS.search(str(error))
+    if channels is not None and int(channels[2]) == x.size(1):
+        return (
+            f"the model takes images of {channels[1]} channels, and these have {channels[2]}: {error}\n"
+            f"Pass tensors (B, {channels[1]}, H, W), float in [0, 1]; image files, and the photographs that are "
+            "taken where none are given, have 3 channels."
+        )
+    return (
+        f"the model cannot run on {images} and {x.size(1)} channels: {error}\n"
+        "Images must have as many channels as the model takes, and be at least as large as its stride and a multiple "
+        "of it; 256 x 256 suits most models."
+    )
