@@ -27,8 +27,15 @@ WIDEST = 16
 _PADDING = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
-def rounded_input(graph: OnnxGraph, quantizer: ActivationFakeQuant | None, x: str) -> str:
-    """Return ``x`` (B, C, ...) on the grid of ``quantizer``."""
+def rounded_input(
+    graph: OnnxGraph, quantizer: ActivationFakeQuant | None, x: str, channels: int | None = None
+) -> str:
+    """Return ``x`` (B, C, ...) on the grid of ``quantizer``.
+
+    With ``channels`` (C), the step is written out for each channel, though all are the same. Where it is one number,
+    ONNX Runtime takes a float convolution for one that should run in integers, if a quantizer or a ReLU and a
+    quantizer follow, and rounds its weights to 8 bits with one step for the whole tensor.
+    """
     if quantizer is None or quantizer.bits > WIDEST:
         return x
     if x in graph.last:  # integers are quicker to move than floats
@@ -36,31 +43,33 @@ def rounded_input(graph: OnnxGraph, quantizer: ActivationFakeQuant | None, x: st
         integers = graph.add("Transpose", [integers], perm=[0, 3, 1, 2])
     else:
         integers, grid = quantized(graph, quantizer, x)
+    if channels is not None:
+        grid = [graph.constant(np.full(channels, value)) for value in _grid(quantizer)]
     return graph.add("DequantizeLinear", [integers, *grid])
 
 
 def quantized(graph: OnnxGraph, quantizer: ActivationFakeQuant, x: str) -> tuple[str, list[str]]:
     """Return the integers of ``x`` on the grid of ``quantizer``, up to 16 bits, and its scale and zero point."""
-    scale, zero_point = grid_of(quantizer)
-    container = np.uint8 if quantizer.bits <= 8 else np.uint16
-    if quantizer.high < np.iinfo(container).max:
-        ends = [(end - zero_point) * scale for end in (0, quantizer.high)]
+    scale, zero_point = _grid(quantizer)
+    if quantizer.high < np.iinfo(type(zero_point)).max:
+        ends = [(end - int(zero_point)) * scale for end in (0, quantizer.high)]
         x = graph.add("Clip", [x, *(graph.constant(np.float32(end)) for end in ends)])
-    grid = [graph.constant(scale, "scale"), graph.constant(container(zero_point), "zero_point")]
+    grid = [graph.constant(scale, "scale"), graph.constant(zero_point, "zero_point")]
     return graph.add("QuantizeLinear", [x, *grid]), grid
 
 
-def grid_of(quantizer: ActivationFakeQuant) -> tuple[np.float32, int]:
-    """Return step and zero point of ``quantizer``."""
-    zero_point = quantizer.zero_point.detach().round().clamp(0, quantizer.high)
-    return np.float32(quantizer.log_scale.detach().exp().item()), int(zero_point.item())
+def _grid(quantizer: ActivationFakeQuant) -> tuple[np.float32, np.uint8 | np.uint16]:
+    """Return step and zero point of ``quantizer``; the type of the zero point is that of the integers."""
+    zero_point = quantizer.zero_point.detach().round().clamp(0, quantizer.high).item()
+    container = np.uint8 if quantizer.bits <= 8 else np.uint16
+    return np.float32(quantizer.log_scale.detach().exp().item()), container(zero_point)
 
 
 def convolution(graph: OnnxGraph, node: fx.Node, layer: Any, x: str) -> str:
     """Convolve ``x`` with a ``layer`` that is float or runs in float."""
     inner: Any = layer.layer if isinstance(layer, QuantizedLayer) else layer
     if isinstance(layer, QuantizedLayer):
-        x = rounded_input(graph, layer.input_quantizer, x)
+        x = rounded_input(graph, layer.input_quantizer, x, inner.in_channels)
     inputs = [x, _float_weight(graph, node, layer), *_bias(graph, node, inner.bias)]
     if isinstance(inner, nn.ConvTranspose2d):
         if len(node.args) > 1 or node.kwargs:
