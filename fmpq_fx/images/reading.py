@@ -8,17 +8,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from torch import Tensor
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.storage.files import replacing
+from fmpq_fx.storage.files import WRITER, replacing
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+LOSSY = (".jpeg", ".jpg")  # of these: formats that cannot keep every pixel
 
 CHANNELS = range(1, 5)
 """How many channels images may have; those of image files have 3."""
@@ -41,7 +45,10 @@ def read(path: str | os.PathLike[str]) -> Tensor:
     """
     path = Path(path)
     with _reading(path), Image.open(path) as image:
-        pixels = _rgb(ImageOps.exif_transpose(image))
+        deep = image.mode.startswith("I")
+        levels = _levels(image) if deep else None
+        upright = ImageOps.exif_transpose(image)
+        pixels = _rgb(upright) if levels is None else _deep_gray(upright, *levels)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
@@ -59,14 +66,32 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 def write(image: Tensor, path: str | os.PathLike[str]) -> None:
     """Write ``image``, (3, H, W) in [0, 1], to ``path`` with 8 bits per value, all of it or nothing.
 
+    Every pixel is kept where the format can do that; a JPEG (:data:`LOSSY`) is written at its best quality.
+
     Raises:
         ValueError: the suffix names no format of images.
         FileNotFoundError: there is no such folder.
     """
     check_writable(path)
     pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    form = Image.registered_extensions()[Path(path).suffix.lower()]
     with replacing(path) as file:
-        Image.fromarray(pixels).save(file, Image.registered_extensions()[Path(path).suffix.lower()])
+        Image.fromarray(pixels).save(file, form, **_options(form))
+
+
+def _options(form: str) -> dict[str, Any]:
+    """Return what lets Pillow keep every pixel, or most of them, and say who wrote the file."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = WRITER
+    text = PngInfo()
+    text.add_text("Software", WRITER)
+    options: dict[str, dict[str, Any]] = {
+        "PNG": {"pnginfo": text},
+        "TIFF": {"exif": exif},
+        "WEBP": {"exif": exif, "lossless": True},
+        "JPEG": {"exif": exif, "quality": 100, "subsampling": 0},
+    }
+    return options.get(form, {})
 
 
 @contextmanager
@@ -86,19 +111,45 @@ def _rgb(image: Image.Image) -> NDArray[np.float32]:
     """Return the pixels of ``image``, (H, W, 3), in [0, 1]; ValueError where their range is not known."""
     if image.mode == "F":
         raise ValueError("its pixels are floats of unknown range; save it with 8 or 16 bits per value")
-    if image.mode.startswith("I"):
-        # Not Pillow's own conversion to RGB, which clips 16-bit values at 255.
-        gray = np.asarray(image).astype(np.float32)
-        if gray.min() < 0 or gray.max() > 65535:
-            raise ValueError("its pixels have 32 bits; save it with 8 or 16 bits per value")
-        gray[gray == image.info.get("transparency", -1)] = 65535
-        return np.repeat(gray[..., None] / np.float32(65535), 3, axis=2)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = np.asarray(image.convert("RGBA")).astype(np.float32) / np.float32(255)
         alpha = rgba[..., 3:]
         over_white: NDArray[np.float32] = rgba[..., :3] * alpha + (1 - alpha)
         return over_white
     return np.asarray(image.convert("RGB")).astype(np.float32) / np.float32(255)
+
+
+def _levels(image: Image.Image) -> tuple[int, int]:
+    """Return the values of black and of white in ``image``, which is gray and has more than 8 bits.
+
+    The depth that the file states decides, never the values of this one image.
+
+    Raises:
+        ValueError: the file does not say what is white.
+    """
+    if image.format in ("PNG", "PPM", "JPEG2000"):  # Pillow scales what has fewer bits
+        return 0, 65535
+    tags = getattr(image, "tag_v2", None)
+    if tags is None:
+        raise ValueError(
+            f"{image.format} does not say what value is white; save it with 8 or 16 bits, as PNG"
+        )
+    bits, unsigned = tags.get(BITSPERSAMPLE, (1,))[0], tags.get(SAMPLEFORMAT, (1,))[0] == 1
+    if bits > 16 or not unsigned:
+        sign = "" if unsigned else ", with a sign"
+        raise ValueError(f"its pixels have {bits} bits{sign}; save it with 8 or 16 bits per value")
+    white = 2**bits - 1
+    return (white, 0) if tags.get(PHOTOMETRIC_INTERPRETATION) == 0 else (0, white)
+
+
+def _deep_gray(image: Image.Image, black: int, white: int) -> NDArray[np.float32]:
+    """Return the pixels of a gray image, (H, W, 3), in [0, 1].
+
+    Pillow's own conversion to RGB clips them at 255.
+    """
+    gray = np.asarray(image).astype(np.float32)
+    gray[gray == image.info.get("transparency", -1)] = white
+    return np.repeat((gray[..., None] - black) / np.float32(white - black), 3, axis=2)
 
 
 def find(folder: str | os.PathLike[str]) -> list[Path]:

@@ -17,6 +17,9 @@ import torch
 
 from fmpq_fx.errors import FmpqError
 
+WRITER = "fmpq-fx"
+"""What pictures say of the program that wrote them, where their format has a place for it."""
+
 T = TypeVar("T", bound="JsonFile")
 
 

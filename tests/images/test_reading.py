@@ -110,6 +110,42 @@ def test_16_bit_gray_is_scaled_not_clipped(tmp_path: Path) -> None:
     assert torch.equal(reading.read(tmp_path / "a.pgm"), expected)
 
 
+def tiff(path: Path, pixels: NDArray[np.integer], *, signed: bool = False, black: int = 0) -> Path:
+    """Write a 16-bit TIFF whose tags say that its values have a sign, or that ``black`` is the largest of them."""
+    image = Image.fromarray(pixels.astype(np.uint16))
+    image.save(path, "TIFF", tiffinfo={339: 2 if signed else 1, 262: 0 if black else 1})
+    return path
+
+
+@pytest.mark.parametrize("brightest", [1, 200, 255])
+def test_dark_images_stay_dark_whatever_their_brightest_value(tmp_path: Path, brightest: int) -> None:
+    dark = np.minimum(WIDE, brightest).astype(np.uint16)
+    expected = planes(dark, peak=65535)
+    assert torch.equal(reading.read(tiff(tmp_path / "a.tif", dark)), expected)
+    assert torch.equal(reading.read(png16(tmp_path / "a.png", dark, colour_type=0)), expected)
+
+
+def test_12_bit_gray_is_scaled_by_12_bits(tmp_path: Path) -> None:
+    values = np.array([[0, 1, 4095, 2048]], np.uint16)
+    path = saved(tmp_path / "a.tif", Image.fromarray(np.zeros((1, 3), np.uint16)))
+    packed = sum(int(value) << 12 * (3 - place) for place, value in enumerate(values[0])).to_bytes(6, "big")
+    data = bytearray(path.read_bytes())
+    with Image.open(path) as image:
+        offset = image.tag_v2[273][0]
+    data[offset : offset + 6] = packed
+    for tag, kind, value in ((258, 3, 12), (256, 4, 4)):  # depth and width, where Pillow wrote 16 and 3
+        entry = data.index(struct.pack("<HH", tag, kind))
+        data[entry + 8 : entry + 10] = struct.pack("<H", value)
+    path.write_bytes(data)
+    assert torch.equal(reading.read(path), planes(values, peak=4095))
+
+
+def test_16_bit_gray_whose_zero_is_white(tmp_path: Path) -> None:
+    assert torch.equal(
+        reading.read(tiff(tmp_path / "a.tif", 65535 - WIDE, black=65535)), planes(WIDE, peak=65535)
+    )
+
+
 def test_16_bit_gray_with_a_transparent_level(tmp_path: Path) -> None:
     expected = planes(np.where(WIDE == 256, np.uint16(65535), WIDE), peak=65535)
     assert torch.equal(
@@ -161,6 +197,13 @@ def broken_png(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 
 
+def fits(path: Path) -> None:
+    """Write a picture of astronomers, whose 16 bits are a count of photons or anything else."""
+    cards = {"SIMPLE": "T", "BITPIX": "16", "NAXIS": "2", "NAXIS1": "3", "NAXIS2": "2"}
+    header = "".join(f"{name:8}= {value:>20}".ljust(80) for name, value in cards.items()) + "END"
+    path.write_bytes(header.ljust(2880).encode() + WIDE.tobytes().ljust(2880, b"\0"))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -173,6 +216,9 @@ def broken_png(path: Path) -> None:
         (lambda path: Image.fromarray(WIDE.astype(np.float32)).save(path, "TIFF"), "floats of unknown range"),
         (lambda path: Image.fromarray(WIDE.astype(np.int32) + 1).save(path, "TIFF"), "32 bits"),
         (lambda path: Image.fromarray(-WIDE.astype(np.int32)).save(path, "TIFF"), "32 bits"),
+        (lambda path: Image.fromarray(WIDE.astype(np.int32) // 256).save(path, "TIFF"), "32 bits"),
+        (fits, "what value is white"),
+        (lambda path: tiff(path, WIDE // 2, signed=True), "16 bits, with a sign"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
