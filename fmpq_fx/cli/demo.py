@@ -1,12 +1,14 @@
 """The main job on the embedded sample: quantize a trained model, see what that costs on other images, and use it."""
 
+import argparse
 from pathlib import Path
 
 from tabulate import tabulate
 from torch import Tensor, fx
 
 from fmpq_fx import samples
-from fmpq_fx.coding.fmi import decode, encode
+from fmpq_fx.cli.outputs import IMAGE_MARK, MODEL_MARK, Output, declare
+from fmpq_fx.coding import fmi
 from fmpq_fx.formats.model_file import load_codec, save
 from fmpq_fx.images import crops, reading
 from fmpq_fx.passes.functionalize import functionalize
@@ -25,6 +27,20 @@ TARGET_CR = 0.1875
 
 LMBDA = 0.013
 """What the sample model was trained with."""
+
+_PICTURE, _MODEL, _CODED, _DECODED = "plan.png", "model.fmpq", "motorcycle.fmi", "motorcycle.png"
+
+
+def add_demo(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``demo``."""
+    command.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder for the picture")
+    writes = [(_PICTURE, IMAGE_MARK), (_MODEL, MODEL_MARK), (_CODED, fmi.MAGIC), (_DECODED, IMAGE_MARK)]
+    declare(command, reads=[], writes=[("out", _in_folder(*of)) for of in writes])
+    command.set_defaults(run=lambda args: demo(args.out))
+
+
+def _in_folder(name: str, mark: bytes) -> Output:
+    return Output(mark, check=lambda path: None, files=lambda args, folder: [folder / name])
 
 
 def demo(out: Path) -> None:
@@ -56,7 +72,7 @@ def demo(out: Path) -> None:
         rows.append([name, f"{plan.average_bits:.2f}", f"{plan.cr:.3f}", f"{rd:.4f}", *changes])
     headers = ["model", "bits", "CR", "RD loss", "weights only (A32)", "with 8-bit activations (A8)"]
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 5)))
-    picture = out / "plan.png"
+    picture = out / _PICTURE
     plot_plan(by_fmpq, picture)
     print(f"\nRD loss = bits per pixel + {LMBDA} * 255^2 * MSE, before any fine-tuning. Picture: {picture}")
     _code(by_fmpq, held_out["motorcycle"], out)
@@ -64,15 +80,15 @@ def demo(out: Path) -> None:
 
 def _code(gm: fx.GraphModule, photo: Tensor, out: Path) -> None:
     """Write the model file of ``gm``, and ``photo`` coded with what was read from it."""
-    model_path, coded_path = out / "model.fmpq", out / "motorcycle.fmi"
+    model_path, coded_path = out / _MODEL, out / _CODED
     save(gm, model_path)
     report = file_report(model_path)
     codec = load_codec(model_path)
-    data = encode(codec, photo)
+    data = fmi.encode(codec, photo)
     with replacing(coded_path) as file:
         file.write(data)
-    decoded = (decode(codec, data) * 255).round() / 255
-    reading.write(decoded, out / "motorcycle.png")
+    decoded = (fmi.decode(codec, data) * 255).round() / 255
+    reading.write(decoded, out / _DECODED)
     mse = (decoded - photo).square().mean().item()
     print(
         f"\nModel file: {model_path}, {report.size:,} bytes for {report.float_bytes:,.0f} bytes of float32 weights "

@@ -3,45 +3,42 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
-
-from torch import fx
 
 from fmpq_fx import ranks
-from fmpq_fx.cli import files as files
-from fmpq_fx.cli.demo import demo
+from fmpq_fx.cli import coding, quantizing, shipping
+from fmpq_fx.cli.demo import add_demo
+from fmpq_fx.cli.outputs import check_outputs
+from fmpq_fx.cli.printing import forgiving
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.formats.state import load_state, save_state, spec_of
-from fmpq_fx.models.zoo import load_model
-from fmpq_fx.passes.plan.planners import PLANNERS
-from fmpq_fx.passes.plan.tables import Sensitivity
-from fmpq_fx.passes.rewrite import plan_of
-from fmpq_fx.pipeline import SIZES, prepare
-from fmpq_fx.report.picture import check_plot_path, plot_plan
-from fmpq_fx.report.table import bit_table
-from fmpq_fx.storage.files import check_folder
-from fmpq_fx.training.finetuning import finetune
-from fmpq_fx.training.history import LOSSES, History, Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (those of the process by default) and return the exit status."""
-    args = _parser().parse_args(arguments)
-    try:
-        if ranks.started() > 1 and not args.shared:
-            raise FmpqError("this command runs in one process; torchrun is for 'prepare' and 'finetune'")
-        args.run(args)
-    except KeyboardInterrupt:
-        print("fmpq-fx: interrupted; no file was left half-written", file=sys.stderr)
-        return 130
-    except (FmpqError, ValueError, OSError) as error:
-        print(f"fmpq-fx: error: {ranks.who()}{error}", file=sys.stderr)
-        return 2
-    return 0
+    with forgiving():
+        args = parser().parse_args(arguments)
+        try:
+            if ranks.started() > 1 and not args.shared:
+                raise FmpqError("this command runs in one process; torchrun is for 'prepare' and 'finetune'")
+            check_outputs(args)
+            args.run(args)
+        except KeyboardInterrupt:
+            print("fmpq-fx: interrupted; no file was left half-written", file=sys.stderr)
+            return 130
+        except (FmpqError, ValueError, OSError) as error:
+            print(f"fmpq-fx: error: {ranks.who()}{_sentence(error)}", file=sys.stderr)
+            return 2
+        return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _sentence(error: Exception) -> str:
+    """Return what ``error`` says, without the number that the system has for it."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line: a command each for what the package does."""
     parser = argparse.ArgumentParser(
         prog="fmpq-fx",
         description="Mixed-precision quantization of learned image compression models, as a torch.fx pass.",
@@ -49,212 +46,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(shared=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_prepare(
-        commands.add_parser("prepare", help="quantize a model to a size and print its bit-width table")
-    )
-    _add_finetune(commands.add_parser("finetune", help="train a quantized model at its bits"))
-    files.add_evaluate(
-        commands.add_parser("evaluate", help="code images for real and measure rate and quality")
-    )
-    files.add_export(commands.add_parser("export", help="write a quantized model to ship it"))
-    files.add_inspect(commands.add_parser("inspect", help="print where the bytes of a model file are"))
-    files.add_encode(commands.add_parser("encode", help="encode images with a model file"))
-    files.add_decode(
-        commands.add_parser("decode", help="decode images with the model file they were encoded with")
-    )
-    command = commands.add_parser(
-        "demo", help="quantize the trained sample model and compare with uniform bits"
-    )
-    command.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder for the picture")
-    command.set_defaults(run=lambda args: demo(args.out))
+    for name, text, add_arguments in (
+        ("prepare", "quantize a model to a size and print its bit-width table", quantizing.add_prepare),
+        ("finetune", "train a quantized model at its bits", quantizing.add_finetune),
+        ("evaluate", "code images for real and measure rate and quality", coding.add_evaluate),
+        ("export", "write a quantized model to ship it", shipping.add_export),
+        ("inspect", "print where the bytes of a model file are", shipping.add_inspect),
+        ("encode", "encode images with a model file", coding.add_encode),
+        ("decode", "decode images with the model file they were encoded with", coding.add_decode),
+        ("demo", "quantize the trained sample model and compare with uniform bits", add_demo),
+    ):
+        add_arguments(commands.add_parser(name, help=text))
     return parser
-
-
-def _add_finetune(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("state", type=Path, metavar="STATE", help="what 'prepare --out' or 'finetune --out' wrote")
-    add("images", type=Path, metavar="DIR", help="folder of images to train on")
-    add("--out", type=Path, required=True, metavar="STATE", help="write the trained model")
-    add("--validation", type=Path, metavar="DIR", help="images to validate on; default: a tenth of DIR")
-    add("--lmbda", type=float, metavar="L", help="weight of the distortion; default: that of the plan")
-    add("--loss", choices=LOSSES, default=Settings.loss)
-    numbers = {
-        "--steps": "of training",
-        "--batch-size": "crops in a step, of all processes together",
-        "--crop": "their side, pixels",
-        "--quantizer-lr": "learning rate of the logarithms of steps",
-        "--aux-lr": "learning rate of the entropy bottleneck's quantiles",
-        "--max-norm": "what the norm of the gradient is clipped at",
-        "--validate-every": "steps",
-        "--seed": "of crops and noise",
-    }
-    for name, text in numbers.items():
-        default = getattr(Settings, name[2:].replace("-", "_"))
-        add(name, type=type(default), default=default, metavar="X", help=f"{text}; default {default:g}")
-    add(
-        "--lr",
-        type=float,
-        metavar="X",
-        help="learning rate of weights, biases and entropy models; default: by the plan",
-    )
-    add("--bfloat16", action="store_true", help="compute the transforms in bfloat16")
-    add("--workers", type=int, metavar="X", help="processes that read images ahead")
-    add("--history", type=Path, metavar="F", help="write losses and validations (JSON)")
-    files.add_device(command)
-    command.set_defaults(run=_finetune, shared=True)
-
-
-def _finetune(args: argparse.Namespace) -> None:
-    options = {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("run", "shared", "state", "images", "out", "history", "device")
-    }
-    for path in filter(None, (args.out, args.history)):
-        check_folder(path)
-    checkpoint = args.out.with_name(args.out.name + ".training")
-    with ranks.joined(args.device) as device:
-        gm = load_state(args.state).to(device)
-        try:
-            history = finetune(gm, args.images, checkpoint=checkpoint, **options)
-        except KeyboardInterrupt:
-            if checkpoint.exists() and ranks.is_first():
-                print(
-                    f"\n{checkpoint} holds the training so far; the same command goes on from it",
-                    file=sys.stderr,
-                )
-            raise
-        if ranks.is_first():
-            _write_tuned(gm, history, checkpoint, args)
-
-
-def _write_tuned(gm: fx.GraphModule, history: History, checkpoint: Path, args: argparse.Namespace) -> None:
-    print(history)
-    save_state(gm, args.out, model=spec_of(args.state))
-    checkpoint.unlink(missing_ok=True)
-    print(f"state: {args.out}")
-    if args.history is not None:
-        history.save(args.history)
-        print(f"history: {args.history}")
-
-
-def _add_prepare(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    files.add_model(command)
-    add(
-        "--target-cr",
-        type=float,
-        required=True,
-        metavar="CR",
-        help="quantized / float32 weight bytes: 0.25, or 4",
-    )
-    add("--images", type=Path, metavar="DIR", help="calibration images; default: scikit-image's photographs")
-    add("--lmbda", type=float, metavar="L", help="weight of the distortion; default: as heavy as the rate")
-    add("--planner", choices=list(PLANNERS), default="adaptive")
-    add(
-        "--size",
-        choices=SIZES,
-        default="nominal",
-        help="what --target-cr counts: nominal bytes, or bytes as the model file codes them",
-    )
-    add("--bits", type=_bits, metavar="2-10", help="candidate bit-widths, as 2-10 or 4,6,8; default 2-10")
-    add(
-        "--activation-bits",
-        type=_activation_bits,
-        default=8,
-        metavar="8|none",
-        help="bits of every layer's input; none keeps activations float",
-    )
-    add(
-        "--fixed",
-        type=_fixed,
-        action="append",
-        default=[],
-        metavar="SITE=BITS",
-        help="give a site, or all that a glob matches, these bits, or 'none' for float; may be repeated",
-    )
-    add(
-        "--sensitivity",
-        type=Path,
-        metavar="F",
-        help="table to reuse (JSON); what it lacks is measured and written, as it goes",
-    )
-    add(
-        "--memory", metavar="2GB", help="what activations may be kept in; default: a quarter of the machine's"
-    )
-    add("--plot", type=Path, metavar="F", help="draw bits and zeta per site (png, svg or pdf)")
-    add("--plan-out", type=Path, metavar="F", help="write the plan (JSON)")
-    add("--out", type=Path, metavar="STATE", help="write the quantized model, for 'finetune' and the others")
-    files.add_device(command)
-    command.set_defaults(run=_prepare, shared=True)
-
-
-def _prepare(args: argparse.Namespace) -> None:
-    # Before the long measurement, not after it.
-    if args.plot is not None:
-        check_plot_path(args.plot)
-    for path in filter(None, (args.plan_out, args.sensitivity, args.out)):
-        check_folder(path)
-    table = Sensitivity.load(args.sensitivity) if args.sensitivity and args.sensitivity.exists() else None
-    reuse = table is not None and table.complete
-    with ranks.joined(args.device) as device:
-        model = load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
-        gm = prepare(
-            model.to(device),
-            args.target_cr,
-            calibration=args.images,
-            lmbda=args.lmbda,
-            bits=args.bits,
-            activation_bits=args.activation_bits,
-            planner=args.planner,
-            size=args.size,
-            fixed=dict(args.fixed),
-            sensitivity=table if reuse else None,
-            checkpoint=None if reuse else args.sensitivity,
-            memory=args.memory,
-        )
-        if ranks.is_first():
-            _write_prepared(gm, args)
-
-
-def _write_prepared(gm: fx.GraphModule, args: argparse.Namespace) -> None:
-    print(bit_table(gm))
-    if args.plot is not None:
-        plot_plan(gm, args.plot)
-        print(f"picture: {args.plot}")
-    if args.plan_out is not None:
-        plan_of(gm).save(args.plan_out)
-        print(f"plan: {args.plan_out}")
-    if args.out is not None:
-        save_state(gm, args.out, model=args.model)
-        print(f"state: {args.out}")
-
-
-def _bits(text: str) -> list[int]:
-    """Parse "2-10" or "4,6,8"."""
-    try:
-        low, dash, high = text.partition("-")
-        bits = list(range(int(low), int(high) + 1)) if dash else [int(b) for b in text.split(",")]
-    except ValueError:
-        bits = []
-    if not bits:
-        _refuse(f"expected bit-widths as 2-10 or 4,6,8; got {text!r}")
-    return bits
-
-
-def _activation_bits(text: str) -> int | None:
-    try:
-        return None if text.lower() == "none" else int(text)
-    except ValueError:
-        _refuse(f"expected a number of bits or 'none'; got {text!r}")
-
-
-def _fixed(text: str) -> tuple[str, int | None]:
-    site, equals, bits = text.rpartition("=")
-    if not equals:
-        _refuse(f"expected SITE=BITS, as g_s.6=8 or 'h_*=none'; got {text!r}")
-    return site, _activation_bits(bits)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise argparse.ArgumentTypeError(message)

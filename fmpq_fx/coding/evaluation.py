@@ -50,6 +50,7 @@ class Evaluation:
     """Results per image, and their means."""
 
     images: tuple[ImageResult, ...]
+    skipped: tuple[str, ...] = ()  # what was wrong with each image that is not among them
 
     def _mean(self, field: str) -> float:
         values = [getattr(image, field) for image in self.images]
@@ -85,7 +86,8 @@ class Evaluation:
         """Return the means and the results per image as a JSON text."""
         means = {name: getattr(self, name) for name in ("bpp", "estimated_bpp", "psnr")}
         means["ms_ssim"] = None if math.isnan(self.ms_ssim) else self.ms_ssim
-        return json.dumps({"mean": means, "images": list(map(dataclasses.asdict, self.images))}, indent=1)
+        content = {"mean": means, "images": list(map(dataclasses.asdict, self.images))}
+        return json.dumps(content | ({"skipped": self.skipped} if self.skipped else {}), indent=1)
 
     def __str__(self) -> str:
         headers = [
@@ -154,26 +156,27 @@ def evaluate(
         pass rounds latents otherwise than coding does, and a deviation is no fault.
 
     Raises:
-        FmpqError: the model cannot code, or not within the ``memory`` given; or there are no usable images.
+        FmpqError: the model cannot code, or none of the images can be read and coded within the ``memory`` given.
+            Where some can, the others are in :attr:`Evaluation.skipped`, and a warning names each.
     """
     codec = _codec(model)
     parameter = next(codec.parameters())
     named = list(_named(images))
     hide = None if progress is None else not progress
     results: list[ImageResult] = []
+    skipped: list[str] = []
     with torch.no_grad():
         for name, load in tqdm(named, desc="evaluate", unit="image", disable=hide, leave=False):
             try:
-                x = load()
+                x = load().to(parameter.device, parameter.dtype)
+                coder = within(codec, padded_size(*x.shape[-2:]), memory, images=_IMAGES)
+                results.append(_code(coder, name, x))
             except FmpqError as error:
-                warnings.warn(f"image skipped: {error}", stacklevel=2)
-                continue
-            x = x.to(parameter.device, parameter.dtype)
-            coder = within(codec, padded_size(*x.shape[-2:]), memory, images=_IMAGES)
-            results.append(_code(coder, name, x))
+                skipped.append(str(error) if name in str(error) else f"{name}: {error}")
+                warnings.warn(f"image skipped: {skipped[-1]}", stacklevel=2)
     if not results:
-        raise FmpqError("none of the images can be read; see the warnings")
-    return Evaluation(tuple(results))
+        raise FmpqError(f"none of the images can be evaluated: {reading.in_short(skipped)}")
+    return Evaluation(tuple(results), tuple(skipped))
 
 
 def _codec(model: nn.Module) -> Any:

@@ -19,7 +19,7 @@ from torch import fx
 from fmpq_fx.passes.plan.tables import Plan
 from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.report.table import factor, percent, short_bits, sizes
-from fmpq_fx.storage.files import check_folder, replacing
+from fmpq_fx.storage.files import WRITER, check_folder, replacing
 
 PICTURE_FORMATS = ("png", "svg", "pdf")  # what plot_plan writes, by the suffix of the file
 ZETA_SHOWN = (1e-3, 1e2)  # in %, where the colours of the picture begin and end: the same for all models
@@ -39,8 +39,9 @@ def plot_plan(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     """
     plan, suffix = plan_of(gm), check_plot_path(path)
     figure = _draw(plan, type(gm).__name__)
+    writer = {"Software" if suffix == "png" else "Creator": WRITER}
     with replacing(path) as file:
-        figure.savefig(file, format=suffix, dpi=150)
+        figure.savefig(file, format=suffix, dpi=150, metadata=writer)
 
 
 def check_plot_path(path: str | os.PathLike[str]) -> str:

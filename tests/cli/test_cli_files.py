@@ -1,5 +1,7 @@
 """The commands for model files and coded images, as a user types them."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +174,66 @@ def test_two_images_of_one_name_are_not_written_over_each_other(
         Image.new("RGB", (64, 64)).save(tmp_path / f"same.{suffix}")
     assert run("encode", tmp_path, "-m", files / "model.fmpq", "-o", tmp_path / "out") == 2
     assert "same.bmp and same.png would both be written" in capsys.readouterr().err
+
+
+def damaged(folder: Path, suffix: str) -> Path:
+    """Return ``folder`` with one more file that cannot be read."""
+    (folder / f"0-bad{suffix}").write_bytes(b"nothing of the kind")
+    return folder
+
+
+def test_one_bad_file_of_a_folder_is_listed_and_the_others_are_coded(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(files / "photos", tmp_path / "photos")
+    model, photos, coded = files / "model.fmpq", damaged(tmp_path / "photos", ".png"), tmp_path / "coded"
+    assert run("encode", photos, "-m", model, "-o", coded) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("2 images: ")
+    assert "1 of 3 images could not be encoded:\n" in printed.err
+    assert f"{photos}/0-bad.png" in printed.err
+    assert sorted(path.name for path in coded.iterdir()) == ["0.fmi", "1.fmi"]
+
+    assert run("decode", damaged(coded, ".fmi"), "-m", model, "-o", tmp_path / "back") == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("2 images: ")
+    assert f"1 of 3 images could not be decoded:\n  {coded}/0-bad.fmi: it is no .fmi file" in printed.err
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["0.png", "1.png"]
+
+    results = tmp_path / "results.json"
+    with pytest.warns(UserWarning, match="skipped"):
+        assert run("evaluate", model, photos, "--json", results) == 2
+    printed = capsys.readouterr()
+    assert "mean" in printed.out
+    assert "1 of 3 images could not be evaluated:\n" in printed.err
+    assert "0-bad.png" in json.loads(results.read_text())["skipped"][0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_ends_the_work_and_what_failed_before_is_listed(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(files / "photos", tmp_path / "photos")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0.fmi").symlink_to("/dev/full")
+    photos = damaged(tmp_path / "photos", ".png")
+    assert run("encode", photos, "-m", files / "model.fmpq", "-o", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "0-bad.png" in said
+    assert said.endswith(f"error: cannot write {tmp_path / 'out' / '0.fmi'}: No space left on device\n")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0.fmi"]
+
+
+def test_what_a_format_cannot_keep_is_said(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, model, coded = files / "photos" / "0.png", files / "model.fmpq", tmp_path / "0.fmi"
+    assert run("encode", photo, "-m", model, "-o", coded) == 0
+    images = {}
+    for suffix in reading.SUFFIXES:
+        out = tmp_path / f"a{suffix}"
+        assert run("decode", coded, "-m", model, "-o", out) == 0
+        assert (".png keeps what was decoded" in capsys.readouterr().err) == (suffix in (".jpg", ".jpeg"))
+        images[suffix] = reading.read(out)
+    for suffix, image in images.items():
+        assert torch.equal(image, images[".png"]) == (suffix not in (".jpg", ".jpeg")), suffix

@@ -1,0 +1,67 @@
+"""Arguments that several commands have, and what they name."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from fmpq_fx.models.zoo import model_factory
+from fmpq_fx.onnx.codec import BACKENDS
+
+CODED = ".fmi"
+MODEL = ".fmpq"
+
+
+def add_model(command: argparse.ArgumentParser, others: str = "") -> None:
+    """Add the arguments that name a model: "model", "quality" and "checkpoint"."""
+    add = command.add_argument
+    add(
+        "model",
+        metavar="MODEL",
+        help=f"{others}'sample', a name of CompressAI's zoo, or package.module:callable",
+    )
+    add("--quality", type=int, metavar="Q", help="of CompressAI's pretrained weights, 1 to 8")
+    add("--checkpoint", type=Path, metavar="F", help="trained weights of the model")
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Add the argument that says where to compute."""
+    command.add_argument(
+        "--device",
+        default="cpu",
+        metavar="cpu|cuda",
+        help="what to compute on; default cpu; cuda:1 is the second GPU",
+    )
+
+
+def add_memory(command: argparse.ArgumentParser) -> None:
+    """Add the argument that limits the memory of coding."""
+    command.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="that coding may take, as 2GB or 500MB, by tiles if need be; default: a quarter of the machine's",
+    )
+
+
+def add_class(command: argparse.ArgumentParser) -> None:
+    """Add the argument that makes a model of a class of the user's own."""
+    command.add_argument(
+        "--class",
+        dest="cls",
+        metavar="package.module:callable",
+        help="what makes the model of a .fmpq file, where it is not of CompressAI's zoo",
+    )
+
+
+def made_by(args: argparse.Namespace) -> Callable[[], nn.Module] | None:
+    """Return what makes the model of a .fmpq file, where the command line says that."""
+    return None if args.cls is None else model_factory(args.cls)
+
+
+def add_backend(command: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what runs the transforms of a model file."""
+    add = command.add_argument
+    add("--backend", choices=BACKENDS, default="torch", help="what runs the transforms of a .fmpq file")
+    add("--graphs", type=Path, metavar="DIR", help="what 'export onnx' wrote, or where to; default: not kept")
+    add("--threads", type=int, metavar="N", help="of torch and ONNX Runtime; default: their own choice")

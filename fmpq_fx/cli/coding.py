@@ -1,0 +1,253 @@
+"""The commands that code images: encode, decode, evaluate."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fmpq_fx import ranks
+from fmpq_fx.cli.arguments import (
+    CODED,
+    MODEL,
+    add_backend,
+    add_class,
+    add_device,
+    add_memory,
+    add_model,
+    made_by,
+)
+from fmpq_fx.cli.outputs import GRAPHS, IMAGE_MARK, RESULTS, Output, declare
+from fmpq_fx.coding import fmi
+from fmpq_fx.coding.evaluation import evaluate
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.formats.model_file import load_codec
+from fmpq_fx.formats.state import load_state
+from fmpq_fx.images import reading
+from fmpq_fx.models.zoo import load_model
+from fmpq_fx.storage.files import check_folder, replacing, write_text
+
+T = TypeVar("T")
+
+# What one image may fail with, while others do not: damage, a size, the memory that it takes.
+_FAILURES = (FmpqError, ValueError, OSError, MemoryError, RuntimeError)
+
+
+def add_evaluate(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``evaluate``."""
+    add_model(command, "a STATE or .fmpq file, ")
+    add_class(command)
+    command.add_argument("images", type=Path, metavar="DIR", help="folder of images, of any size")
+    command.add_argument("--json", type=Path, metavar="F", help="write the results per image and their means")
+    add_backend(command)
+    add_device(command)
+    add_memory(command)
+    declare(command, reads=["model", "checkpoint", "images"], writes=[("json", RESULTS), ("graphs", GRAPHS)])
+    command.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    model = _model(args).to(ranks.own_device(args.device))
+    results = evaluate(model, args.images, memory=args.memory)
+    if args.json is not None:
+        write_text(args.json, results.to_json())
+    print(results)
+    if args.json is not None:
+        print(f"results: {args.json}")
+    _raise_any(results.skipped, len(results.images) + len(results.skipped), "evaluated")
+
+
+def _model(args: argparse.Namespace) -> nn.Module:
+    """Return the model or what is in the file that the command names."""
+    if args.backend != "torch" and Path(args.model).suffix != MODEL:
+        raise ValueError(f"--backend {args.backend} runs model files (*{MODEL}); got {args.model}")
+    if args.backend != "torch" and args.device != "cpu":
+        raise ValueError(f"--backend {args.backend} runs on the CPU; leave --device {args.device} out")
+    if not Path(args.model).is_file():
+        return load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
+    if args.quality is not None or args.checkpoint is not None:
+        raise ValueError(
+            f"{args.model} is a file, which has its weights; leave --quality and --checkpoint out"
+        )
+    if Path(args.model).suffix != MODEL:
+        return load_state(args.model)
+    options: dict[str, Any] = {}
+    if args.backend != "torch":
+        options = {"backend": args.backend, "graphs": args.graphs, "threads": args.threads}
+    return load_codec(args.model, model=made_by(args), **options)
+
+
+def add_encode(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``encode``."""
+    source, out = "an image, or a folder of them", f"the file ({CODED}), or a folder for them"
+    _add_coding(command, source, out, fmi.MAGIC, _to_encode)
+    command.set_defaults(run=_encode)
+
+
+def add_decode(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``decode``."""
+    source = f"a {CODED} file, or a folder of them"
+    out = "the image (.png and others), or a folder for them, as PNG"
+    _add_coding(command, source, out, IMAGE_MARK, _to_decode)
+    command.set_defaults(run=_decode)
+
+
+def _add_coding(
+    command: argparse.ArgumentParser,
+    source: str,
+    out: str,
+    mark: bytes,
+    jobs: Callable[[argparse.Namespace], Mapping[Path, Path]],
+) -> None:
+    add = command.add_argument
+    add("source", type=Path, metavar="SOURCE", help=source)
+    add("-m", "--model", required=True, metavar="F", help="the model file (.fmpq)")
+    add("-o", "--out", type=Path, required=True, metavar="OUT", help=out)
+    add_class(command)
+    add_device(command)
+    add_memory(command)
+    output = Output(mark, check=lambda path: None, files=lambda args, path: jobs(args).values())
+    declare(command, reads=["source", "model"], writes=[("out", output)])
+
+
+def _encode(args: argparse.Namespace) -> None:
+    jobs, codec = _to_encode(args), _codec(args)
+    _make_folder(args)
+    pixels: list[int] = []
+    sizes: list[int] = []
+
+    def encoded(source: Path) -> bytes:
+        image = reading.read(source)
+        data = fmi.encode(codec, image, memory=args.memory)
+        pixels.append(image[0].numel())
+        sizes.append(len(data))
+        return data
+
+    failures = _each(jobs, "encode", encoded, _write_coded)
+    done = len(jobs) - len(failures)
+    if done:
+        rate = 8 * sum(sizes) / sum(pixels)
+        print(f"{_images(done)}: {sum(sizes):,} bytes, {rate:.4f} bits per pixel: {args.out}")
+    _raise_any(failures, len(jobs), "encoded")
+
+
+def _write_coded(data: bytes, out: Path) -> None:
+    with replacing(out) as file:
+        file.write(data)
+
+
+def _decode(args: argparse.Namespace) -> None:
+    jobs, codec = _to_decode(args), _codec(args)
+    _make_folder(args)
+
+    def decoded(source: Path) -> Tensor:
+        return fmi.decode(codec, source.read_bytes(), memory=args.memory)
+
+    failures = _each(jobs, "decode", decoded, reading.write)
+    if len(jobs) > len(failures):
+        print(f"{_images(len(jobs) - len(failures))}: {args.out}")
+        if not args.source.is_dir() and args.out.suffix.lower() in reading.LOSSY:
+            print(
+                f"fmpq-fx: note: {args.out.suffix} loses detail; .png keeps what was decoded", file=sys.stderr
+            )
+    _raise_any(failures, len(jobs), "decoded")
+
+
+def _codec(args: argparse.Namespace) -> nn.Module:
+    return load_codec(args.model, model=made_by(args)).to(ranks.own_device(args.device))
+
+
+def _make_folder(args: argparse.Namespace) -> None:
+    if args.source.is_dir():
+        args.out.mkdir(parents=True, exist_ok=True)
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' * (count != 1)}"
+
+
+def _each(
+    jobs: Mapping[Path, Path], verb: str, make: Callable[[Path], T], write: Callable[[T, Path], None]
+) -> list[str]:
+    """Make something of each source and write it; return what went wrong, by source.
+
+    Raises:
+        OSError: a file cannot be written. The others could not either, so they are not tried.
+    """
+    failures: list[str] = []
+    for source, out in tqdm(jobs.items(), desc=verb, unit="image", disable=None, leave=False):
+        try:
+            made = make(source)
+        except _FAILURES as error:
+            failures.append(str(error) if str(source) in str(error) else f"{source}: {error}")
+            continue
+        try:
+            write(made, out)
+        except OSError:
+            for failure in failures:
+                print(f"fmpq-fx: error: {failure}", file=sys.stderr)
+            raise
+    return failures
+
+
+def _raise_any(failures: Iterable[str], count: int, verb: str) -> None:
+    """Raise an error that lists what failed of ``count`` images, if something did."""
+    failures = list(failures)
+    if count == 1 and failures:
+        raise FmpqError(failures[0])
+    if failures:
+        raise FmpqError("\n  ".join([f"{len(failures)} of {count} images could not be {verb}:", *failures]))
+
+
+def _to_encode(args: argparse.Namespace) -> dict[Path, Path]:
+    return _jobs(args, reading.find, CODED, check_folder)
+
+
+def _to_decode(args: argparse.Namespace) -> dict[Path, Path]:
+    return _jobs(args, _coded_files, ".png", _check_image)
+
+
+def _check_image(path: Path) -> None:
+    check_folder(reading.check_writable(path))
+
+
+def _coded_files(folder: Path) -> list[Path]:
+    found = sorted(p for p in folder.iterdir() if p.suffix == CODED and p.name[0] != "." and p.is_file())
+    if not found:
+        raise FmpqError(f"there are no {CODED} files in {folder}")
+    return found
+
+
+def _jobs(
+    args: argparse.Namespace,
+    found: Callable[[Path], list[Path]],
+    suffix: str,
+    check: Callable[[Path], object],
+) -> dict[Path, Path]:
+    """Return the file to write for each source, after checking that it can be one; nothing is made.
+
+    Raises:
+        FmpqError: there is no source, or two of them would be written to one file.
+        OSError: the output is a folder and must be a file, or the other way round, or is in no folder.
+    """
+    if not args.source.exists():
+        raise FmpqError(f"there is no file and no folder {args.source}")
+    if not args.source.is_dir():
+        check(args.out)
+        return {args.source: args.out}
+    if args.out.exists() and not args.out.is_dir():
+        raise NotADirectoryError(
+            f"{args.source} is a folder, and {args.out} is a file; name a folder for the files"
+        )
+    jobs = {source: args.out / (source.stem + suffix) for source in found(args.source)}
+    if len(set(jobs.values())) < len(jobs):
+        twice = next(out for out in jobs.values() if list(jobs.values()).count(out) > 1)
+        names = " and ".join(source.name for source, out in jobs.items() if out == twice)
+        raise FmpqError(f"{names} would both be written to {twice}; rename one")
+    return jobs

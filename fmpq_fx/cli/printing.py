@@ -1,0 +1,55 @@
+"""Printing that never fails a job: what cannot be printed is replaced, or left out."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any, TextIO
+
+
+@contextmanager
+def forgiving() -> Iterator[None]:
+    """Within the block, let nothing that is printed raise an error: not the program's own lines, nor anyone else's.
+
+    A character that the encoding of a stream lacks is printed as "?". A reader that closed its pipe has seen enough.
+    """
+    with ExitStack() as stack:
+        for redirect, stream in ((redirect_stderr, sys.stderr), (redirect_stdout, sys.stdout)):
+            if stream is not None:  # None: closed before the program began
+                forgiven = _Forgiving(stream)
+                stack.enter_context(redirect(forgiven))
+                stack.callback(forgiven.flush)
+        yield
+
+
+class _Forgiving:
+    """A text stream like the one that it is made of, except that it raises no error."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self.stream.encoding
+            return self.write(text.encode(encoding, "replace").decode(encoding))
+        except OSError as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Let what is still to be printed vanish; Python would complain of it when it ends."""
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        if not isinstance(error, BrokenPipeError) and self is not sys.stderr:
+            print(f"fmpq-fx: note: cannot print: {error.strerror}", file=sys.stderr)

@@ -1,0 +1,214 @@
+"""The commands that choose bits and train at them: prepare, finetune."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from torch import fx
+
+from fmpq_fx import ranks
+from fmpq_fx.cli.arguments import add_device, add_model
+from fmpq_fx.cli.outputs import HISTORY, PICTURE, PLAN, STATE, TABLE, TRAINING, declare, training_checkpoint
+from fmpq_fx.formats.state import load_state, save_state, spec_of
+from fmpq_fx.models.zoo import load_model
+from fmpq_fx.passes.plan.planners import PLANNERS
+from fmpq_fx.passes.plan.tables import Sensitivity
+from fmpq_fx.passes.rewrite import plan_of
+from fmpq_fx.pipeline import SIZES, prepare
+from fmpq_fx.report.picture import plot_plan
+from fmpq_fx.report.table import bit_table
+from fmpq_fx.training.finetuning import finetune
+from fmpq_fx.training.history import LOSSES, History, Settings
+
+_NUMBERS = {
+    "steps": "of training",
+    "batch_size": "crops in a step, of all processes together",
+    "crop": "their side, pixels",
+    "quantizer_lr": "learning rate of the logarithms of steps",
+    "aux_lr": "learning rate of the entropy bottleneck's quantiles",
+    "max_norm": "what the norm of the gradient is clipped at",
+    "validate_every": "steps",
+    "seed": "of crops and noise",
+}
+_FINETUNE_OPTIONS = ("validation", "lmbda", "loss", *_NUMBERS, "lr", "bfloat16", "workers")
+
+
+def add_prepare(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``prepare``."""
+    add = command.add_argument
+    add_model(command)
+    add(
+        "--target-cr",
+        type=float,
+        required=True,
+        metavar="CR",
+        help="quantized / float32 weight bytes: 0.25, or 4",
+    )
+    add("--images", type=Path, metavar="DIR", help="calibration images; default: scikit-image's photographs")
+    add("--lmbda", type=float, metavar="L", help="weight of the distortion; default: as heavy as the rate")
+    add("--planner", choices=list(PLANNERS), default="adaptive")
+    add(
+        "--size",
+        choices=SIZES,
+        default="nominal",
+        help="what --target-cr counts: nominal bytes, or bytes as the model file codes them",
+    )
+    add("--bits", type=_bits, metavar="2-10", help="candidate bit-widths, as 2-10 or 4,6,8; default 2-10")
+    add(
+        "--activation-bits",
+        type=_activation_bits,
+        default=8,
+        metavar="8|none",
+        help="bits of every layer's input; none keeps activations float",
+    )
+    add(
+        "--fixed",
+        type=_fixed,
+        action="append",
+        default=[],
+        metavar="SITE=BITS",
+        help="give a site, or all that a glob matches, these bits, or 'none' for float; may be repeated",
+    )
+    add(
+        "--sensitivity",
+        type=Path,
+        metavar="F",
+        help="table to reuse (JSON); what it lacks is measured and written, as it goes",
+    )
+    add(
+        "--memory", metavar="2GB", help="what activations may be kept in; default: a quarter of the machine's"
+    )
+    add("--plot", type=Path, metavar="F", help="draw bits and zeta per site (png, svg or pdf)")
+    add("--plan-out", type=Path, metavar="F", help="write the plan (JSON)")
+    add("--out", type=Path, metavar="STATE", help="write the quantized model, for 'finetune' and the others")
+    add_device(command)
+    outputs = {"plot": PICTURE, "plan_out": PLAN, "sensitivity": TABLE, "out": STATE}
+    declare(command, reads=["model", "checkpoint", "images"], writes=list(outputs.items()))
+    command.set_defaults(run=_prepare, shared=True)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    table = Sensitivity.load(args.sensitivity) if args.sensitivity and args.sensitivity.exists() else None
+    reuse = table is not None and table.complete
+    with ranks.joined(args.device) as device:
+        model = load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
+        gm = prepare(
+            model.to(device),
+            args.target_cr,
+            calibration=args.images,
+            lmbda=args.lmbda,
+            bits=args.bits,
+            activation_bits=args.activation_bits,
+            planner=args.planner,
+            size=args.size,
+            fixed=dict(args.fixed),
+            sensitivity=table if reuse else None,
+            checkpoint=None if reuse else args.sensitivity,
+            memory=args.memory,
+        )
+        if ranks.is_first():
+            _write_prepared(gm, args)
+
+
+def _write_prepared(gm: fx.GraphModule, args: argparse.Namespace) -> None:
+    written = []
+    if args.plot is not None:
+        plot_plan(gm, args.plot)
+        written.append(f"picture: {args.plot}")
+    if args.plan_out is not None:
+        plan_of(gm).save(args.plan_out)
+        written.append(f"plan: {args.plan_out}")
+    if args.out is not None:
+        save_state(gm, args.out, model=args.model)
+        written.append(f"state: {args.out}")
+    print(bit_table(gm), *written, sep="\n")
+
+
+def add_finetune(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``finetune``."""
+    add = command.add_argument
+    add("state", type=Path, metavar="STATE", help="what 'prepare --out' or 'finetune --out' wrote")
+    add("images", type=Path, metavar="DIR", help="folder of images to train on")
+    add("--out", type=Path, required=True, metavar="STATE", help="write the trained model")
+    add("--validation", type=Path, metavar="DIR", help="images to validate on; default: a tenth of DIR")
+    add("--lmbda", type=float, metavar="L", help="weight of the distortion; default: that of the plan")
+    add("--loss", choices=LOSSES, default=Settings.loss)
+    for name, text in _NUMBERS.items():
+        default = getattr(Settings, name)
+        option = f"--{name.replace('_', '-')}"
+        add(option, type=type(default), default=default, metavar="X", help=f"{text}; default {default:g}")
+    add(
+        "--lr",
+        type=float,
+        metavar="X",
+        help="learning rate of weights, biases and entropy models; default: by the plan",
+    )
+    add("--bfloat16", action="store_true", help="compute the transforms in bfloat16")
+    add("--workers", type=int, metavar="X", help="processes that read images ahead")
+    add("--history", type=Path, metavar="F", help="write losses and validations (JSON)")
+    add_device(command)
+    declare(
+        command,
+        reads=["state", "images", "validation"],
+        writes=[("out", STATE), ("out", TRAINING), ("history", HISTORY)],
+    )
+    command.set_defaults(run=_finetune, shared=True)
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    options = {name: getattr(args, name) for name in _FINETUNE_OPTIONS}
+    checkpoint = training_checkpoint(args.out)
+    with ranks.joined(args.device) as device:
+        gm = load_state(args.state).to(device)
+        try:
+            history = finetune(gm, args.images, checkpoint=checkpoint, **options)
+        except KeyboardInterrupt:
+            if checkpoint.exists() and ranks.is_first():
+                print(
+                    f"\n{checkpoint} holds the training so far; the same command goes on from it",
+                    file=sys.stderr,
+                )
+            raise
+        if ranks.is_first():
+            _write_tuned(gm, history, checkpoint, args)
+
+
+def _write_tuned(gm: fx.GraphModule, history: History, checkpoint: Path, args: argparse.Namespace) -> None:
+    save_state(gm, args.out, model=spec_of(args.state))
+    checkpoint.unlink(missing_ok=True)
+    written = [f"state: {args.out}"]
+    if args.history is not None:
+        history.save(args.history)
+        written.append(f"history: {args.history}")
+    print(history, *written, sep="\n")
+
+
+def _bits(text: str) -> list[int]:
+    """Parse "2-10" or "4,6,8"."""
+    try:
+        low, dash, high = text.partition("-")
+        bits = list(range(int(low), int(high) + 1)) if dash else [int(b) for b in text.split(",")]
+    except ValueError:
+        bits = []
+    if not bits:
+        _refuse(f"expected bit-widths as 2-10 or 4,6,8; got {text!r}")
+    return bits
+
+
+def _activation_bits(text: str) -> int | None:
+    try:
+        return None if text.lower() == "none" else int(text)
+    except ValueError:
+        _refuse(f"expected a number of bits or 'none'; got {text!r}")
+
+
+def _fixed(text: str) -> tuple[str, int | None]:
+    site, equals, bits = text.rpartition("=")
+    if not equals:
+        _refuse(f"expected SITE=BITS, as g_s.6=8 or 'h_*=none'; got {text!r}")
+    return site, _activation_bits(bits)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise argparse.ArgumentTypeError(message)
