@@ -1,10 +1,19 @@
 # make demo: the main job on real photographs. make test: every check and test. Both set up what they need.
-PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TYPED := build/typed/fmpq_fx
 
-.PHONY: demo test check lint types unit format clean
+# CompressAI, and the NumPy that it needs, come compiled for these versions of Python. PYTHON=... names one.
+SUITS := import sys, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
+PYENV := $${PYENV_ROOT:-$$HOME/.pyenv}/versions
+CANDIDATES := python3 python3.12 python3.11 python3.10 "$(PYENV)"/3.1[0-2]*/bin/python \
+	"$$(uv python find '>=3.10,<3.13' 2>/dev/null)"
+FIND_PYTHON = for python in $(or $(PYTHON),$(CANDIDATES)); do \
+	if "$$python" -c '$(SUITS)' 2>/dev/null; then echo "$$python"; exit; fi; done; \
+	echo "Python 3.10, 3.11 or 3.12 with its venv module is needed, and was not found: install one, as by 'apt install\
+	python3.12-venv', 'pyenv install 3.12' or 'uv python install 3.12', or pass PYTHON=path." >&2; exit 1
+
+.PHONY: demo test check lint types unit format clean python
 
 demo: $(VENV)/.installed
 	$(BIN)/fmpq-fx demo --out out
@@ -33,11 +42,14 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 $(VENV)/.installed: setup.cfg pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; pass PYTHON=python3.x")'
-	$(PYTHON) -m venv $(VENV)
+	@python=$$($(FIND_PYTHON)) && "$$python" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+# Prints the Python that the environment is made with.
+python:
+	@$(FIND_PYTHON)
 
 clean:
 	rm -rf $(VENV) build out *.egg-info
