@@ -5,21 +5,19 @@ sees everything, or where nobody knows what it sees, there is an error that name
 """
 
 import math
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from operator import attrgetter
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from compressai.layers import GDN, GDN1
 from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.exact import ExactLayer, ExactLeakyReLU
+from fmpq_fx.exact import ExactLayer
 from fmpq_fx.exact.products import ConvProduct, ConvTransposeProduct, Product, product_of
+from fmpq_fx.passes.operations import Places, arguments_of_module, operation_of, operation_of_module, sizes
 from fmpq_fx.quant import QuantizedLayer, quantized_class
 
 
@@ -65,48 +63,6 @@ Reaches = tuple[Reach, Reach]
 
 _Rule = Callable[[Reaches], Reaches]
 
-_CATS = (torch.cat, torch.concat)
-_DIVISIONS = (torch.chunk, torch.split, "chunk", "split")
-_ALONG = (*_CATS, *_DIVISIONS)
-
-_NAMES = (
-    *("abs", "add", "add_", "clamp", "clamp_", "clone", "contiguous", "detach", "div", "div_", "exp", "log"),
-    *(
-        "maximum",
-        "minimum",
-        "mul",
-        "mul_",
-        "neg",
-        "pow",
-        "relu",
-        "relu_",
-        "round",
-        "rsqrt",
-        "sigmoid",
-        "sqrt",
-    ),
-    *("square", "sub", "sub_", "tanh", "where"),
-)
-_OPERATORS = ("abs", "add", "iadd", "imul", "isub", "itruediv", "mul", "neg", "pow", "sub", "truediv")
-_ACTIVATIONS = (
-    *("dropout", "elu", "gelu", "hardtanh", "leaky_relu", "mish", "relu", "relu6", "sigmoid", "silu"),
-    *("softplus", "tanh"),
-)
-_POINTWISE = frozenset(
-    [
-        *_NAMES,
-        *(getattr(torch, name) for name in _NAMES if hasattr(torch, name)),
-        *(getattr(operator, name) for name in _OPERATORS),
-        *(getattr(F, name) for name in _ACTIVATIONS),
-    ]
-)
-_POINTWISE_MODULES = (
-    *(nn.BatchNorm2d, nn.Dropout, nn.Dropout2d, nn.ELU, nn.GELU, nn.Hardswish, nn.Hardtanh, nn.Identity),
-    *(nn.LeakyReLU, nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Tanh),
-    ExactLeakyReLU,
-)
-"""In evaluation mode: what each place becomes depends on no other."""
-
 
 def receptive_field(gm: fx.GraphModule) -> Reaches:
     """Return what of its input, (B, C, H, W), the output of ``gm`` sees, by rows and by columns.
@@ -119,6 +75,7 @@ def receptive_field(gm: fx.GraphModule) -> Reaches:
         FmpqError: an operation sees more than a neighbourhood, or what it sees is not known; its name is said.
     """
     known: dict[fx.Node, Reaches] = {}
+    of_sizes = sizes(gm, gm.graph)
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             if known:
@@ -128,8 +85,10 @@ def receptive_field(gm: fx.GraphModule) -> Reaches:
             if not isinstance(node.args[0], fx.Node) or node.args[0] not in known:
                 raise FmpqError("its output is not one tensor that is computed from its input")
             return known[node.args[0]]
+        elif node in of_sizes:
+            continue  # refused where something is computed with it
         elif reads := [known[read] for read in node.all_input_nodes if read in known]:
-            _check_constants(gm, node, known)
+            _check_constants(gm, node, known, of_sizes)
             if any(read[axis].stride != reads[0][axis].stride for read in reads for axis in (0, 1)):
                 raise FmpqError(f"{_words(gm, node)} reads values of several sizes")
             rows, columns = reads[0]
@@ -157,14 +116,14 @@ def _seen(gm: fx.GraphModule, node: fx.Node, reads: Reaches) -> Reaches:
         rule = _rule_of(gm.get_submodule(str(node.target)))
         if rule is not None and len(node.all_input_nodes) == 1:
             return rule(reads)
-    elif (
-        node.target in _POINTWISE
-        or (node.target in _ALONG and _dimension(node) == 1)
-        or (node.target is operator.getitem and _picks_channels(node))
-    ):
-        return reads
-    elif node.target in (F.pixel_shuffle, torch.pixel_shuffle) and isinstance(node.args[-1], int):
-        return _shuffled(node.args[-1])(reads)
+    else:
+        operation = operation_of(gm, node)
+        places = Places.ELSEWHERE if operation is None else operation.places
+        along = places is Places.ALONG and _dimension(node) == 1
+        if places is Places.OWN or along or (places is Places.PICKED and _picks_channels(gm, node)):
+            return reads
+        if places is Places.SHUFFLED and isinstance(node.args[-1], int):
+            return _shuffled(node.args[-1])(reads)
     raise FmpqError(f"{_words(gm, node)} sees more than a neighbourhood, or what it sees is not known")
 
 
@@ -174,10 +133,16 @@ def _words(gm: fx.GraphModule, node: fx.Node) -> str:
     return f"{node.name!r} ({getattr(node.target, '__name__', node.target)})"
 
 
-def _check_constants(gm: fx.GraphModule, node: fx.Node, known: Mapping[fx.Node, Reaches]) -> None:
-    """Refuse a constant that may have a value of its own for each place."""
+def _check_constants(
+    gm: fx.GraphModule, node: fx.Node, known: Mapping[fx.Node, Reaches], of_sizes: set[fx.Node]
+) -> None:
+    """Refuse a constant that may have a value of its own for each place, and sizes."""
     for read in node.all_input_nodes:
         if read not in known:
+            if read in of_sizes:
+                raise FmpqError(
+                    f"{_words(gm, node)} reads {read.name!r}, a size, which is another one in a part"
+                )
             value = attrgetter(str(read.target))(gm) if read.op == "get_attr" else None
             if not isinstance(value, Tensor) or any(side != 1 for side in value.shape[-2:]):
                 raise FmpqError(
@@ -187,16 +152,17 @@ def _check_constants(gm: fx.GraphModule, node: fx.Node, known: Mapping[fx.Node, 
 
 def _dimension(node: fx.Node) -> Any:
     """Return the dimension that ``node`` puts together, or divides, tensors along."""
-    position = 1 if node.target in _CATS else 2
+    position = 1 if isinstance(node.args[0], list | tuple) else 2  # of tensors to be joined, or of one
     return node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
 
 
-def _picks_channels(node: fx.Node) -> bool:
+def _picks_channels(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Say whether ``node``, an item, is one of several chunks or some of the channels."""
     source, index = node.args
     if isinstance(index, tuple):
         return all(isinstance(i, slice) for i in index) and all(i == slice(None) for i in index[2:])
-    return isinstance(source, fx.Node) and source.target in _DIVISIONS
+    divides = operation_of(gm, source) if isinstance(source, fx.Node) else None
+    return divides is not None and divides.name in ("chunk", "split")
 
 
 def _windowed(stride: Any, kernel: Any, dilation: Any, padding: Any) -> _Rule:
@@ -254,17 +220,19 @@ def _rule_of(module: nn.Module) -> _Rule | None:
     layer = module.layer if isinstance(module, QuantizedLayer) else module
     if quantized_class(layer) is not None:
         return (lambda reads: reads) if isinstance(layer, GDN | GDN1) else _of_product(product_of(layer))
-    if type(layer) in _POINTWISE_MODULES:
-        return lambda reads: reads
-    if isinstance(layer, nn.PixelShuffle):
-        return _shuffled(layer.upscale_factor)
-    if isinstance(layer, nn.PixelUnshuffle):
-        return _windowed(layer.downscale_factor, layer.downscale_factor, 1, 0)
-    if isinstance(layer, nn.MaxPool2d):
-        return _windowed(layer.stride, layer.kernel_size, layer.dilation, layer.padding)
-    if isinstance(layer, nn.AvgPool2d):
-        return _windowed(layer.stride, layer.kernel_size, 1, layer.padding)
-    if isinstance(layer, nn.ZeroPad2d):
-        left, _, top, _ = layer.padding
-        return _windowed(1, 1, 1, (top, left))
+    operation, arguments = operation_of_module(layer), arguments_of_module(layer)
+    match operation.places if operation is not None else None:
+        case Places.OWN:
+            return lambda reads: reads
+        case Places.SHUFFLED:
+            return _shuffled(arguments["upscale_factor"])
+        case Places.GATHERED:
+            factor = arguments["downscale_factor"]
+            return _windowed(factor, factor, 1, 0)
+        case Places.WINDOW:
+            window = arguments["kernel_size"], arguments.get("dilation", 1), arguments["padding"]
+            return _windowed(arguments["stride"], *window)
+        case Places.PADDED:
+            left, _, top, _ = arguments["pad"]
+            return _windowed(1, 1, 1, (top, left))
     return None

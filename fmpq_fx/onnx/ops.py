@@ -1,18 +1,16 @@
 """The ONNX form of everything that is no layer with weights: one table of operations, and what emits each."""
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from compressai.layers import GDN, GDN1, MaskedConv2d
 from torch import fx, nn
 
-from fmpq_fx.onnx import layers as layers
+from fmpq_fx.onnx import layers
 from fmpq_fx.onnx.graph import OnnxGraph, failed, shape_of
 from fmpq_fx.onnx.integer_layers import integer_convolution
+from fmpq_fx.passes.operations import arguments_of_module, operation_of
 from fmpq_fx.quant.layers import (
     QuantizedConv2d,
     QuantizedConvTranspose2d,
@@ -38,20 +36,21 @@ def emit(graph: OnnxGraph, gm: fx.GraphModule, node: fx.Node, values: dict[fx.No
     Raises:
         FmpqError: there is no ONNX form.
     """
-    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if missing := [read.name for read in node.all_input_nodes if read not in values]:
+        raise failed(node, f"it reads {missing[0]!r}, which has none")
+    module: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
     args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    kind = next((kind for kind in type(module).__mro__ if kind in LAYERS), None)
+    if kind is not None and type(module).forward is kind.forward:  # no subclass that computes something else
+        return LAYERS[kind](graph, node, module, *args)
+    operation = operation_of(gm, node)
+    if operation is None or operation.name not in OPERATIONS:
+        what = f"{node.op} {getattr(node.target, '__name__', node.target)!r}"
+        raise failed(node, f"there is none of {what if module is None else f'a {type(module).__name__}'}")
     if module is not None:
-        for kind in type(module).__mro__:
-            if kind in MODULES:
-                if type(module).forward is not kind.forward:
-                    break  # a subclass that computes something else
-                return MODULES[kind](graph, node, module, *args)
-        raise failed(node, f"there is none of a {type(module).__name__}")
-    key = node.target if node.op == "call_function" else str(node.target)
-    if key not in FUNCTIONS:
-        raise failed(node, f"there is none of {node.op} {getattr(key, '__name__', key)!r}")
+        kwargs = {**kwargs, **arguments_of_module(module)}
     try:
-        return FUNCTIONS[key](graph, node, *args, **kwargs)
+        return OPERATIONS[operation.name](graph, node, *args, **kwargs)
     except TypeError as error:  # an argument that the emitter does not know
         raise failed(node, f"{node.format_node()} has arguments that are not known here ({error})") from error
 
@@ -233,7 +232,7 @@ _UNARY = {
     "softplus": "Softplus",
 }
 _BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "pow": "Pow"}
-_BY_NAME: dict[str, Emit] = {
+OPERATIONS: dict[str, Emit] = {
     **{name: _unary(op) for name, op in _UNARY.items()},
     **{name: _binary(op) for name, op in _BINARY.items()},
     "relu": _relu,
@@ -244,46 +243,21 @@ _BY_NAME: dict[str, Emit] = {
     "cat": _cat,
     "chunk": _chunk,
     "split": _split,
+    "getitem": _item,
     "pixel_shuffle": _pixel_shuffle,
     "pad": _pad,
     "mean": _mean,
     "unflatten": _unflatten,
     "flatten": _flatten,
     "permute": _permute,
-    "contiguous": _same,
-    "detach": _same,
+    "identity": _same,
 }
+"""By the names of the rows in :mod:`fmpq_fx.passes.operations`."""
 
-FUNCTIONS: dict[Any, Emit] = {
-    **_BY_NAME,  # methods of tensors
-    **{getattr(home, name): e for name, e in _BY_NAME.items() for home in (F, torch) if hasattr(home, name)},
-    **{getattr(operator, name): _binary(op) for name, op in _BINARY.items() if name != "div"},
-    operator.truediv: _binary("Div"),
-    operator.neg: _unary("Neg"),
-    operator.getitem: _item,
-    abs: _unary("Abs"),
-}
-
-MODULES: dict[type[nn.Module], Emit] = {
-    **dict.fromkeys(
-        (
-            nn.Conv2d,
-            nn.ConvTranspose2d,
-            MaskedConv2d,
-            QuantizedMaskedConv2d,
-            QuantizedConvTranspose2d,
-        ),
-        layers.convolution,
-    ),
+_FLOAT = (nn.Conv2d, nn.ConvTranspose2d, MaskedConv2d, QuantizedMaskedConv2d, QuantizedConvTranspose2d)
+LAYERS: dict[type[Any], Emit] = {
+    **dict.fromkeys(_FLOAT, layers.convolution),
     QuantizedConv2d: _convolution,
     **dict.fromkeys((nn.Linear, QuantizedLinear), layers.linear),
     **dict.fromkeys((GDN, GDN1, QuantizedGDN, QuantizedGDN1), layers.gdn),
-    nn.ReLU: lambda graph, node, module, x: _relu(graph, node, x),
-    nn.LeakyReLU: lambda graph, node, module, x: _leaky_relu(graph, node, x, module.negative_slope),
-    nn.GELU: lambda graph, node, module, x: _gelu(graph, node, x, module.approximate),
-    nn.SiLU: lambda graph, node, module, x: _silu(graph, node, x),
-    nn.Sigmoid: lambda graph, node, module, x: graph.add("Sigmoid", [x], node.name),
-    nn.Tanh: lambda graph, node, module, x: graph.add("Tanh", [x], node.name),
-    nn.PixelShuffle: lambda graph, node, module, x: _pixel_shuffle(graph, node, x, module.upscale_factor),
-    nn.Identity: lambda graph, node, module, x: x,
 }

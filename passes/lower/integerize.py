@@ -1,11 +1,11 @@
 """Lower the entropy path of a model to exact integer arithmetic, so that what it codes decodes everywhere."""
 
 import functools
+from operator import attrgetter
 from typing import Any
 
 import torch
-from compressai.entropy_models import EntropyBottleneck
-from torch import nn
+from torch import Tensor, nn
 
 from fmpq_fx.coding.wavefront import Context, WavefrontDecoder, WavefrontEncoder
 from fmpq_fx.errors import FmpqError
@@ -47,8 +47,10 @@ def integerize(model: nn.Module, path: EntropyPath) -> nn.Module:
             for old, new in exact.values():
                 replace_module(model, new, old)
             raise
-    for name in path.priors:
-        _round_medians(model.get_submodule(name))
+    # Medians as well, so that a symbol plus its median is a fixed-point number in every type.
+    medians = [attrgetter(f"{name}.quantiles")(model)[:, :, 1] for name in path.priors]
+    for values in (*medians, *(attrgetter(name)(model) for name in path.constants)):
+        _round(values)
     return model
 
 
@@ -61,7 +63,6 @@ def _code_along_wavefronts(model: Any) -> None:
 
 
 @torch.no_grad()
-def _round_medians(prior: EntropyBottleneck) -> None:
-    """Make the medians of ``prior`` fixed-point numbers, so that a symbol plus its median is one in every type."""
-    medians = prior.quantiles[:, :, 1]
-    medians.copy_(from_integers(to_integers(medians), medians.dtype))
+def _round(values: Tensor) -> None:
+    """Make ``values`` fixed-point numbers, in place."""
+    values.copy_(from_integers(to_integers(values), values.dtype))

@@ -1,0 +1,177 @@
+"""What lies on the entropy path: what there is exact, and codes under one setting for every other, and what is not."""
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compressai.entropy_models import GaussianConditional
+from compressai.latent_codecs import HyperLatentCodec
+from compressai.layers import GDN, MaskedConv2d
+from compressai.models import MeanScaleHyperprior
+from torch import Tensor, nn
+
+import fmpq_fx
+from fmpq_fx import FmpqError
+from fmpq_fx.exact import ExactLayer, ExactLeakyReLU
+from fmpq_fx.passes.lower.entropy_path import entropy_path
+from support.coded_models import graph_of, latents, lively
+from support.hyperpriors import Hyperprior, LatentsAdded
+
+
+def images() -> Tensor:
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+EXACT: dict[str, Callable[[], nn.Module]] = {
+    "nothing": lambda: Hyperprior(lambda m, x: x),
+    "slices": lambda: Hyperprior(lambda m, x: torch.cat([x[:, 12:].relu(), x[:, :12].abs()], dim=1)),
+    "a residual": lambda: Hyperprior(lambda m, x: x + m.more(x), more=nn.Conv2d(24, 24, 1)),
+    "residuals of residuals": lambda: Hyperprior(
+        lambda m, x: (y := x + m.more(x)) + m.more(y) - x + 0.5, more=nn.Conv2d(24, 24, 1)
+    ),
+    "a constant": lambda: Hyperprior(lambda m, x: x + 0.25),
+    "a crop": lambda: Hyperprior(lambda m, x: x[:, :, : x.size(2), : x.shape[3]]),
+    "a crop of a size that is computed": lambda: Hyperprior(lambda m, x: x[:, :, : x.size(2) * 2 // 2 + 0]),
+    "a parameter": lambda: Hyperprior(lambda m, x: x + m.offset),
+    "a parameter of each channel": lambda: Hyperprior(
+        lambda m, x: torch.maximum(x, m.shift.view(1, -1, 1, 1)) - m.shift[:, None, None],
+        shift=nn.Parameter(torch.linspace(-1, 1, 24)),
+    ),
+    "a mask": lambda: Hyperprior(
+        lambda m, x: x * m.mask + m.more(x * (1 - m.mask)),
+        mask=(torch.arange(24) % 2).view(1, -1, 1, 1).float(),
+        more=nn.Conv2d(24, 24, 1),
+    ),
+    "products": lambda: Hyperprior(lambda m, x: -3 * (x * 0.5) * 2 - x / 2 * 4),
+    "a product that a layer reads": lambda: Hyperprior(lambda m, x: m.more(x / 8), more=nn.Conv2d(24, 24, 1)),
+    "a clamp": lambda: Hyperprior(lambda m, x: x.clamp(min=-2, max=1.5)),
+    "padding": lambda: Hyperprior(
+        lambda m, x: F.pad(F.pad(x, (1, 1, 2, 0), value=0.5)[:, :, 1:], (-1, -1, -1, 0), mode="constant"),
+    ),
+    "float layers": lambda: Hyperprior(lambda m, x: m.more(x), more=nn.Conv2d(24, 24, 3, padding=1)),
+}
+
+INEXACT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "softplus": (
+        lambda: Hyperprior(lambda m, x: F.softplus(x)),
+        r"'softplus' \(.*softplus.*has no exact form",
+    ),
+    "a GDN": (lambda: Hyperprior(lambda m, x: m.norm(x), norm=GDN(24)), r"'norm' \(GDN\) has no exact form"),
+    "a SiLU": (lambda: Hyperprior(lambda m, x: m.act(x), act=nn.SiLU()), r"'act' \(SiLU\) has no exact form"),
+    "a large parameter": (
+        lambda: Hyperprior(lambda m, x: x + m.large, large=nn.Parameter(torch.full((1,), 300.0))),
+        "'large' has values beyond 256",
+    ),
+    "a size": (lambda: Hyperprior(lambda m, x: x + x.size(2)), "'add' .* size is no fixed-point number"),
+    "a fine constant": (lambda: Hyperprior(lambda m, x: x + 0.1), "'add' .* has no exact form"),
+    "a large constant": (lambda: Hyperprior(lambda m, x: x + 1000), "'add' .* has no exact form"),
+    "very many terms": (
+        lambda: Hyperprior(lambda m, x: functools.reduce(lambda y, _: y + y, range(5), x)),
+        "'add_4' .* adds up 32 outputs of layers",
+    ),
+    "latents": (lambda: LatentsAdded(lambda m, x: x), "adds up latents themselves"),
+    "a product by many bits": (
+        lambda: Hyperprior(lambda m, x: x * 0.3),
+        "'mul' .* only constants of few bits multiply",
+    ),
+    "a product by a parameter": (lambda: Hyperprior(lambda m, x: x * m.offset), "'mul' .* has no exact form"),
+    "a product of two layers": (lambda: Hyperprior(lambda m, x: x * x), "'mul' .* has no exact form"),
+    "a large product": (
+        lambda: Hyperprior(lambda m, x: x * 17),
+        "'mul' .* takes 17 times",
+    ),
+    "halves as means": (
+        lambda: Hyperprior(lambda m, x: x * 0.5),
+        "is finer than 2\\^-12, since it was scaled",
+    ),
+    "a quotient": (lambda: Hyperprior(lambda m, x: x / 3), "'truediv' .* has no exact form"),
+    "a clamp between numbers": (
+        lambda: Hyperprior(lambda m, x: x.clamp(min=0.11)),
+        "'clamp' .* 0.11 is no fixed-point number up to 256",
+    ),
+    "padding with what is between numbers": (
+        lambda: Hyperprior(lambda m, x: F.pad(x, (1, 1, 1, 1), value=0.1)[..., 1:-1, 1:-1]),
+        "'pad' .* 0.1 is no fixed-point number",
+    ),
+    "a mean": (
+        lambda: Hyperprior(lambda m, x: x.mean((2, 3), keepdim=True) + x),
+        "'mean' .* adds up too many",
+    ),
+    "a masked convolution": (
+        lambda: Hyperprior(lambda m, x: m.masked(x), masked=MaskedConv2d(24, 24, 5, padding=2)),
+        "'masked' is a masked convolution",
+    ),
+}
+
+
+@pytest.mark.parametrize("make", EXACT.values(), ids=EXACT)
+def test_what_moves_and_adds_fixed_point_numbers_is_exact(make: Callable[[], nn.Module]) -> None:
+    gm = graph_of(make(), images(), None)
+    model: Any = fmpq_fx.convert(gm, exact="require")
+    with torch.no_grad():
+        coded = model.compress(images())
+        params = model.h_s(torch.randn(1, 8, 4, 4))
+    assert torch.equal(params * 4096, (params * 4096).round())
+    assert torch.equal(latents(copy.deepcopy(model).double(), coded), latents(model, coded))
+
+
+def test_sums_of_saturated_numbers_are_the_same_in_every_type() -> None:
+    model: Any = EXACT["residuals of residuals"]()
+    with torch.no_grad():
+        for layer in (model.more, model.h_s[0][4]):
+            layer.bias.uniform_(2000, 4000)
+    exact: Any = fmpq_fx.convert(graph_of(model, images(), None), exact="require")
+    h_s = exact.h_s
+    z_hat = 3 * torch.randn(1, 8, 4, 4).round()
+    with torch.no_grad():
+        params = h_s(z_hat)
+        assert torch.equal(params.double(), copy.deepcopy(h_s).double()(z_hat.double()))
+    assert params.abs().max() > 800
+    assert torch.equal(params * 4096, (params * 4096).round())
+
+
+@pytest.mark.parametrize(("make", "says"), INEXACT.values(), ids=INEXACT)
+def test_what_has_no_exact_form_is_named(make: Callable[[], nn.Module], says: str) -> None:
+    gm = graph_of(make().eval(), images())
+    with pytest.raises(FmpqError, match=says):
+        fmpq_fx.convert(gm, exact="require")
+    with pytest.warns(UserWarning, match=says):
+        kept: Any = fmpq_fx.convert(gm)
+    assert not any(isinstance(module, ExactLayer | ExactLeakyReLU) for module in kept.modules())
+    with torch.no_grad():
+        coded = kept.compress(images())
+        kept.decompress(coded["strings"], coded["shape"])
+        assert torch.equal(kept(images())["x_hat"], fmpq_fx.convert(gm, exact=False)(images())["x_hat"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fmpq_fx.convert(gm, exact=False)
+
+
+def test_a_module_that_is_called_off_the_path_as_well() -> None:
+    model = MeanScaleHyperprior(8, 12)
+    model.h_a[1] = model.h_s[1]
+    with pytest.raises(FmpqError, match=r"calls 'h_.\.1' off the entropy path as well"):
+        fmpq_fx.convert(graph_of(model.eval(), images()), exact="require")
+
+
+def test_an_entropy_model_and_a_latent_codec_of_the_users_own() -> None:
+    class Chooser(GaussianConditional):
+        def build_indexes(self, scales: Tensor) -> Tensor:
+            indexes: Tensor = super().build_indexes(scales.exp())
+            return indexes
+
+    class Hyper(HyperLatentCodec):
+        pass
+
+    model = MeanScaleHyperprior(8, 12)
+    model.gaussian_conditional = Chooser(None)
+    found = entropy_path(graph_of(model.eval(), images()))
+    assert "Chooser" in found.obstacles[0]
+    other: Any = copy.deepcopy(lively("cheng2020-checkerboard")[0])
+    other.latent_codec.hyper.__class__ = Hyper
+    assert "'latent_codec.hyper' (Hyper)" in entropy_path(graph_of(other, images())).obstacles[0]
