@@ -22,11 +22,11 @@ from tabulate import tabulate
 from torch import nn
 
 from fmpq_fx import prepare, samples
+from fmpq_fx.history import Settings
 from fmpq_fx.images import crops
 from fmpq_fx.models.zoo import load_model
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.storage.files import write_text
-from fmpq_fx.training.history import Settings
 from fmpq_fx.training.run import TrainingRun
 
 VARIANTS = {"float32": None, "W8A32": 0, "W8A8": 8}

@@ -19,10 +19,10 @@ import torch
 from tabulate import tabulate
 
 from fmpq_fx import prepare, ranks, samples
+from fmpq_fx.history import Settings
 from fmpq_fx.images import crops
 from fmpq_fx.models.zoo import load_model
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
-from fmpq_fx.training.history import Settings
 from fmpq_fx.training.run import TrainingRun
 
 WARM_UP = 3  # steps

@@ -25,10 +25,10 @@ from fmpq_fx import (
     samples,
     save,
 )
+from fmpq_fx.history import Settings
 from fmpq_fx.images.reading import fingerprint, sources
 from fmpq_fx.models.zoo import load_model
 from fmpq_fx.storage.fingerprint import digest
-from fmpq_fx.training.history import Settings
 from fmpq_fx.training.loop import train
 
 

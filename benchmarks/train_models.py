@@ -17,9 +17,9 @@ from compressai.models import Cheng2020Anchor, MeanScaleHyperprior, ScaleHyperpr
 from torch import nn
 from tqdm import trange
 
+from fmpq_fx.history import Settings
 from fmpq_fx.models.zoo import load_model
 from fmpq_fx.storage.files import replacing
-from fmpq_fx.training.history import Settings
 from fmpq_fx.training.loop import train
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {

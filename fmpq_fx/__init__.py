@@ -13,17 +13,17 @@ from fmpq_fx.coding.evaluation import Evaluation, evaluate
 from fmpq_fx.coding.fmi import decode, encode
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.formats.model_file import load, load_codec, save
+from fmpq_fx.history import History
 from fmpq_fx.onnx.export import export_onnx
 from fmpq_fx.onnx.manifest import OnnxManifest
+from fmpq_fx.passes.annotation import plan_of
 from fmpq_fx.passes.plan.tables import Measured, Plan, Sensitivity, Site
-from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.pipeline import analyze, prepare, rewrite
 from fmpq_fx.report.exact_layers import exact_table
 from fmpq_fx.report.file_bytes import FileReport, file_report
 from fmpq_fx.report.picture import plot_plan
 from fmpq_fx.report.table import bit_table
 from fmpq_fx.training.finetuning import finetune
-from fmpq_fx.training.history import History
 
 __all__ = [
     "Evaluation",

@@ -15,6 +15,7 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.images import crops
 from fmpq_fx.images.crops import Calibration
 from fmpq_fx.memory import bytes_of
+from fmpq_fx.passes.annotation import annotate_graph, plan_of
 from fmpq_fx.passes.clip.ranges import calibrate
 from fmpq_fx.passes.clip.scales import choose_scales
 from fmpq_fx.passes.functionalize import functionalize
@@ -24,7 +25,7 @@ from fmpq_fx.passes.measure.lazy import plan_lazily
 from fmpq_fx.passes.measure.sensitivity import SensitivityMeter, checked_bits, measure_sensitivity
 from fmpq_fx.passes.plan.tables import Measured, Plan, Sensitivity
 from fmpq_fx.passes.plan.task import make_task, widths_by_site
-from fmpq_fx.passes.rewrite import activations_float, plan_of, quantize
+from fmpq_fx.passes.rewrite import activations_float, quantize
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.trace import check_trace, trace
 from fmpq_fx.storage import fingerprint
@@ -135,7 +136,7 @@ def prepare(
             f"the RD loss of the quantized model is not finite ({measured}); allow more bits, or prepare the model "
             "in float32"
         )
-    quantized.meta["fmpq"] = replace(plan_of(quantized), measured=measured)
+    annotate_graph(quantized, plan=replace(plan_of(quantized), measured=measured))
     return quantized.train(model.training)
 
 

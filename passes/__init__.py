@@ -32,6 +32,6 @@ And one says how large images can be divided, which :func:`fmpq_fx.encode` and o
 ``receptive_field``  GraphModule -> reaches                      finds what of its input each place sees
 ===================  ==========================================  =====================================
 
-What a pass finds out it writes on the graph, in ``node.meta["fmpq"]``, and in the :class:`tables.Plan`
-that the rewritten GraphModule carries in ``gm.meta["fmpq"]``.
+What a pass finds out it notes on the nodes and on the graph, in the records of ``annotation``: ``note_of(node)``
+reads one, ``graph_note(gm)`` the other, of which ``plan_of(gm)`` is the plan.
 """

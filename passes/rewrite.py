@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.annotation import KEY, GraphNote, NodeNote, annotate_sites, graph_note, note_of
 from fmpq_fx.passes.plan.tables import Plan
-from fmpq_fx.passes.sites import annotate, find_sites
+from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.swap import replace_module
 from fmpq_fx.quant import QuantizedLayer, quantize_layer, quantized_layers
 
@@ -19,34 +21,29 @@ class QuantizedGraphModule(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the plan and the notes on the nodes beside what fx pickles."""
         rebuild, arguments = super().__reduce__()
-        notes = [node.meta.get("fmpq") for node in self.graph.nodes]
-        return _rebuild, (rebuild, arguments, notes, self.meta)
+        notes = [note_of(node) for node in self.graph.nodes]
+        return _rebuild, (rebuild, arguments, notes, graph_note(self))
 
 
 def _rebuild(
-    rebuild: Any, arguments: tuple[Any, ...], notes: list[Any], meta: dict[str, Any]
+    rebuild: Any, arguments: tuple[Any, ...], notes: list[NodeNote], note: GraphNote
 ) -> fx.GraphModule:
     plain: fx.GraphModule = rebuild(*arguments)
-    gm = QuantizedGraphModule(plain, plain.graph, type(plain).__name__)
-    gm.train(plain.training)
     # fx traces the code again, which gives the same nodes in the same order, under names of its own choice.
-    for node, note in zip(gm.graph.nodes, notes, strict=True):
-        if note is not None:
-            node.meta["fmpq"] = note
-    gm.meta.update(meta)
-    _carry(gm, meta["fmpq"], meta["model"])
-    return gm
+    for node, of_node in zip(plain.graph.nodes, notes, strict=True):
+        node.meta[KEY] = of_node
+    return _carrying(plain, note)
 
 
-def _carry(gm: fx.GraphModule, plan: Plan, model: nn.Module) -> None:
-    """Write ``plan`` and ``model`` on ``gm``, and the bits on its nodes, also where ``print_readable`` shows them."""
-    gm.meta["fmpq"] = plan
-    gm.meta["model"] = model
-    annotate(gm, "bits", plan.bits)
-    for node in gm.graph.nodes:
-        if "fmpq" in node.meta:
-            bits = node.meta["fmpq"]["bits"]
+def _carrying(gm: fx.GraphModule, note: GraphNote) -> fx.GraphModule:
+    """Return ``gm`` as a graph that carries ``note``, and shows the bits of its nodes in ``print_readable``."""
+    result = QuantizedGraphModule(gm, gm.graph, type(gm).__name__)
+    result.train(gm.training)
+    result.meta[KEY] = note
+    for node in result.graph.nodes:
+        if bits := note_of(node).bits:
             node.meta["custom"] = {"bits": bits if len(bits) > 1 else next(iter(bits.values()))}
+    return result
 
 
 def quantize(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -62,9 +59,8 @@ def quantize(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     for site, bits in plan.bits.items():
         if bits is not None:
             quantize_site(gm, plan, site, bits)
-    result = QuantizedGraphModule(gm, gm.graph, type(gm).__name__)
-    result.train(gm.training)
-    _carry(result, plan, gm.meta["model"])
+    annotate_sites(gm, bits=plan.bits)
+    result = _carrying(gm, replace(graph_note(gm), plan=plan))
     result.graph.lint()
     return result
 
@@ -107,17 +103,3 @@ def activations_float(gm: fx.GraphModule) -> Iterator[None]:
     finally:
         for layer, quantizer in zip(layers, quantizers, strict=True):
             layer.input_quantizer = quantizer
-
-
-def plan_of(gm: fx.GraphModule) -> Plan:
-    """Return the plan that the rewritten graph ``gm`` carries.
-
-    Raises:
-        FmpqError: ``gm`` is not the result of ``prepare`` or ``rewrite``.
-    """
-    plan = getattr(gm, "meta", {}).get("fmpq")
-    if not isinstance(plan, Plan):
-        raise FmpqError(
-            f"this {type(gm).__name__} carries no plan: pass what fmpq_fx.prepare() or fmpq_fx.rewrite() returned"
-        )
-    return plan

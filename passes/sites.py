@@ -1,24 +1,25 @@
 """Find what can be quantized in a traced model, and what cannot but holds parameters all the same."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import fx, nn
 
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.annotation import annotate
 from fmpq_fx.passes.plan.tables import Site
-from fmpq_fx.quant import quantized_class
+from fmpq_fx.quant import quantized_class, quantized_layers
 
 
 def find_sites(gm: fx.GraphModule) -> tuple[Site, ...]:
     """Return the sites of ``gm`` in the order in which the graph runs them.
 
     Layers inside an opaque module that is none of torch's own (a latent codec) are attributed to its node, in
-    the order of registration. The names are written on each node, ``node.meta["fmpq"]["sites"]``.
+    the order of registration. The names are noted on each node.
 
     Raises:
-        FmpqError: there are no sites, a weight is not finite or in two layers, or a layer has hooks.
+        FmpqError: there are no sites, ``gm`` is quantized already, a weight is not finite or in two layers, or a
+            layer has hooks.
     """
+    if quantized_layers(gm):
+        raise FmpqError("the graph is quantized already; pass one that trace() made of the float model")
     sites: dict[str, Site] = {}
     names: dict[int, str] = {}  # by layer: one that is registered or called several times is one site
     owners: dict[int, str] = {}  # by parameter
@@ -38,7 +39,7 @@ def find_sites(gm: fx.GraphModule) -> tuple[Site, ...]:
                         "each a copy, or call one layer in both places"
                     )
         if found:
-            _note(node, "sites", tuple(found))
+            annotate(node, sites=tuple(found))
     if not sites:
         raise FmpqError(
             "the model has nothing to quantize: no Conv2d, ConvTranspose2d, MaskedConv2d, Linear or GDN is "
@@ -83,18 +84,6 @@ def _quantized_parameters(layer: nn.Module) -> list[nn.Parameter]:
     cls = quantized_class(layer)
     assert cls is not None  # sites are made of no others
     return [p for name, p in layer.named_parameters() if name not in cls.float_names]
-
-
-def annotate(gm: fx.GraphModule, key: str, values: Mapping[str, Any]) -> None:
-    """Write each site's value on the nodes that run it: ``node.meta["fmpq"][key] = {site: value}``."""
-    for node in gm.graph.nodes:
-        if "fmpq" in node.meta:
-            _note(node, key, {site: values[site] for site in node.meta["fmpq"]["sites"]})
-
-
-def _note(node: fx.Node, key: str, value: Any) -> None:
-    # A new dictionary: a deep copy of a graph shares what its nodes' meta holds with the original.
-    node.meta["fmpq"] = {**node.meta.get("fmpq", {}), key: value}
 
 
 def float_remainder(gm: fx.GraphModule, sites: tuple[Site, ...]) -> dict[str, int]:

@@ -20,6 +20,7 @@ from compressai.latent_codecs import LatentCodec
 from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.annotation import annotate_graph
 from fmpq_fx.passes.forward import output_of
 from fmpq_fx.quant import QuantizedLayer, QuantizeLatent, quantized_class
 
@@ -93,7 +94,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
 
     Returns:
         a GraphModule in evaluation mode, on the device and in the dtype of ``model``. Its modules are those of
-        the copy, which it carries in ``gm.meta["model"]``: the way back to the model's own class.
+        the copy, which it carries (:func:`fmpq_fx.passes.annotation.graph_note`): the way back to the model's own
+        class.
 
     Raises:
         FmpqError: the model cannot be traced, or returns something else.
@@ -112,7 +114,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
         raise FmpqError(_untraceable(model, tracer, error)) from error
     gm = fx.GraphModule(root, graph, type(model).__name__)
     _check_output(gm)
-    gm.meta["model"] = root
+    annotate_graph(gm, model=root)
     _warn_of_training(model, graph)
     graph.lint()
     return gm

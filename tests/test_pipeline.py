@@ -15,6 +15,7 @@ import fmpq_fx
 from conftest import shared, small_model
 from fmpq_fx import FmpqError, Plan
 from fmpq_fx.images import crops
+from fmpq_fx.passes.annotation import note_of
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.incremental import mean_rd
 from fmpq_fx.passes.measure.sensitivity import measure_sensitivity
@@ -153,9 +154,10 @@ def test_notes_on_the_graph(x: Tensor) -> None:
     plan = fmpq_fx.plan_of(gm)
     noted = {}
     for node in gm.graph.nodes:
-        for site in node.meta.get("fmpq", {}).get("sites", ()):
-            assert node.meta["fmpq"]["zeta"][site] == plan.sensitivity.zeta[site]
-            noted[site] = node.meta["fmpq"]["bits"][site]
+        note = note_of(node)
+        for site in note.sites:
+            assert note.zeta[site] == plan.sensitivity.zeta[site]
+            noted[site] = note.bits[site]
     assert noted == plan.bits
 
 

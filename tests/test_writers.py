@@ -15,8 +15,8 @@ from torch import fx
 
 import fmpq_fx
 from fmpq_fx.formats.state import save_state
+from fmpq_fx.history import Settings
 from fmpq_fx.images import reading
-from fmpq_fx.training.history import Settings
 from fmpq_fx.training.run import TrainingRun
 
 WRITERS: dict[str, Callable[[fx.GraphModule, Path], object]] = {

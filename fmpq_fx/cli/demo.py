@@ -11,9 +11,10 @@ from fmpq_fx.cli.outputs import IMAGE_MARK, MODEL_MARK, Output, declare
 from fmpq_fx.coding import fmi
 from fmpq_fx.formats.model_file import load_codec, save
 from fmpq_fx.images import crops, reading
+from fmpq_fx.passes.annotation import plan_of
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.incremental import mean_rd
-from fmpq_fx.passes.rewrite import activations_float, plan_of
+from fmpq_fx.passes.rewrite import activations_float
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.pipeline import analyze, prepare
 from fmpq_fx.rd import psnr

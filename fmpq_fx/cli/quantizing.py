@@ -11,15 +11,15 @@ from fmpq_fx import ranks
 from fmpq_fx.cli.arguments import add_device, add_model
 from fmpq_fx.cli.outputs import HISTORY, PICTURE, PLAN, STATE, TABLE, TRAINING, declare, training_checkpoint
 from fmpq_fx.formats.state import load_state, save_state, spec_of
+from fmpq_fx.history import LOSSES, History, Settings
 from fmpq_fx.models.zoo import load_model
+from fmpq_fx.passes.annotation import plan_of
 from fmpq_fx.passes.plan.planners import PLANNERS
 from fmpq_fx.passes.plan.tables import Sensitivity
-from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.pipeline import SIZES, prepare
 from fmpq_fx.report.picture import plot_plan
 from fmpq_fx.report.table import bit_table
 from fmpq_fx.training.finetuning import finetune
-from fmpq_fx.training.history import LOSSES, History, Settings
 
 _NUMBERS = {
     "steps": "of training",

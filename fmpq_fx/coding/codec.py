@@ -10,9 +10,9 @@ from torch import fx, nn
 
 from fmpq_fx.coding.guarded import guard
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.annotation import graph_note, plan_of
 from fmpq_fx.passes.lower.entropy_path import EntropyPath, entropy_path
 from fmpq_fx.passes.lower.integerize import integerize
-from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.passes.swap import replace_module
 from fmpq_fx.quant import QuantizedLayer, quantized_layers
 from fmpq_fx.storage import fingerprint
@@ -54,12 +54,12 @@ def convert(gm: fx.GraphModule, *, exact: Exact = True) -> nn.Module:
     """
     plan_of(gm)
     twin = copy.deepcopy(gm).eval()
-    model: nn.Module = twin.meta["model"].eval()
+    model: nn.Module = graph_note(twin).model.eval()
     for site, layer in quantized_layers(twin).items():
         replace_module(model, model.get_submodule(site), layer)
     update = getattr(model, "update", None)
     # Tables of a file are kept: here, their float arithmetic might come out otherwise than where it was written.
-    if callable(update) and gm.meta.get("tables_of") != fingerprint.of_entropy_models(model):
+    if callable(update) and graph_note(gm).tables_of != fingerprint.of_entropy_models(model):
         update(force=True)
     return with_exact_path(model, entropy_path(gm), exact)
 

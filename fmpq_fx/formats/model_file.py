@@ -27,17 +27,18 @@ from torch import Tensor, fx, nn
 
 from fmpq_fx.coding.codec import Exact, check_weight, convert, with_exact_path
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.history import History
 from fmpq_fx.models.identity import Model, identity_of, load_state, made
 from fmpq_fx.onnx.codec import BACKENDS, exported_with_sessions
+from fmpq_fx.passes.annotation import annotate_graph, graph_note, plan_of
 from fmpq_fx.passes.lower.entropy_path import EntropyPath, entropy_path
 from fmpq_fx.passes.plan.tables import Plan
 from fmpq_fx.passes.plan.task import WIDTHS
-from fmpq_fx.passes.rewrite import plan_of, quantize_site
+from fmpq_fx.passes.rewrite import quantize_site
 from fmpq_fx.passes.swap import replace_module
 from fmpq_fx.pipeline import rewrite
 from fmpq_fx.quant import QUANTIZERS, QuantizedLayer, quantized_layers
 from fmpq_fx.storage import container, fingerprint, tensor_packing, weight_coder
-from fmpq_fx.training.history import History
 
 _WEIGHTS_PER_BYTE = (
     256  # that a file may claim to have: what makes a small file ask for all memory is a fraud
@@ -71,7 +72,7 @@ def save(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     others = {name: value for name, value in state.items() if name not in weights | tables}
     words = {
         "plan": json.loads(plan.to_json()),
-        "history": _shortened(gm.meta.get("history")),
+        "history": _shortened(graph_note(gm).history),
         "entropy_path": asdict(entropy_path(gm)),
         "layouts": {site: list(values.shape) for site, values in integers.items()},
         "signed": {site: layer.signed for site, layer in layers.items()},
@@ -111,9 +112,12 @@ def load(path: str | os.PathLike[str], *, model: Model | None = None) -> fx.Grap
         gm = rewrite(codec, plan_in(words))
         for site, layer in layers.items():
             gm.get_submodule(site).load_state_dict(layer.state_dict())
-        gm.meta["tables_of"] = fingerprint.of_entropy_models(codec)
-        if words["history"] is not None:
-            gm.meta["history"] = History.from_json(json.dumps(words["history"]))
+        history = words["history"]
+        annotate_graph(
+            gm,
+            tables_of=fingerprint.of_entropy_models(codec),
+            history=None if history is None else History.from_json(json.dumps(history)),
+        )
         return gm
 
 

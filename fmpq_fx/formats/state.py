@@ -22,13 +22,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx
 
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.history import History
 from fmpq_fx.models.zoo import model_of_state
+from fmpq_fx.passes.annotation import annotate_graph, graph_note, plan_of
 from fmpq_fx.passes.plan.tables import Plan
-from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.pipeline import rewrite
 from fmpq_fx.quant import QUANTIZERS, quantized_layers
 from fmpq_fx.storage.files import replacing
-from fmpq_fx.training.history import History
 
 FORMAT = "fmpq_fx state 1"
 
@@ -45,10 +45,11 @@ def save_state(gm: fx.GraphModule, path: str | os.PathLike[str], *, model: str) 
         FmpqError: ``gm`` carries no plan.
         FileNotFoundError: there is no such folder.
     """
+    note = graph_note(gm)
     about = {"format": FORMAT, "model": model, "plan": plan_of(gm).to_json()}
-    if "history" in gm.meta:
-        about["history"] = gm.meta["history"].to_json()
-    tensors = {f"model.{name}": value for name, value in gm.meta["model"].state_dict().items()}
+    if (history := note.history) is not None:
+        about["history"] = history.to_json()
+    tensors = {f"model.{name}": value for name, value in note.model.state_dict().items()}
     for site, layer in quantized_layers(gm).items():
         for name, value in layer.state_dict().items():
             if name.startswith(QUANTIZERS):
@@ -80,7 +81,7 @@ def load_state(path: str | os.PathLike[str]) -> fx.GraphModule:
                 raise KeyError(f"steps of {site}")
             layer.load_state_dict(state, strict=False)
         if "history" in about:
-            gm.meta["history"] = History.from_json(about["history"])
+            annotate_graph(gm, history=History.from_json(about["history"]))
     except KeyError as error:
         raise FmpqError(f"{path} is damaged: it has no {error}") from error
     return gm

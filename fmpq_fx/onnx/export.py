@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.passes.shape_prop import ShapeProp
 
 from fmpq_fx.coding.codec import convert, with_exact_path
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.models.identity import identity_of
 from fmpq_fx.onnx.graph import OPSET, OnnxGraph, checked_opset, failed, package, shape_of
-from fmpq_fx.onnx.integers import Run, run_in_integers
+from fmpq_fx.onnx.integers import run_in_integers
 from fmpq_fx.onnx.manifest import (
     NAME,
     VERSION,
@@ -26,11 +27,11 @@ from fmpq_fx.onnx.manifest import (
 from fmpq_fx.onnx.ops import emit
 from fmpq_fx.onnx.part_modules import modules_of_parts
 from fmpq_fx.onnx.subpixel import subpixel
+from fmpq_fx.passes.annotation import Arithmetic, graph_note, note_of, plan_of
 from fmpq_fx.passes.forward import output_of
 from fmpq_fx.passes.lower.entropy_path import entropy_path
 from fmpq_fx.passes.parts import Part, cut
 from fmpq_fx.passes.plan.tables import FLOAT_BITS, Plan
-from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.storage import fingerprint
 
 _SIDE = 128  # pixels of the image that the graph runs on once, so that shapes are known
@@ -87,7 +88,7 @@ def export_onnx(
         here = {layer.site for layer in layers if layer.part is not None}
         manifest = OnnxManifest(
             version=VERSION,
-            model=identity_of(gm.meta["model"]),
+            model=identity_of(graph_note(gm).model),
             fingerprints=tuple(fingerprints),
             opset=opset,
             parts=tuple(files),
@@ -98,7 +99,7 @@ def export_onnx(
     return manifest
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(ShapeProp):
     """Notes the shapes of all values, and keeps those that depend on no input."""
 
     def __init__(self, gm: fx.GraphModule):
@@ -108,7 +109,6 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            n.meta["example_shape"] = tuple(value.shape)
             constant = n.op not in ("placeholder", "output") and n.op != "call_module"
             if constant and all(read in self.constants for read in n.all_input_nodes):
                 self.constants[n] = value.detach()
@@ -179,16 +179,12 @@ def _dynamic(name: str, node: fx.Node) -> list[int | str]:
 def _layers(gm: fx.GraphModule, plan: Plan, stored: Mapping[str, str]) -> tuple[LayerRun, ...]:
     """Return how each site runs, in the order of the plan."""
     parts = {str(node.target): part.name for part in cut(gm) for node in part.nodes}
-    runs: dict[str, Run] = {
-        str(node.target): node.meta["fmpq"]["run"]
-        for node in gm.graph.nodes
-        if "run" in node.meta.get("fmpq", {})
-    }
+    notes = {str(node.target): note_of(node).arithmetic for node in gm.graph.nodes}
     layers = []
     for site in plan.sites:
         part, bits = parts.get(site.name), plan.bits[site.name]
         reason = "its bits are float32" if part else "inside a module that is kept whole, which torch runs"
-        how = runs.get(site.name, Run("float32", reason))
+        how = notes.get(site.name) or Arithmetic("float32", reason)
         container = stored.get(site.name, "float32")
         size = site.params * _CONTAINER_BITS[container] / 8
         layers.append(LayerRun(site.name, part, bits, how.kind, container, size, how.why))

@@ -138,8 +138,7 @@ class OnnxGraph:
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Return the shape of the tensor that ``node`` computed on the example image."""
-    shape: tuple[int, ...] = node.meta["example_shape"]
-    return shape
+    return tuple(node.meta["tensor_meta"].shape)
 
 
 def failed(node: fx.Node, what: str) -> FmpqError:

@@ -1,9 +1,8 @@
 """Decide which layers run in 8-bit integers."""
 
-from dataclasses import dataclass
-
 from torch import fx, nn
 
+from fmpq_fx.passes.annotation import Arithmetic, annotate
 from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedGDN, QuantizedLayer
 
 BITS = 8
@@ -18,16 +17,8 @@ LEAST_CHANNELS = 16
 _WIDEST_SUM = 2**31 - 1  # kernels add up in int32
 
 
-@dataclass(frozen=True)
-class Run:
-    """How a layer runs, as ``node.meta["fmpq"]["run"]`` says."""
-
-    kind: str  # "int8" or "float32"
-    why: str
-
-
 def run_in_integers(gm: fx.GraphModule) -> fx.GraphModule:
-    """Note on each node of ``gm`` that calls a quantized layer how the layer runs: ``node.meta["fmpq"]["run"]``.
+    """Note on each node of ``gm`` that calls a quantized layer what the layer computes in.
 
     Inputs and weights of quantized layers are integers anyway, and sums of their products are exact: a convolution
     whose input has up to 8 bits computes in integers what it computes in float, up to float rounding.
@@ -49,8 +40,8 @@ def run_in_integers(gm: fx.GraphModule) -> fx.GraphModule:
             if layer.bits <= BITS
             else "twice: its weights are two integers"
         )
-        run = Run("float32", reason) if reason else Run("int8", why)
-        node.meta["fmpq"] = {**node.meta.get("fmpq", {}), "run": run}
+        arithmetic = Arithmetic("float32", reason) if reason else Arithmetic("int8", why)
+        annotate(node, arithmetic=arithmetic)
         if isinstance(layer, QuantizedGDN):
             layer.input_quantizer = None
     return gm

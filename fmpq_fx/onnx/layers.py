@@ -12,7 +12,9 @@ from compressai.layers import GDN, GDN1, MaskedConv2d
 from torch import Tensor, fx, nn
 
 from fmpq_fx.onnx.graph import OnnxGraph, failed, package
-from fmpq_fx.onnx.subpixel import Axis, original_weight
+from fmpq_fx.onnx.subpixel import original_weight
+from fmpq_fx.passes.annotation import note_of
+from fmpq_fx.passes.transposed import Axis
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer
 from fmpq_fx.quant.layers import (
     QuantizedConvTranspose2d,
@@ -116,8 +118,8 @@ def gdn(graph: OnnxGraph, node: fx.Node, layer: Any, x: str) -> str:
 
 def runs_in_integers(node: fx.Node) -> bool:
     """Say whether ``node`` calls a layer that :func:`fmpq_fx.onnx.integers.run_in_integers` lets run in integers."""
-    run = node.meta.get("fmpq", {}).get("run")
-    return run is not None and run.kind == "int8"
+    arithmetic = note_of(node).arithmetic
+    return arithmetic is not None and arithmetic.kind == "int8"
 
 
 def _gamma(layer: Any) -> Tensor:
@@ -147,18 +149,19 @@ def integer_weight(graph: OnnxGraph, node: fx.Node, layer: QuantizedLayer, cast:
     values = layer.weight_quantizer.integers(layer.float_weight())
     if isinstance(layer, QuantizedConvTranspose2d):
         values = values.flatten(0, 1)
-    axes = node.meta.get("subpixel")
-    compact = isinstance(axes, tuple) and all(axis.dilation == 1 for axis in axes)
+    axes = note_of(node).subpixel
+    if axes is not None and any(axis.dilation > 1 for axis in axes):
+        axes = None
     groups = getattr(layer.layer, "groups", 1)
-    if compact:
-        values = original_weight(values, groups, axes)  # type: ignore[arg-type]  # a pair, as just checked
+    if axes is not None:
+        values = original_weight(values, groups, axes)
     array = values.cpu().numpy()
     name, graph.stored[str(node.target)] = graph.integers(
         array, layer.bits, layer.signed, f"{node.target}.weight"
     )
     if cast:
         name = graph.add("Cast", [name], to=getattr(package("onnx").TensorProto, cast))
-    return _lowered(graph, name, array.shape, groups, axes) if compact else name  # type: ignore[arg-type]
+    return name if axes is None else _lowered(graph, name, array.shape, groups, axes)
 
 
 def _lowered(

@@ -72,9 +72,9 @@ def _binary(op: str, swapped: bool = False) -> Emit:
 
 def _pointwise(graph: OnnxGraph, node: fx.Node, op: str, inputs: Sequence[str], **attributes: Any) -> str:
     """Compute each element from those at its place, with the channels last if they are so already."""
-    shapes = {read.meta.get("example_shape") for read in node.all_input_nodes}
+    shapes = {shape_of(read) for read in node.all_input_nodes}
     shape = shapes.pop()
-    if shapes or shape is None or len(shape) != 4 or not any(x in graph.last for x in inputs):
+    if shapes or len(shape) != 4 or not any(x in graph.last for x in inputs):
         return graph.add(op, inputs, node.name, **attributes)
     moved = [x if graph.is_scalar(x) else graph.channels_last(x) for x in inputs]
     return graph.channels_first(graph.add(op, moved, **attributes), node.name)

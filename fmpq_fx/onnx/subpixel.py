@@ -9,69 +9,14 @@ transposed one.
 
 import copy
 import operator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fmpq_fx.passes.annotation import KEY, annotate
+from fmpq_fx.passes.transposed import Axis
 from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedConvTranspose2d, quantized_class
-
-
-@dataclass(frozen=True)
-class Axis:
-    """How a transposed convolution is lowered along one spatial dimension; all in taps or pixels."""
-
-    stride: int
-    kernel: int
-    padding: int
-    output_padding: int
-    dilation: int
-
-    @property
-    def extent(self) -> int:
-        """Size of the kernel with the gaps of its dilation."""
-        return self.dilation * (self.kernel - 1) + 1
-
-    @property
-    def first(self) -> int:
-        """The first input that an output sees, counted from its own place."""
-        return -((self.extent - 1 - self.padding) // self.stride)
-
-    @property
-    def last(self) -> int:
-        """The last input that an output sees, counted from its own place."""
-        return -(-self.padding // self.stride)
-
-    @property
-    def taps(self) -> int:
-        """Size of the convolution's kernel."""
-        return self.last - self.first + 1
-
-    @property
-    def front(self) -> int:
-        """Zeros before the kernel, so that its parts start at a multiple of the stride."""
-        return self.stride * self.last - self.padding
-
-    @property
-    def back(self) -> int:
-        """Zeros behind the kernel, so that its parts have one size."""
-        return self.stride * self.taps - self.extent - self.front
-
-    @property
-    def _excess(self) -> int:
-        """What the output has more than ``stride`` times the size of the input."""
-        return self.extent - self.stride - 2 * self.padding + self.output_padding
-
-    @property
-    def pads(self) -> tuple[int, int]:
-        """Zeros before and behind the input of the convolution; negative ones crop it."""
-        return -self.first, self.last - (-self._excess // self.stride)
-
-    @property
-    def surplus(self) -> int:
-        """What the shuffled output has too many at its end."""
-        return -self._excess % self.stride
 
 
 def subpixel(gm: fx.GraphModule) -> fx.GraphModule:
@@ -79,19 +24,17 @@ def subpixel(gm: fx.GraphModule) -> fx.GraphModule:
 
     Args:
         gm: any graph, rewritten or float. Calls of :class:`QuantizedConvTranspose2d` and of ``nn.ConvTranspose2d``
-            with any kernel, padding, output padding, dilation, groups, and the same stride in both dimensions
-            are lowered. The quantized ones keep their integers (and get zeros beside them), their steps, and the
-            quantizer of their input.
+            with any kernel, padding, output padding, dilation and groups are lowered; not those whose stride differs
+            between the two dimensions, or whose output size is an argument of a call. The quantized ones keep their
+            integers (and get zeros beside them), their steps, and the quantizer of their input.
 
     Returns:
         a graph that computes the same up to rounding errors of float32. It is made to run, and carries no plan. Each
-        convolution has the name and the notes of the layer that it stands for, and how its weights came about:
-        ``node.meta["subpixel"]``, the two :class:`Axis`. On a transposed convolution that was left alone
-        it is a text that says why.
+        convolution has the name and the notes of the layer that it stands for, and the geometry of that:
+        ``note_of(node).subpixel``, the two :class:`Axis`.
     """
     lowered = copy.deepcopy(gm)
-    for key in ("fmpq", "model"):  # the plan and the model are of the layers that were there
-        lowered.meta.pop(key, None)
+    lowered.meta.pop(KEY, None)  # its plan and its model are of the layers that were there
     done: dict[str, tuple[Axis, Axis]] = {}
     for node in list(lowered.graph.nodes):
         if node.op != "call_module":
@@ -101,9 +44,7 @@ def subpixel(gm: fx.GraphModule) -> fx.GraphModule:
         if target not in done:
             if not _is_transposed(layer):
                 continue
-            reason = _obstacle(node, layer)
-            if reason is not None:
-                node.meta["subpixel"] = reason
+            if not _can_be_lowered(node, layer):
                 continue
             done[target] = axes = _axes(_float_layer(layer))
             lowered.set_submodule(target, _convolution(layer, axes))
@@ -124,16 +65,15 @@ def _float_layer(layer: nn.Module) -> nn.ConvTranspose2d:
     return found
 
 
-def _obstacle(node: fx.Node, layer: nn.Module) -> str | None:
-    """Say why the call ``node`` of ``layer`` cannot be lowered, or return None."""
+def _can_be_lowered(node: fx.Node, layer: nn.Module) -> bool:
+    """Say whether the call ``node`` of the transposed convolution ``layer`` can be lowered."""
     stride = _float_layer(layer).stride
     if stride[0] != stride[1]:
-        return f"its strides are {stride[0]} and {stride[1]}, and a pixel shuffle has one for both"
-    # A layer that is called several times is lowered once for all of its calls.
+        return False  # a pixel shuffle has one for both dimensions
+    # A layer that is called several times is lowered once for all of its calls. With an argument besides its input, the
+    # output size, a call pads by how large that is.
     calls = [other for other in node.graph.nodes if other.op == "call_module" and other.target == node.target]
-    if any(len(call.args) != 1 or call.kwargs for call in calls):
-        return "its output size is an argument of its call, and not known before"
-    return None
+    return all(len(call.args) == 1 and not call.kwargs for call in calls)
 
 
 def _axes(layer: nn.ConvTranspose2d) -> tuple[Axis, Axis]:
@@ -234,7 +174,8 @@ def _replace(node: fx.Node, axes: tuple[Axis, Axis]) -> None:
         if not _even(axes):
             value = graph.call_function(F.pad, (value, (*right.pads, *down.pads)))
         value = graph.call_module(str(node.target), (value,))
-        value.meta = {**node.meta, "subpixel": axes}
+        value.meta = dict(node.meta)
+        annotate(value, subpixel=axes)
         if down.stride > 1:
             value = graph.call_function(F.pixel_shuffle, (value, down.stride))
         if down.surplus or right.surplus:

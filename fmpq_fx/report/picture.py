@@ -16,8 +16,8 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import fx
 
+from fmpq_fx.passes.annotation import plan_of
 from fmpq_fx.passes.plan.tables import Plan
-from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.report.table import factor, percent, short_bits, sizes
 from fmpq_fx.storage.files import WRITER, check_folder, replacing
 

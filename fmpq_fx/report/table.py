@@ -8,8 +8,8 @@ from typing import Any
 from tabulate import SEPARATING_LINE, tabulate
 from torch import fx, nn
 
+from fmpq_fx.passes.annotation import graph_note, plan_of
 from fmpq_fx.passes.plan.tables import FLOAT_BITS, Plan
-from fmpq_fx.passes.rewrite import plan_of
 
 WIDTH = 96  # columns that the lines below the table are wrapped to
 GROUPS = 4  # kinds of float parameters that are told apart; what is left is summed up
@@ -134,7 +134,7 @@ def _rd_loss(plan: Plan) -> str:
 
 def _fine_tuned(gm: fx.GraphModule) -> str:
     """Say what fine-tuning changed; the RD losses above are from before it."""
-    history = gm.meta.get("history")
+    history = graph_note(gm).history
     if history is None:
         return ""
     first, best, settings = history.validation[0], history.best, history.settings

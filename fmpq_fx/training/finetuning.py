@@ -7,9 +7,9 @@ import warnings
 
 from torch import fx
 
+from fmpq_fx.history import History, Settings
+from fmpq_fx.passes.annotation import annotate_graph, plan_of
 from fmpq_fx.passes.plan.tables import Plan
-from fmpq_fx.passes.rewrite import plan_of
-from fmpq_fx.training.history import History, Settings
 from fmpq_fx.training.loop import Images, train
 
 
@@ -69,7 +69,7 @@ def finetune(
         progress: show a progress bar; None shows it on terminals only.
 
     Returns:
-        the losses and validations; ``gm.meta["history"]`` keeps it as well.
+        the losses and validations; ``gm`` carries it as well, :func:`fmpq_fx.passes.annotation.graph_note`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -105,7 +105,7 @@ def finetune(
         workers=workers,
         progress=progress,
     )
-    gm.meta["history"] = history
+    annotate_graph(gm, history=history)
     if history.remarks:
         warnings.warn(history.remarks, stacklevel=2)
     return history

@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.history import History, Settings
 from fmpq_fx.images.crops import cut, describe
 from fmpq_fx.images.reading import Source, fingerprint, sources
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.storage.files import check_folder
 from fmpq_fx.training import data
 from fmpq_fx.training.data import RandomCrops
-from fmpq_fx.training.history import History, Settings
 from fmpq_fx.training.run import TrainingRun
 
 Images = str | os.PathLike[str] | Iterable[Tensor | Source]

@@ -15,13 +15,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.history import Settings, Validation, best_of
 from fmpq_fx.passes.measure.incremental import total_of_ranks
 from fmpq_fx.quant import ActivationFakeQuant, WeightFakeQuant
 from fmpq_fx.rd import PEAK, psnr, rate_and_distortion, rd_sums
 from fmpq_fx.storage.files import read_tensors, replacing
 from fmpq_fx.storage.fingerprint import digest
 from fmpq_fx.training.bfloat16 import transforms_in_bfloat16
-from fmpq_fx.training.history import Settings, Validation, best_of
 
 FORMAT = "fmpq_fx training, version 1"
 

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.annotation import annotate_graph, plan_of
 from fmpq_fx.passes.clip.descent import RDDescent
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.measure.incremental import mean_rd, parts_of, run_part
-from fmpq_fx.passes.rewrite import plan_of
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, quantized_layers, weights_kept
 
 CLIPS = (0.8, 0.6, 0.5, 0.4, 0.3)
@@ -65,11 +65,12 @@ def calibrate(
             _clip_range(descent, site, layer, quantizer)
         rd = descent.rd
     plan = plan_of(gm)
-    gm.meta["fmpq"] = replace(
+    calibrated = replace(
         plan,
         ranges={**plan.ranges, **{site: quantizer.range for site, quantizer in quantizers.items()}},
         integral=(*plan.integral, *(site for site, quantizer in quantizers.items() if quantizer.integral)),
     )
+    annotate_graph(gm, plan=calibrated)
     return rd
 
 

@@ -12,8 +12,9 @@ from functools import partial
 from torch import Tensor, fx
 from tqdm import tqdm
 
+from fmpq_fx.passes.annotation import annotate_graph, plan_of
 from fmpq_fx.passes.clip.descent import RDDescent
-from fmpq_fx.passes.rewrite import activations_float, plan_of
+from fmpq_fx.passes.rewrite import activations_float
 from fmpq_fx.quant import QuantizedLayer, quantize_layer, quantized_layers
 
 CLIPS = (0.9, 0.8, 0.7, 0.6)
@@ -55,7 +56,7 @@ def choose_scales(
     chosen = quantized_layers(gm)
     for site in clips:  # another layer stands there now, which was made without a quantizer of its input
         chosen[site].input_quantizer = layers[site].input_quantizer
-    gm.meta["fmpq"] = replace(plan, clips=clips)
+    annotate_graph(gm, plan=replace(plan, clips=clips))
     return rd
 
 

@@ -30,6 +30,7 @@ from compressai.layers import MaskedConv2d
 from compressai.models import JointAutoregressiveHierarchicalPriors
 from torch import fx, nn
 
+from fmpq_fx.passes.annotation import graph_note
 from fmpq_fx.passes.lower.extents import float_layer
 from fmpq_fx.passes.lower.walk import Draft, Walk
 from fmpq_fx.passes.trace import LicTracer
@@ -75,7 +76,7 @@ def entropy_path(gm: fx.GraphModule) -> EntropyPath:
     walk.follow(_likelihoods_of_others(gm, called, walk.extents.sizes))
     _check_calls_elsewhere(draft, called, walk.seen)
     masked = [name for name, layer in draft.layers.items() if isinstance(float_layer(layer), MaskedConv2d)]
-    in_order = _codes_in_order(gm.meta["model"], masked)
+    in_order = _codes_in_order(graph_note(gm).model, masked)
     for name in [] if in_order else masked:
         draft.stop(
             name, "is a masked convolution, and the coding loop that reads its weight is not mbt2018's"

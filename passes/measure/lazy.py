@@ -9,12 +9,12 @@ import math
 from collections.abc import Iterator
 
 from fmpq_fx import ranks
+from fmpq_fx.passes.annotation import annotate_sites
 from fmpq_fx.passes.measure.sensitivity import Point, SensitivityMeter
 from fmpq_fx.passes.plan.interpolation import noise_of
 from fmpq_fx.passes.plan.planners import Assignment, bits_at, search, total_at
 from fmpq_fx.passes.plan.tables import FLOAT_BITS, Plan, Sensitivity, Table
 from fmpq_fx.passes.plan.task import Task
-from fmpq_fx.passes.sites import annotate
 
 REGULAR = 0.01
 """A site whose zeta deviates by more than this from falling with the bits is measured at all of them."""
@@ -23,14 +23,14 @@ REGULAR = 0.01
 def plan_lazily(task: Task, meter: SensitivityMeter) -> Plan:
     """Plan ``task``, measuring what the plan rests on.
 
-    The plan's own bits are always among it, so that what the plan says of itself was measured. Zeta is written on
-    the nodes of the meter's graph, ``node.meta["fmpq"]["zeta"]``.
+    The plan's own bits are always among it, so that what the plan says of itself was measured. Zeta is noted on
+    the nodes of the meter's graph.
     """
     points = set(_first_points(task, meter.table)) or ranks.from_first(unsettled(task, meter.table))
     while points:
         meter.measure(points)
         points = ranks.from_first(unsettled(task, meter.table))
-    annotate(meter.gm, "zeta", meter.table.zeta)
+    annotate_sites(meter.gm, zeta=meter.table.zeta)
     return task.plan(meter.table)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from fmpq_fx.passes.annotation import note_of
 from fmpq_fx.passes.measure.kept_values import Budget, KeptValues, value_bytes
 
 UNCHANGED = object()
@@ -31,7 +32,7 @@ def find_reach(gm: fx.GraphModule) -> dict[str, Reach]:
     """Return what each site of ``gm`` reaches; :func:`fmpq_fx.passes.sites.find_sites` marked them."""
     starts: dict[str, set[fx.Node]] = {}
     for node in gm.graph.nodes:
-        for site in node.meta.get("fmpq", {}).get("sites", ()):
+        for site in note_of(node).sites:
             starts.setdefault(site, set()).add(node)
     return {site: _reach(gm, nodes) for site, nodes in starts.items()}
 

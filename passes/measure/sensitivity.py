@@ -16,9 +16,10 @@ from torch import Tensor, fx
 
 from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.annotation import annotate_sites
 from fmpq_fx.passes.measure.incremental import ChangeMeter, mean_rd
 from fmpq_fx.passes.plan.tables import Sensitivity, Site, Table
-from fmpq_fx.passes.sites import annotate, find_sites, float_remainder
+from fmpq_fx.passes.sites import find_sites, float_remainder
 from fmpq_fx.quant import quantize_layer
 from fmpq_fx.rd import PEAK, RDSums
 
@@ -140,8 +141,8 @@ class SensitivityMeter:
 def measure_sensitivity(gm: fx.GraphModule, batches: Sequence[Tensor], **options: Any) -> Sensitivity:
     """Measure zeta of every site of ``gm`` at every bit-width.
 
-    The arguments, and what is raised, are those of :class:`SensitivityMeter`. Zeta is written on the nodes of
-    ``gm``, ``node.meta["fmpq"]["zeta"]``.
+    The arguments, and what is raised, are those of :class:`SensitivityMeter`. Zeta is noted on the nodes of
+    ``gm``.
     """
     meter = SensitivityMeter(gm, batches, **options)
     missing = meter.table.missing
@@ -149,7 +150,7 @@ def measure_sensitivity(gm: fx.GraphModule, batches: Sequence[Tensor], **options
     whole = meter.checkpoint is None
     for _, points in groupby(missing, key=lambda point: whole or point[0]):
         meter.measure(points)
-    annotate(gm, "zeta", meter.table.zeta)
+    annotate_sites(gm, zeta=meter.table.zeta)
     return meter.table
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 import fmpq_fx
 from conftest import small_model
 from fmpq_fx import FmpqError, Sensitivity, convert, load, load_codec, plan_of, save
+from fmpq_fx.history import History, Settings, Validation
+from fmpq_fx.passes.annotation import annotate_graph, graph_note
 from fmpq_fx.passes.plan.task import make_plan
 from fmpq_fx.storage import fingerprint
-from fmpq_fx.training.history import History, Settings, Validation
 from support import TESTS
 from support.traced_models import WITH_CODEC, Codec, Make, assert_same, lively, outputs, photos
 from support.trained_graphs import Own, trained
@@ -160,9 +161,9 @@ def test_the_history_of_fine_tuning_is_kept_with_losses_to_four_digits(
 ) -> None:
     validation = (Validation(0, 0.123456789, 0.01, 1.5), Validation(2, 0.1, 0.01, 1.4))
     history = History(Settings(0.01), "a", "b", (1.23456, 0.000123456), validation, "remarks")
-    gm.meta["history"] = history
+    annotate_graph(gm, history=history)
     save(gm, tmp_path / "model.fmpq")
-    assert load(tmp_path / "model.fmpq").meta["history"] == replace(history, losses=(1.235, 0.0001235))
+    assert graph_note(load(tmp_path / "model.fmpq")).history == replace(history, losses=(1.235, 0.0001235))
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])

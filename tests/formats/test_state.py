@@ -15,7 +15,8 @@ import fmpq_fx
 from conftest import SMALL, small_model
 from fmpq_fx import FmpqError, Plan, plan_of, prepare
 from fmpq_fx.formats.state import FORMAT, load_state, save_state, spec_of
-from fmpq_fx.training.history import History, Settings, Validation
+from fmpq_fx.history import History, Settings, Validation
+from fmpq_fx.passes.annotation import annotate_graph, graph_note
 
 
 def trained(name: str, x: Tensor, activation_bits: int | None = 8) -> fx.GraphModule:
@@ -75,9 +76,10 @@ def test_the_codec_of_a_loaded_state_writes_the_same_bitstreams(x: Tensor, tmp_p
 
 def test_the_history_of_fine_tuning_is_kept(x: Tensor, tmp_path: Path) -> None:
     gm = trained("bmshj2018-hyperprior", x)
-    gm.meta["history"] = History(Settings(0.01), "a", "b", (1.0,), (Validation(0, 0.5, 0.01, 1.5),))
+    history = History(Settings(0.01), "a", "b", (1.0,), (Validation(0, 0.5, 0.01, 1.5),))
+    annotate_graph(gm, history=history)
     save_state(gm, tmp_path / "state", model="bmshj2018-hyperprior")
-    assert load_state(tmp_path / "state").meta["history"] == gm.meta["history"]
+    assert graph_note(load_state(tmp_path / "state")).history == history
 
 
 def test_the_file_is_as_its_documentation_says(x: Tensor, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 from fmpq_fx.onnx.integers import run_in_integers
+from fmpq_fx.passes.annotation import note_of
 from fmpq_fx.quant import QuantizedLayer
 from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedConvTranspose2d, QuantizedGDN
 
@@ -27,15 +29,6 @@ class Tracer(fx.Tracer):
         return isinstance(m, QuantizedLayer) or super().is_leaf_module(m, module_qualified_name)
 
 
-class Shapes(fx.Interpreter):
-    """Notes the shapes of all values."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        n.meta["example_shape"] = tuple(value.shape)
-        return value
-
-
 def quantized(layer: nn.Conv2d, bits: int, activation_bits: int = 8, low: float = -0.7) -> QuantizedConv2d:
     made: QuantizedConv2d = in_range(QuantizedConv2d(layer, bits, activation_bits), low)
     return made
@@ -51,7 +44,7 @@ def in_onnx(layers: nn.Sequential, x: Tensor) -> tuple[Tensor, set[str], str]:
     """Return what ONNX Runtime makes of ``x``, the operations of the graph, and how the first layer runs."""
     gm = run_in_integers(fx.GraphModule(layers, Tracer().trace(layers)))
     with torch.no_grad():
-        Shapes(gm).run(x)
+        ShapeProp(gm).propagate(x)
     graph, values = OnnxGraph(), {}
     for node in gm.graph.nodes:
         if node.op == "placeholder":
@@ -72,8 +65,9 @@ def in_onnx(layers: nn.Sequential, x: Tensor) -> tuple[Tensor, set[str], str]:
     model = onnx.helper.make_model(onnx.helper.make_graph(*parts), opset_imports=opsets, ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     kinds = {node.op_type for node in graph.nodes}
-    first = next(node for node in gm.graph.nodes if node.op == "call_module")
-    return SessionForward(model.SerializeToString(), 1)(x), kinds, first.meta["fmpq"]["run"].kind
+    arithmetic = next(note_of(node).arithmetic for node in gm.graph.nodes if node.op == "call_module")
+    assert arithmetic is not None
+    return SessionForward(model.SerializeToString(), 1)(x), kinds, arithmetic.kind
 
 
 GEOMETRIES = {

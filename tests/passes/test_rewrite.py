@@ -16,11 +16,12 @@ from compressai.latent_codecs import LatentCodec
 from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.annotation import NodeNote, annotate_sites, note_of, plan_of
 from fmpq_fx.passes.clip.ranges import calibrate
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.plan.tables import Plan, Sensitivity
-from fmpq_fx.passes.rewrite import plan_of, quantize
-from fmpq_fx.passes.sites import annotate, find_sites, float_remainder
+from fmpq_fx.passes.rewrite import quantize
+from fmpq_fx.passes.sites import find_sites, float_remainder
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, quantize_layer, quantized_layers
 from support.traced_models import each_codec, lively
@@ -50,9 +51,9 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
-def notes(gm: fx.GraphModule) -> list[Any]:
+def notes(gm: fx.GraphModule) -> list[tuple[Any, NodeNote]]:
     """Return what is noted on each node that runs sites, with what it runs."""
-    return [(n.target, n.meta["fmpq"]) for n in gm.graph.nodes if "fmpq" in n.meta]
+    return [(n.target, note_of(n)) for n in gm.graph.nodes if note_of(n).sites]
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_bits_are_on_the_nodes_and_in_the_printed_code(
 ) -> None:
     plan = plan_of(gm)
     for target, note in notes(gm):
-        assert note["bits"] == {target: plan.bits[target]}
+        assert note.bits == {target: plan.bits[target]}
     assert len(notes(gm)) == len(plan.sites)
     gm.print_readable()
     printed = capsys.readouterr().out
@@ -122,7 +123,7 @@ def test_a_deep_copy_is_alike_and_shares_nothing(gm: fx.GraphModule, x: Tensor) 
 
 def test_the_notes_of_a_deep_copy_are_its_own(gm: fx.GraphModule) -> None:
     before = copy.deepcopy(notes(gm))
-    annotate(copy.deepcopy(gm), "bits", dict.fromkeys(plan_of(gm).bits, 99))
+    annotate_sites(copy.deepcopy(gm), bits=dict.fromkeys(plan_of(gm).bits, 99))
     assert notes(gm) == before
 
 
@@ -219,14 +220,16 @@ def test_the_plan_of_another_model_is_refused(model: nn.Module) -> None:
 def test_a_quantized_model_is_not_quantized_again(gm: fx.GraphModule, x: Tensor) -> None:
     with pytest.raises(FmpqError, match="quantized already"):
         trace(gm)
-    with pytest.raises(FmpqError):
+    before = notes(gm)
+    with pytest.raises(FmpqError, match="quantized already"):
         quantize(gm, plan_of(gm))
+    assert notes(gm) == before
 
 
 def test_a_graph_without_a_plan_is_told_so(model: nn.Module) -> None:
     for module in (traced(model), model):
         with pytest.raises(FmpqError, match="carries no plan"):
-            plan_of(module)  # type: ignore[arg-type]
+            plan_of(module)
 
 
 @each_codec
@@ -243,7 +246,7 @@ def test_sites_inside_an_opaque_codec_are_really_replaced(make: Callable[[], nn.
     twin = copy.deepcopy(rewritten)
     assert same(outputs(twin, x), outputs(rewritten, x))
     note = dict(notes(twin))["latent_codec"]
-    assert note["bits"] == {site: plan_of(twin).bits[site] for site in note["sites"]}
+    assert note.bits == {site: plan_of(twin).bits[site] for site in note.sites}
 
 
 class Shared(nn.Module):

@@ -14,6 +14,7 @@ from compressai.models import vbr
 from torch import Tensor, nn
 
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.annotation import note_of
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.sites import find_sites, float_remainder
 from fmpq_fx.passes.trace import check_trace, trace
@@ -99,7 +100,7 @@ def test_sites_inside_an_opaque_codec_belong_to_its_node(make: Make) -> None:
     assert "latent_codec.hyper.h_a.0" in inside
     assert any(site.kind == "CheckerboardMaskedConv2d" for site in inside.values())
     assert {site.node for site in inside.values()} == {node.name}
-    assert node.meta["fmpq"]["sites"] == tuple(inside)
+    assert note_of(node).sites == tuple(inside)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_the_innermost_module_and_the_users_line_are_named() -> None:
 def test_a_layer_that_runs_twice_is_one_site_with_two_nodes() -> None:
     gm = trace(Codec(lambda m, x: m.conv(m.conv(x))))
     assert [(site.name, site.node) for site in find_sites(gm)] == [("conv", "conv"), ("last", "last")]
-    noted = [n.target for n in gm.graph.nodes if n.meta.get("fmpq", {}).get("sites") == ("conv",)]
+    noted = [n.target for n in gm.graph.nodes if note_of(n).sites == ("conv",)]
     assert noted == ["conv", "conv"]
 
 

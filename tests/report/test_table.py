@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.annotation import annotate_graph
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.sensitivity import measure_sensitivity
 from fmpq_fx.passes.plan.tables import Measured, Plan, Site
@@ -279,7 +280,8 @@ def test_labels_do_not_overlap(count: int, plan: Plan, figures: list[Figure]) ->
     zeta = {site.name: {b: 4.0**-b for b in range(2, 11)} for site in sites}
     table = replace(plan.sensitivity, sites=sites, rate=zeta, distortion=zeta)
     gm = fx.symbolic_trace(nn.Identity())
-    gm.meta["fmpq"] = replace(plan, sites=sites, bits=dict.fromkeys(zeta, 10), sensitivity=table)
+    wide = replace(plan, sites=sites, bits=dict.fromkeys(zeta, 10), sensitivity=table)
+    annotate_graph(gm, model=nn.Identity(), plan=wide)
     plot_plan(gm, "plan.svg")
     figures[0].draw_without_rendering()
     upper, _, lower = figures[0].axes[:3]

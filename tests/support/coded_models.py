@@ -13,10 +13,11 @@ from compressai.entropy_models import EntropyBottleneck
 from torch import Tensor, fx, nn
 
 import fmpq_fx
+from fmpq_fx.passes.annotation import annotate_graph, plan_of
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.plan.tables import Sensitivity
 from fmpq_fx.passes.plan.task import make_plan
-from fmpq_fx.passes.rewrite import plan_of, quantize
+from fmpq_fx.passes.rewrite import quantize
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.quant import quantized_layers
@@ -78,11 +79,12 @@ def _observe(gm: fx.GraphModule, x: Tensor) -> None:
     quantizers: Any = {site: layer.input_quantizer for site, layer in quantized_layers(gm).items()}
     for quantizer in quantizers.values():
         quantizer.freeze(*quantizer.range, quantizer.integral)
-    gm.meta["fmpq"] = replace(
+    observed = replace(
         plan_of(gm),
         ranges={site: quantizer.range for site, quantizer in quantizers.items()},
         integral=tuple(site for site, quantizer in quantizers.items() if quantizer.integral),
     )
+    annotate_graph(gm, plan=observed)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch import fx
 
 from conftest import small_model
 from fmpq_fx import FmpqError, prepare
-from fmpq_fx.training.history import Settings
+from fmpq_fx.history import Settings
 from fmpq_fx.training.run import TrainingRun
 from support.finetuning import LMBDA, photos, same_state, stopping_at, tuned
 

@@ -13,10 +13,11 @@ from torch import fx, nn
 import fmpq_fx
 from conftest import small_model
 from fmpq_fx import FmpqError, History, Measured
+from fmpq_fx.history import Settings
+from fmpq_fx.passes.annotation import graph_note
 from fmpq_fx.quant import quantized_layers
 from fmpq_fx.training.bfloat16 import transforms_in_bfloat16
 from fmpq_fx.training.finetuning import learning_rate
-from fmpq_fx.training.history import Settings
 from fmpq_fx.training.loop import train
 from fmpq_fx.training.run import TrainingRun, parameter_groups
 from support.coded_models import graph_of
@@ -35,7 +36,7 @@ def test_the_rd_loss_on_other_images_falls_and_the_best_state_is_what_is_left(gm
     assert history.gain == pytest.approx(1 - after / before, rel=1e-4)
     assert len(history.losses) == 40
     assert [v.step for v in history.validation] == list(range(0, 41, 4))
-    assert gm.meta["history"] is history
+    assert graph_note(gm).history is history
 
 
 def test_weights_steps_and_zero_points_are_all_trained_and_stay_shared_with_the_model(
@@ -248,7 +249,7 @@ def test_a_history_saves_loads_and_prints(gm: fx.GraphModule, tmp_path: Path) ->
     assert "trained on 5 images, validated on 8 crops of 64 x 64" in printed
     torch.save(gm, tmp_path / "gm.pt")
     pickled = torch.load(tmp_path / "gm.pt", weights_only=False)
-    assert copy.deepcopy(gm).meta["history"] == pickled.meta["history"] == history
+    assert graph_note(copy.deepcopy(gm)).history == graph_note(pickled).history == history
     table = " ".join(fmpq_fx.bit_table(gm).split())  # lines are wrapped
     assert "12 steps with the RD loss" in table
     assert f"{history.validation[0].rd_loss:.4f} -> {history.best.rd_loss:.4f}" in table
