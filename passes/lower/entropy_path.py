@@ -64,7 +64,7 @@ class EntropyPath:
 def entropy_path(gm: fx.GraphModule) -> EntropyPath:
     """Return the entropy path of the traced or rewritten graph ``gm``; it is empty where all CDFs are fixed."""
     draft = Draft()
-    walk = Walk(draft, gm, gm.graph, state=gm.meta["model"])
+    walk = Walk(draft, gm, gm.graph, state=graph_note(gm).model)
     called = {n: gm.get_submodule(str(n.target)) for n in gm.graph.nodes if n.op == "call_module"}
     for node, module in called.items():
         if isinstance(module, EntropyModel | LatentCodec):
