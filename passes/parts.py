@@ -102,6 +102,7 @@ class _Flow:
                 self.sources[node] = frozenset().union(*map(self._source, reads))
             else:
                 self.constants.add(node)
+        self.predicted = self._predicted()
 
     def _codes(self, node: fx.Node) -> bool:
         kinds = EntropyModel | LatentCodec | QuantizeLatent
@@ -137,19 +138,28 @@ class _Flow:
         if any(source not in self.coded for source in sources):
             return "hyper_analysis"
         read = {self.coded[source] for source in sources}
-        predicted = {latent for node in outputs for latent in self._predicted(node)}
+        predicted = {latent for node in outputs for latent in self.predicted[node]}
         if not read & predicted:
             return "hyper_synthesis"
         return "context_prediction" if read == predicted else "entropy_parameters"
 
-    def _predicted(self, node: fx.Node) -> Iterator[fx.Node]:
-        """Yield the latents whose distribution ``node`` is, or leads to."""
-        for user in self.users_of(node):
-            latent = self.coded.get(user)
-            if latent is not None and latent is not node:
-                yield latent
-            elif user in self.sources:
-                yield from self._predicted(user)
+    def _predicted(self) -> dict[fx.Node, frozenset[fx.Node]]:
+        """Return for each node the latents whose distribution it is, or leads to.
+
+        From the last node to the first, so that those of all readers are known: each node is visited once, in however
+        many ways a residual block may be passed.
+        """
+        predicted: dict[fx.Node, frozenset[fx.Node]] = {}
+        for node in reversed(self.sources):
+            found: set[fx.Node] = set()
+            for user in self.users_of(node):
+                latent = self.coded.get(user)
+                if latent is not None and latent is not node:
+                    found.add(latent)
+                else:
+                    found |= predicted.get(user, frozenset())
+            predicted[node] = frozenset(found)
+        return predicted
 
 
 def _is_item(node: Any) -> bool:

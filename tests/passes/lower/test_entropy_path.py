@@ -49,6 +49,10 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     ),
     "products": lambda: Hyperprior(lambda m, x: -3 * (x * 0.5) * 2 - x / 2 * 4),
     "a product that a layer reads": lambda: Hyperprior(lambda m, x: m.more(x / 8), more=nn.Conv2d(24, 24, 1)),
+    "a choice": lambda: Hyperprior(
+        lambda m, x: torch.where(m.mask, x, x.relu()).masked_fill(m.mask, 0.5),
+        mask=(torch.arange(24) % 2 == 0).view(1, -1, 1, 1),
+    ),
     "a clamp": lambda: Hyperprior(lambda m, x: x.clamp(min=-2, max=1.5)),
     "padding": lambda: Hyperprior(
         lambda m, x: F.pad(F.pad(x, (1, 1, 2, 0), value=0.5)[:, :, 1:], (-1, -1, -1, 0), mode="constant"),
@@ -175,3 +179,60 @@ def test_an_entropy_model_and_a_latent_codec_of_the_users_own() -> None:
     other: Any = copy.deepcopy(lively("cheng2020-checkerboard")[0])
     other.latent_codec.hyper.__class__ = Hyper
     assert "'latent_codec.hyper' (Hyper)" in entropy_path(graph_of(other, images())).obstacles[0]
+
+
+class OwnLikelihoods(MeanScaleHyperprior):
+    """A hyperprior that computes the likelihoods of y in another way than by calling its entropy model."""
+
+    def __init__(self, likelihoods: Callable[[Any, Tensor, Tensor, Tensor], Tensor], **modules: nn.Module):
+        super().__init__(8, 12)
+        torch.manual_seed(0)
+        self.likelihoods = likelihoods
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.g_a(x)
+        z_hat, z_likelihoods = self.entropy_bottleneck(self.h_a(y))
+        scales, means = self.h_s(z_hat).chunk(2, 1)
+        y_hat = self.gaussian_conditional.quantize(y, "noise" if self.training else "dequantize", means)
+        y_likelihoods = self.likelihoods(self, y_hat, scales, means)
+        return {"x_hat": self.g_s(y_hat), "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
+
+
+class Laplace(nn.Module):
+    """A user's own likelihoods."""
+
+    def forward(self, y_hat: Tensor, scales: Tensor) -> Tensor:
+        return torch.exp(-y_hat.abs() / scales.abs().clamp(min=0.25))
+
+
+OWN: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a module": (
+        lambda: OwnLikelihoods(lambda m, y_hat, scales, means: m.laplace(y_hat, scales), laplace=Laplace()),
+        r"'exp' \(.*exp.* has no exact form: each library rounds it",
+    ),
+    "a method of an entropy model": (
+        lambda: OwnLikelihoods(
+            lambda m, y_hat, scales, means: m.gaussian_conditional._likelihood(y_hat, scales, means)
+        ),
+        r"'erfc' \(.*erfc.* has no exact form",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "says"), OWN.values(), ids=OWN)
+def test_likelihoods_of_the_users_own_lie_on_the_path(make: Callable[[], nn.Module], says: str) -> None:
+    with pytest.raises(FmpqError, match=says):
+        fmpq_fx.convert(graph_of(make().eval(), images()), exact="require")
+
+
+def test_what_is_computed_from_an_entropy_models_likelihoods_decides_nothing() -> None:
+    class Clamped(MeanScaleHyperprior):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            output: dict[str, Any] = super().forward(x)
+            return {**output, "likelihoods": {n: v.log().exp() for n, v in output["likelihoods"].items()}}
+
+    path = entropy_path(graph_of(Clamped(8, 12).eval(), images()))
+    assert not path.obstacles
+    assert path.layers
