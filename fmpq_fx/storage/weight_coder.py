@@ -1,10 +1,10 @@
 """Lossless entropy coding of integer weights, by CompressAI's range coder under a model that fits in few bytes.
 
-A weight's spread depends on its output channel, its input channel and its place in the kernel, roughly as a
-product of three factors. So every channel and place gets a factor (a byte, in eighths of an octave), weights are
-sorted into classes by the sum of their three, and each class has a distribution of its own: a discretized
-logistic one out of a bank (one byte), or counted frequencies (one byte per symbol) where that is smaller. What is
-smallest with all of this side information is taken, a single class included.
+The spread of a weight is roughly a product of three factors: of its output channel, of its input channel and of its
+place in the kernel. So every channel and place gets a factor (a byte, in eighths of an octave), and weights are sorted
+into classes by the sum of their three. Each class has a distribution of its own: a discretized logistic one out of a
+bank (one byte), or counted frequencies (one byte per symbol) where these are smaller. Classes of several widths, and a
+single class, are tried; the smallest form is taken, side information included.
 
 The coded form, in this order:
 
@@ -16,8 +16,19 @@ ceil(size * raw / 8)  the ``raw`` lowest bits of every integer, where they have 
 the rest              the range coder's string, of what is above those
 ====================  ============================================================================================
 
+The range coder (rANS) keeps one number of 64 bits, its state. Of a symbol of frequency f, with c the frequencies of
+the symbols before it in the table added up, both out of 2^16::
+
+    encode, last symbol first     state = (state // f) * 2^16 + state % f + c
+    decode, first symbol first    c <= state % 2^16 < c + f says which symbol it is, then
+                                  state = f * (state // 2^16) + state % 2^16 - c
+
+The state is at least 2^31. Before it would reach 2^63, the encoder puts its lowest 32 bits away as a word; when it
+falls below 2^31, the decoder takes the next word in. The string is the last state, then the words, the last one first.
+
 Decoding is the same on every machine: frequencies come from integers and from additions, multiplications and
-divisions of float64 in a fixed order, which IEEE 754 rounds alike everywhere.
+divisions of float64 in a fixed order, which IEEE 754 rounds alike everywhere. What the encoder chooses rests on
+logarithms, which may differ in the last bit; any choice decodes.
 """
 
 import sys
@@ -35,13 +46,13 @@ Integers = NDArray[np.int64]
 
 PRECISION = 16  # bits of CompressAI's cumulative frequencies
 MODELED_BITS = (
-    10  # of an integer get a model, so that every symbol can have a frequency; those below are noise
+    10  # highest bits of an integer, which get a model; a frequency for each symbol leaves room for no more
 )
 STEPS = (2, 4, 8)  # widths of a class that are tried, eighths of an octave
 FACTOR = 8.0  # steps of a factor in an octave
 COUNTED = 255  # stands for a table of frequencies where a number in the bank is expected
-LEAST = 4  # symbols that are coded at least
-_LEAST_STATE = 1 << 31  # that the range coder ends with, and a decoder begins with
+LEAST = 4  # symbols that a string has at least; with fewer, CompressAI's coder writes outside its buffer
+_LEAST_STATE = 1 << 31  # of the range coder, between two symbols
 _FITS = 3  # rounds of fitting the factors; the third changes little
 
 
@@ -70,7 +81,7 @@ def encode(weights: Integers, low: int, high: int) -> Coded:
     size = (high - low >> raw) + 1
     candidates = [_single(symbols, size), *(_by_factors(symbols, size, step) for step in STEPS)]
     model = min(candidates, key=lambda candidate: candidate.bits)
-    # The coder ends with two words, in a buffer of a word per symbol: fewer than these would not fit.
+    # The coder writes its state, two words, into a buffer with a word for each symbol: a few are repeated.
     values, classes = symbols.ravel().tolist(), model.classes.ravel().tolist()
     repeated = max(1, -(-LEAST // len(values)))
     string = RansEncoder().encode_with_indexes(
@@ -97,8 +108,8 @@ def decode(data: bytes, shape: tuple[int, ...], low: int, high: int) -> Integers
     string = reader.rest()
     if len(string) < 8 or int.from_bytes(string[:8], sys.byteorder) < _LEAST_STATE:
         raise FmpqError("the string of a layer is not one that the coder writes")
-    # The coder does not look where its string ends. It reads at most a word per symbol (there is no escape from these
-    # tables), so that zeros of that length keep it inside the string, whatever the string is.
+    # The coder does not look where its string ends. It takes in at most a word per symbol, because these tables have
+    # no escape. So a word of zeros per symbol keeps it inside the string, whatever the string is.
     string += bytes(4 * count)
     symbols = RansDecoder().decode_with_indexes(string, classes.ravel().tolist(), *_cumulative(frequencies))
     weights = (np.array(symbols, np.int64) << raw) + lowest + low
@@ -154,7 +165,7 @@ def _fitted(symbols: Integers, classes: Integers, size: int, header: bytes) -> _
 
 
 def _factors(deviations: NDArray[np.float64]) -> list[NDArray[np.int8]]:
-    """Fit mean |deviation| by a product of a factor per index of each dimension; return their logarithms."""
+    """Return log2 of factors, one per index of each dimension, whose products fit the mean |deviation|."""
     spread = np.abs(deviations).astype(np.float64)
     spread += 0.05 * spread.mean() + 1e-6
     logs = [np.zeros(count) for count in spread.shape]
@@ -169,7 +180,7 @@ def _factors(deviations: NDArray[np.float64]) -> list[NDArray[np.int8]]:
 
 
 def _classes(factors: list[NDArray[np.int8]], step: int) -> Integers:
-    """Return the class of every weight: which of the steps that occur the sum of its factors is on."""
+    """Return the class of every weight: the number of its step among the steps that sums of factors lie on."""
     outputs, inputs, places = (f.astype(np.int64) for f in factors)
     total = outputs[:, None, None] + inputs[:, None] + places
     level = total // step - (total // step).min()
@@ -212,7 +223,7 @@ def _from_levels(levels: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def _frequencies(weights: NDArray[np.float64]) -> Integers:
-    """Return integers in proportion to ``weights``, at least 1 each, that sum to 2^PRECISION."""
+    """Return integers, at least 1 each, in proportion to ``weights`` and with the sum 2^PRECISION."""
     total = np.add.accumulate(weights)[-1]  # in this order, unlike sum()
     if not total > 0:
         raise FmpqError("a class in which no symbol ever occurs")

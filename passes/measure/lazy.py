@@ -12,7 +12,8 @@ from fmpq_fx import ranks
 from fmpq_fx.passes.annotation import annotate_sites
 from fmpq_fx.passes.measure.sensitivity import Point, SensitivityMeter
 from fmpq_fx.passes.plan.interpolation import noise_of
-from fmpq_fx.passes.plan.planners import Assignment, bits_at, search, total_at
+from fmpq_fx.passes.plan.knapsack import total_at
+from fmpq_fx.passes.plan.planners import Assignment, bits_at, search
 from fmpq_fx.passes.plan.tables import FLOAT_BITS, Plan, Sensitivity, Table
 from fmpq_fx.passes.plan.task import Task
 

@@ -19,11 +19,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-
-Values = Mapping[str, Mapping[int, float]]
-"""A value per site and candidate bit-width, read-only."""
+from fmpq_fx.passes.plan.knapsack import Values, least_zeta, total_at
 
 START_BETA = 0.01
 """Where every search for beta begins: each site may cost one per cent of the RD loss."""
@@ -37,11 +33,6 @@ NEAR = 2.6
 One bit less makes the squared error four times as large, so that a step by f moves the average width by
 log4(f) bits: 1.16 for 5 and 0.5 for 2. Of a window of 0.01 of the float bytes, 0.32 bits, that is 3.6 and
 1.6: from within (3.6 + 1.6) / 2 windows, the smaller step ends nearer to the middle.
-"""
-
-MAX_NODES, MAX_CUTS = 1000, 100
-"""Where HiGHS gives up. Sensitivities take it tens of branch-and-bound nodes and no cut, but a window of a
-few bytes, or zeta proportional to size, makes a subset-sum problem, which may take it for ever.
 """
 
 
@@ -93,7 +84,7 @@ def adaptive(
         remarks += f"Filled up from {start:,.0f} to {end:,.0f} bytes with what buys the most zeta per byte."
         return Assignment(filled, beta, history, remarks)
     spread = sum(max(values.values()) - min(values.values()) for values in zeta.values())
-    within, proven = _solve(zeta, cost, floor, budget, spread)
+    within, proven = least_zeta(zeta, cost, floor, budget, spread)
     if within is not None:
         how = "of least zeta" if proven else "of the least zeta found"
         return Assignment(within, None, history, remarks + f"This is the plan {how} that does.")
@@ -153,7 +144,7 @@ def search(
 
 
 def _fill(bits: Mapping[str, int], zeta: Values, cost: Values, floor: float, budget: float) -> dict[str, int]:
-    """Widen sites while they fit the budget, what buys the most zeta per byte first.
+    """Widen sites while they fit the budget; first what buys the most zeta per byte.
 
     An upgrade may skip widths, so that a plateau of zeta does not hide the fall behind it. Upgrades that
     buy nothing are made too, largest first, but only while the size is below ``floor``.
@@ -190,7 +181,7 @@ def optimal(zeta: Values, cost: Values, budget: float) -> Assignment:
     proven = True
     while proven and (most := total_at(excess, best)) > 0:
         left = {site: {b: z for b, z in values.items() if z <= most} for site, values in excess.items()}
-        found, proven = _solve(left, cost, -math.inf, budget, most)
+        found, proven = least_zeta(left, cost, -math.inf, budget, most)
         if found is None or total_at(excess, found) >= most:
             break
         best = found
@@ -206,47 +197,6 @@ def _worthwhile(zeta: Mapping[int, float], cost: Mapping[int, float]) -> dict[in
     return kept
 
 
-def _solve(
-    zeta: Values, cost: Values, floor: float, budget: float, unit: float
-) -> tuple[dict[str, int] | None, bool]:
-    """Minimize the sum of zeta over the plans of floor to budget bytes; None where none was found.
-
-    One binary variable per site and candidate, of which each site takes one. HiGHS' tolerances on rows,
-    integrality and the objective are absolute (1e-6), so the spare bytes are scaled to 1e3 and ``unit`` of
-    zeta to 1e6. What it returns is checked, and a plan that only passed by a tolerance is cut off. Presolve
-    is off: it saves little, and that of HiGHS 1.12 has "solved" infeasible problems like these (see also
-    scipy #24141). Also returns whether it is proven that no plan is better, or that there is none.
-    """
-    least = {site: min(values.values()) for site, values in zeta.items()}
-    cheapest = {site: min(cost[site][b] for b in values) for site, values in zeta.items()}
-    used = math.fsum(cheapest.values())
-    spare = budget - used
-    choices = [(s, b) for s in zeta for b in zeta[s] if cost[s][b] - cheapest[s] <= spare * (1 + 1e-9)]
-    objective = np.array([1e6 * ((zeta[s][b] - least[s]) / (unit or 1.0)) for s, b in choices])
-    extra = np.array([1e3 * ((cost[s][b] - cheapest[s]) / (spare or 1.0)) for s, b in choices])
-    member = np.array([[site == s for s, _ in choices] for site in zeta], dtype=float)
-    rows = [
-        LinearConstraint(member, 1, 1),
-        LinearConstraint(extra[None], 1e3 * ((floor - used) / (spare or 1.0)), 1e3),
-    ]
-    for _ in range(MAX_CUTS):
-        result = milp(
-            objective,
-            integrality=np.ones(len(choices), dtype=int),
-            bounds=Bounds(0, 1),
-            constraints=rows,
-            options={"mip_rel_gap": 0, "presolve": False, "node_limit": MAX_NODES},
-        )
-        if result.x is None:
-            return None, result.status == 2  # infeasible, where not given up
-        taken = result.x > 0.5
-        bits = {site: b for (site, b), x in zip(choices, taken, strict=True) if x}
-        if floor <= total_at(cost, bits) <= budget:
-            return bits, result.status == 0
-        rows.append(LinearConstraint(taken[None].astype(float), -np.inf, len(bits) - 1))
-    return None, False
-
-
 def uniform(zeta: Values, cost: Values, budget: float) -> Assignment:
     """Give all sites one bit-width, the largest that fits the budget.
 
@@ -259,11 +209,6 @@ def uniform(zeta: Values, cost: Values, budget: float) -> Assignment:
         if total_at(cost, wider) <= budget:
             bits = wider
     return Assignment(bits)
-
-
-def total_at(values: Values, bits: Mapping[str, int]) -> float:
-    """Sum a table over the sites at their bits: the exact sum, rounded once."""
-    return math.fsum(values[site][b] for site, b in bits.items())
 
 
 def _cheapest(zeta: Values, cost: Values, budget: float) -> dict[str, int]:

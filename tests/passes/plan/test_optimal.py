@@ -1,16 +1,14 @@
 """The knapsack against brute force, and what it does where HiGHS is at its limits."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import LinearConstraint, OptimizeResult
 
-from fmpq_fx.passes.plan import planners
-from fmpq_fx.passes.plan.planners import Assignment, adaptive, optimal, uniform
+from fmpq_fx.passes.plan import knapsack
+from fmpq_fx.passes.plan.planners import adaptive, optimal, uniform
 from support.planner_tables import (
     BIT,
     TARGETS,
@@ -23,11 +21,12 @@ from support.planner_tables import (
     small,
     tables,
     total,
+    upgrades,
 )
 
 
 @given(tables(), st.data())
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_optimal_is_the_best_of_all_plans(both: Tables, data: st.DataObject) -> None:
     assert_optimal(*both, a_budget(data, *both))
 
@@ -58,66 +57,42 @@ def test_optimal_resolves_small_differences_beside_large_values() -> None:
     assert found.bits == {f"s{n}": 9 if n >= 5 else 8 for n in range(8)}
 
 
-def test_optimal_is_proven_in_a_unit_of_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buying the most zeta per byte ends at 1.0 here, and 1e-6 of that would hide the optimum of 3e-7."""
+@pytest.mark.parametrize("spare", [21, 22, 24])
+def test_optimal_resolves_what_buying_the_most_per_byte_misses(spare: int) -> None:
+    """That ends at a zeta of 1.0 here; within 1e-12 of it, the optimum of 3e-7 has many neighbours."""
     zeta = {"large": {2: 1.0, 3: 0.5, 10: 0.0}, "bait": {2: 3e-7, 3: 0.0}}
     zeta |= {f"s{n}": {2: 1e-13 * (n + 1), 3: 0.0} for n in range(9)}
     cost = {"large": {2: 1e6, 3: 5e6, 10: 5e6 + 1}} | {s: {2: 2.0, 3: 3.0} for s in zeta if s != "large"}
     cost["bait"][3] = 2 + 1.125
-    solve, calls = planners.milp, []
-
-    def spy(objective: np.ndarray, **others: Any) -> OptimizeResult:
-        result = solve(objective, **others)
-        calls.append((objective.max(), result.fun))
-        return result
-
-    monkeypatch.setattr(planners, "milp", spy)
-    for budget in (5e6 + 21, 5e6 + 22, 5e6 + 24):
-        bits = optimal(zeta, cost, budget).bits
-        assert total(zeta, bits) == pytest.approx(brute_force(zeta, cost, budget), rel=1e-12)
-        largest, optimum = calls[-1]
-        assert optimum == pytest.approx(1e6)
-        assert largest <= optimum
+    bits = optimal(zeta, cost, 5e6 + spare).bits
+    assert total(zeta, bits) == pytest.approx(brute_force(zeta, cost, 5e6 + spare), rel=1e-12)
 
 
-def test_optimal_never_trusts_a_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A solver that takes a plan a little above the budget for one within it is asked again."""
-    solve, over = planners.milp, 0
-
-    def lax(objective: np.ndarray, *, constraints: list[Any], **rest: Any) -> OptimizeResult:
-        nonlocal over
-        sites, size, *cuts = constraints
-        wider = LinearConstraint(size.A, size.lb, 1.5 * size.ub)
-        result = solve(objective, constraints=[sites, wider, *cuts], **rest)
-        over += (size.A @ result.x > size.ub + 1).item()
-        return result
-
-    monkeypatch.setattr(planners, "milp", lax)
-    zeta, cost = small()
-    sizes = every_size(zeta, cost)
-    for budget in sizes:
-        assert_optimal(zeta, cost, budget)
-    assert over > len(sizes) / 2
+def test_optimal_never_trusts_a_tolerance() -> None:
+    """Many plans are a few bytes of 1.4e9 above the budget, which the solver takes for within it."""
+    zeta = {"large": {2: 1.0, 3: 0.2, 4: 0.0}, "small": {2: 0.1, 3: 0.0}}
+    cost = {"large": {2: 1.0, 3: 1e9 - 4.0, 4: 1e9 + 0.5}, "small": {2: 1.0, 3: 2.0}}
+    zeta |= {f"s{n}": {2: 0.01 * (n + 1), 3: 0.0} for n in range(8)}
+    cost |= {f"s{n}": {2: 1.0, 3: 1e8 + n} for n in range(8)}
+    budget = 1e9 + 4e8 + 9
+    assert_optimal(zeta, cost, budget)
+    assert optimal(zeta, cost, budget).remarks == ""
 
 
 def test_planners_say_when_the_solver_gave_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A size exactly on the budget is a subset-sum problem, for which HiGHS has no time limit of its own."""
-    monkeypatch.setattr(planners, "MAX_NODES", 1)
+    """A size exactly on the budget is a subset-sum problem, for which HiGHS may take for ever."""
+    monkeypatch.setattr(knapsack, "milp", lambda *_, **__: SimpleNamespace(x=None, status=1))
     zeta, cost, float_bytes = realistic(6, 10, 0.2)
     budget = 0.2 * float_bytes
     found = adaptive(zeta, cost, budget, window=0.0)
     assert "No plan was found that does" in found.remarks
     assert total(cost, found.bits) <= budget
-    proportional = {site: {b: 1 - 1e-8 * size for b, size in sizes.items()} for site, sizes in cost.items()}
-    found = optimal(proportional, cost, budget)
+    found = optimal(zeta, cost, budget)
     assert found.remarks == "It was not proven that no plan has less zeta."
     assert total(cost, found.bits) <= budget
-
-
-def test_optimal_falls_back_on_what_buys_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planners, "milp", lambda *_, **__: SimpleNamespace(x=None, status=4))
-    found = optimal({"a": {2: 1.0, 3: 0.5, 4: 0.0}}, {"a": {2: 2.0, 3: 3.0, 4: 4.0}}, 3.0)
-    assert found == Assignment({"a": 3}, remarks="It was not proven that no plan has less zeta.")
+    assert max(upgrades(zeta, cost, found.bits, budget)) <= 0, (
+        "what buys the most zeta per byte was not bought"
+    )
 
 
 def test_optimal_prefers_the_cheaper_of_equal_widths() -> None:
@@ -148,15 +123,14 @@ def test_optimal_beats_the_others_on_realistic_tables(cr: float) -> None:
 
 
 def test_optimal_solves_the_largest_tables() -> None:
-    """Against the bound of the Lagrangian relaxation, at the multiplier that is best for it."""
+    """Against bounds of the Lagrangian relaxation, which hold for every multiplier."""
     zeta, cost, float_bytes = realistic(5, 120, 0.2)
     budget = 0.1875 * float_bytes
     found = optimal(zeta, cost, budget)
-
-    def bound(multiplier: float) -> float:
-        priced = (min(zeta[s][b] + multiplier * cost[s][b] for b in zeta[s]) for s in zeta)
-        return sum(priced) - multiplier * budget
-
-    best = max(bound(10**exponent) for exponent in np.linspace(-12, -4, 4001))
+    z, c = (np.array([list(values.values()) for values in table.values()]) for table in (zeta, cost))
+    best = max(
+        float((z + multiplier * c).min(1).sum() - multiplier * budget)
+        for multiplier in np.logspace(-12, -4, 801)
+    )
     assert total(cost, found.bits) <= budget
     assert best <= total(zeta, found.bits) <= 1.01 * best
