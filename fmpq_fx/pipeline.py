@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fmpq_fx import ranks
@@ -34,6 +35,7 @@ from fmpq_fx.storage.files import check_folder
 SIZES = ("nominal", "coded")
 
 
+@torch.inference_mode(False)  # what is made within it could not be trained
 def prepare(
     model: nn.Module,
     target_cr: float,
@@ -171,6 +173,7 @@ def analyze(
     return measure_sensitivity(gm, batches, lmbda=lmbda, bits=bits, progress=progress, **settings)
 
 
+@torch.inference_mode(False)
 def rewrite(model: nn.Module, plan: Plan) -> fx.GraphModule:
     """Quantize ``model`` as ``plan`` says, with the scales and ranges that it records.
 

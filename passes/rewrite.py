@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import KEY, GraphNote, NodeNote, annotate_sites, graph_note, note_of
@@ -16,13 +16,31 @@ from fmpq_fx.quant import QuantizedLayer, quantize_layer, quantized_layers
 
 
 class QuantizedGraphModule(fx.GraphModule):
-    """A GraphModule whose plan survives ``torch.save``; fx pickles the code of a graph, but not its notes."""
+    """A GraphModule that carries a plan, and fits into training loops that were written for a model of CompressAI.
+
+    The plan survives ``torch.save``: fx pickles the code of a graph, but not its notes.
+    """
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the plan and the notes on the nodes beside what fx pickles."""
         rebuild, arguments = super().__reduce__()
         notes = [note_of(node) for node in self.graph.nodes]
         return _rebuild, (rebuild, arguments, notes, graph_note(self))
+
+    def aux_loss(self) -> Tensor:
+        """Return the auxiliary loss of the model, whose entropy models the graph shares, for a training loop."""
+        model: Any = graph_note(self).model
+        loss: Tensor = model.aux_loss()
+        return loss
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise FmpqError, as :meth:`compress` and :meth:`decompress` do: a graph cannot code."""
+        raise FmpqError(
+            "a rewritten graph has no entropy coder; fmpq_fx.convert(gm) returns the model's own class, quantized and "
+            "with its tables up to date, which has compress() and decompress()"
+        )
+
+    compress = decompress = update
 
 
 def _rebuild(

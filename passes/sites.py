@@ -1,6 +1,7 @@
 """Find what can be quantized in a traced model, and what cannot but holds parameters all the same."""
 
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import annotate
@@ -48,6 +49,27 @@ def find_sites(gm: fx.GraphModule) -> tuple[Site, ...]:
     return tuple(sites.values())
 
 
+def check_weights(model: nn.Module) -> None:
+    """Check that the weight of each quantizable layer of ``model`` is a parameter, which a quantized one can replace.
+
+    Raises:
+        FmpqError: one is computed from other parameters, as weight_norm and spectral_norm do.
+    """
+    for name, layer in model.named_modules():
+        cls = quantized_class(layer)
+        own = dict(layer.named_parameters(recurse=False))
+        if cls is None or cls.weight_name in own:
+            continue
+        if is_parametrized(layer, cls.weight_name):
+            remedy = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {cls.weight_name!r})"
+        else:
+            remedy = "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)"
+        raise FmpqError(
+            f"the {cls.weight_name} of {name!r} is computed from other parameters, as weight_norm and spectral_norm "
+            f"do, so that a quantized one could not take its place; bake it in first, on every such layer: {remedy}"
+        )
+
+
 def _layers_of(gm: fx.GraphModule, target: str) -> dict[str, nn.Module]:
     """Return the quantizable layers that a call of the module ``target`` runs, by qualified name."""
     module = gm.get_submodule(target)
@@ -73,8 +95,7 @@ def _site(name: str, layer: nn.Module, node: fx.Node) -> Site:
             )
     if layer._forward_pre_hooks or layer._forward_hooks:
         raise FmpqError(
-            f"{name!r} has forward hooks, which its quantized form would not run; remove them first "
-            "(torch.nn.utils.remove_weight_norm and remove_spectral_norm bake a norm into the weight)"
+            f"{name!r} has forward hooks, which its quantized form would not run; remove them first"
         )
     return Site(name=name, node=node.name, kind=type(layer).__name__, params=weight.numel())
 

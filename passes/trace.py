@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import annotate_graph
 from fmpq_fx.passes.forward import output_of
+from fmpq_fx.passes.sites import check_weights
 from fmpq_fx.quant import QuantizedLayer, QuantizeLatent, quantized_class
 
 
@@ -98,7 +99,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
         class.
 
     Raises:
-        FmpqError: the model cannot be traced, or returns something else.
+        FmpqError: the model cannot be traced, or returns something else, or a weight is computed from others.
     """
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise FmpqError("the model is quantized already; pass the float model that it was made from")
@@ -106,6 +107,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
         raise FmpqError(
             f"a {type(model).__name__} only hands out copies of a model; pass what it wraps, model.module"
         )
+    check_weights(model)  # before the copy, which torch refuses to make of some of them
     root = copy.deepcopy(model).eval()
     tracer = LicTracer()
     try:

@@ -14,7 +14,7 @@ from fmpq_fx.passes.annotation import graph_note, plan_of
 from fmpq_fx.passes.lower.entropy_path import EntropyPath, entropy_path
 from fmpq_fx.passes.lower.integerize import integerize
 from fmpq_fx.passes.swap import replace_module
-from fmpq_fx.quant import QuantizedLayer, quantized_layers
+from fmpq_fx.quant import quantized_layers
 from fmpq_fx.storage import fingerprint
 from fmpq_fx.storage.files import replacing
 
@@ -105,23 +105,8 @@ def export_checkpoint(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: there is no such folder.
     """
     model = convert(gm, exact=False)
-    for site, layer in quantized_layers(model).items():
-        check_weight(layer, site)
+    for layer in quantized_layers(model).values():
         layer.set_integers(layer.integers)  # its float weight is what it multiplied with from now on
         replace_module(model, layer, layer.layer)
     with replacing(path) as file:
         torch.save({"state_dict": model.state_dict()}, file)
-
-
-def check_weight(layer: QuantizedLayer, site: str) -> None:
-    """Check that the weight of a site is a parameter, so that a quantized one can take its place.
-
-    Raises:
-        FmpqError: it is computed from other parameters.
-    """
-    names = dict(layer.layer.named_parameters())
-    if layer.weight_name not in names:
-        raise FmpqError(
-            f"the weight of {site!r} is computed from others ({', '.join(names)}), so that a quantized one has no "
-            "place in a file of that class; remove the parametrization before prepare()"
-        )

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fmpq_fx.coding.codec import Exact, check_weight, convert, with_exact_path
+from fmpq_fx.coding.codec import Exact, convert, with_exact_path
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.history import History
 from fmpq_fx.models.identity import Model, identity_of, load_state, made
@@ -168,7 +168,6 @@ def _checked_layers(model: nn.Module, plan: Plan) -> dict[str, QuantizedLayer]:
         if bits is not None:
             layer = model.get_submodule(site)
             assert isinstance(layer, QuantizedLayer)
-            check_weight(layer, site)
             if layer.input_quantizer is not None and layer.input_quantizer.observing:
                 raise FmpqError(
                     f"the activations of {site!r} are not calibrated; save what prepare() returned"

@@ -194,10 +194,13 @@ class ActivationFakeQuant(_Quantizer):
     Where every value seen was a whole number and the range fits, the step is 1 for good: rounded latents then pass
     unchanged, which no other step of that range would let them. In training mode, where latents carry noise that
     stands for their rounding, they pass as they are: rounding them as well would double the error.
+
+    Step and zero point are parameters as long as they are trained, and buffers of the same names once they are fixed:
+    a training loop takes every parameter for one of its own.
     """
 
-    log_scale: nn.Parameter
-    zero_point: nn.Parameter
+    log_scale: Tensor  # (1,)
+    zero_point: Tensor  # (1,)
 
     def __init__(self, bits: int, like: Tensor, *, leak: float = LEAK):
         super().__init__()
@@ -243,10 +246,13 @@ class ActivationFakeQuant(_Quantizer):
         """Quantize from now on, with steps that cover ``low`` … ``high`` (which contains 0)."""
         self.observing, self.range, self.integral = False, (low, high), integral
         scale = 1.0 if self.whole or high == low else (high - low) / self.high
-        with torch.no_grad():
-            self.log_scale.fill_(math.log(scale))
-            self.zero_point.fill_(round(-low / scale))
-        self.requires_grad_(not self.whole)
+        for name, number in {"log_scale": math.log(scale), "zero_point": float(round(-low / scale))}.items():
+            value = torch.full_like(getattr(self, name).detach(), number)
+            delattr(self, name)
+            if self.whole:
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value))
 
     def extra_repr(self) -> str:
         """Say the state and the range."""

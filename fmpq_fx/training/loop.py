@@ -33,6 +33,7 @@ Images = str | os.PathLike[str] | Iterable[Tensor | Source]
 """An image folder, or (3, H, W) or (B, 3, H, W) float tensors in [0, 1]."""
 
 
+@torch.inference_mode(False)  # and with gradients, wherever the caller stands
 def train(
     model: nn.Module,
     images: Images,
@@ -77,6 +78,11 @@ def train(
         raise FmpqError(
             f"the model is in {', '.join(map(str, narrow))}, which is too coarse to train in: train model.float(), "
             "with bfloat16=True for speed"
+        )
+    if any(tensor.is_inference() for tensor in model.state_dict().values()):
+        raise FmpqError(
+            "the model was made or moved within torch.inference_mode(), which leaves tensors that cannot be trained; "
+            "do that outside of it, or train a copy, copy.deepcopy(gm)"
         )
     to_train_on, to_validate_on = _split(images, validation, settings.crop)
     about = {

@@ -202,7 +202,7 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
     A zero point counts in integers of its range, a step in its logarithm: zero points get the steps' learning
     rate times their last integer, so that both move by the same part of the range.
     """
-    rates: dict[nn.Parameter, float] = dict.fromkeys(model.parameters(), settings.lr)
+    rates: dict[Tensor, float] = dict.fromkeys(model.parameters(), settings.lr)
     for module in model.modules():
         if isinstance(module, EntropyBottleneck):
             rates.pop(module.quantiles, None)

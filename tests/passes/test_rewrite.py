@@ -13,6 +13,7 @@ import pytest
 import torch
 from compressai.entropy_models import EntropyBottleneck
 from compressai.latent_codecs import LatentCodec
+from compressai.optimizers import net_aux_optimizer
 from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
@@ -24,6 +25,7 @@ from fmpq_fx.passes.rewrite import quantize
 from fmpq_fx.passes.sites import find_sites, float_remainder
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, quantize_layer, quantized_layers
+from support.coded_models import quantized
 from support.traced_models import each_codec, lively
 
 
@@ -204,6 +206,23 @@ def test_a_training_step_reaches_every_parameter(model: nn.Module, x: Tensor) ->
         assert parameter.grad.count_nonzero() > 0, name
     kinds = [sum(name.endswith(kind) for name in trained) for kind in ("log_scale", "zero_point")]
     assert kinds == [2 * len(plan_of(gm).sites), len(plan_of(gm).sites)]
+
+
+def test_a_training_loop_of_compressai_takes_a_graph_for_a_model() -> None:
+    gm = copy.deepcopy(quantized("scale hyperprior"))
+    # It reads whole numbers, so that its step is not trained.
+    assert "g_s.0.input_quantizer.log_scale" in gm.state_dict().keys() - dict(gm.named_parameters()).keys()
+    rates = {"net": {"type": "Adam", "lr": 1e-4}, "aux": {"type": "Adam", "lr": 1e-3}}
+    optimizers = net_aux_optimizer(gm, rates)
+    trained = [p for optimizer in optimizers.values() for p in optimizer.param_groups[0]["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in gm.parameters()}
+    loss = gm.aux_loss()
+    assert loss.item() == sum(m.loss() for m in gm.modules() if isinstance(m, EntropyBottleneck)).item()
+    loss.backward()
+    assert gm.get_parameter("entropy_bottleneck.quantiles").grad is not None
+    for call in (gm.update, gm.compress, gm.decompress):
+        with pytest.raises(FmpqError, match=r"convert\(gm\)"):
+            call()
 
 
 def test_the_plan_of_another_model_is_refused(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from compressai.layers import GDN
 from compressai.models import vbr
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import remove_parametrizations
 
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import note_of
@@ -217,6 +218,30 @@ def test_compressais_own_models_train_as_graphs_without_a_warning(make: Make) ->
 def test_what_wraps_a_model_is_told_apart() -> None:
     with pytest.raises(FmpqError, match=r"DataParallel only hands out copies.*model\.module"):
         trace(nn.DataParallel(zoo.ScaleHyperprior(8, 12)))
+
+
+NORMS: dict[str, tuple[Any, Callable[[nn.Module], Any]]] = {
+    "weight_norm": (nn.utils.parametrizations.weight_norm, lambda m: remove_parametrizations(m, "weight")),
+    "spectral_norm": (
+        nn.utils.parametrizations.spectral_norm,
+        lambda m: remove_parametrizations(m, "weight"),
+    ),
+    "weight_norm of hooks": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    "spectral_norm of hooks": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize(("norm", "remove"), NORMS.values(), ids=NORMS)
+def test_a_weight_that_is_computed_from_others_is_refused_with_the_remedy(
+    norm: Callable[[nn.Module], Any], remove: Callable[[nn.Module], Any]
+) -> None:
+    model = Codec().eval()
+    norm(model.last)
+    with pytest.raises(FmpqError, match=r"weight of 'last' is computed from other parameters.*remove_"):
+        trace(model)
+    remove(model.last)
+    assert [site.name for site in find_sites(trace(model))] == ["conv", "last"]
 
 
 def test_two_layers_with_one_weight_are_refused() -> None:

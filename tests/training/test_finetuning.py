@@ -55,6 +55,31 @@ def test_weights_steps_and_zero_points_are_all_trained_and_stay_shared_with_the_
         assert torch.equal(codec(x)["x_hat"], gm.eval()(x)["x_hat"])
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_trains_the_same_where_the_caller_has_switched_gradients_off(
+    gm: fx.GraphModule, mode: Callable[[], Any]
+) -> None:
+    other = copy.deepcopy(gm)
+    tuned(gm)
+    with mode():
+        tuned(other, images=photos(6))
+    assert same_state(gm, other)
+
+
+def test_a_graph_that_is_made_in_inference_mode_can_be_trained() -> None:
+    with torch.inference_mode():
+        gm = fmpq_fx.prepare(
+            small_model("bmshj2018-hyperprior"), 0.25, calibration=photos(2, side=64), bits=[8]
+        )
+        again = fmpq_fx.rewrite(small_model("bmshj2018-hyperprior"), fmpq_fx.plan_of(gm))
+        moved = copy.deepcopy(gm)
+    tuned(gm, steps=2)
+    tuned(again, steps=2)
+    with pytest.raises(FmpqError, match=r"inference_mode.*copy\.deepcopy"):
+        tuned(moved)
+    tuned(copy.deepcopy(moved), steps=2)
+
+
 def test_the_training_mode_comes_back(gm: fx.GraphModule) -> None:
     for mode in (True, False):
         tuned(gm.train(mode), steps=1)
