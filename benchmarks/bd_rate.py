@@ -12,10 +12,10 @@ import argparse
 from rd_bench import add_arguments, benches
 from rd_points import Variant
 from rd_table import plot_curves, print_losses, print_table
-from tqdm import tqdm
 
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.pipeline import SIZES
+from fmpq_fx.progress import reported
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
             for bench in given:
                 bench.measure([Variant(), Variant(steps=args.steps)])
             jobs = [(p, cr, bench) for p in args.planners for cr in args.target_cr for bench in given]
-            for planner, cr, bench in tqdm(jobs, desc="plans", unit="plan", disable=None):
+            for planner, cr, bench in reported(jobs, "plans", "plan", leave=True):
                 bench.measure(
                     Variant(planner, cr, bits or None, steps, size=args.size)
                     for bits in args.activation_bits

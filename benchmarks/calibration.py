@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from figures import save
 from tabulate import tabulate
-from tqdm import tqdm
 
 from fmpq_fx import analyze, rewrite, samples
 from fmpq_fx.images import crops
@@ -26,6 +25,7 @@ from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.incremental import mean_rd
 from fmpq_fx.passes.plan.task import make_plan
 from fmpq_fx.passes.trace import trace
+from fmpq_fx.progress import reported
 from fmpq_fx.storage.files import write_text
 from fmpq_fx.storage.fingerprint import digest
 
@@ -65,7 +65,7 @@ def main() -> None:
     float_rd = mean_rd(functionalize(trace(model)), test, args.lmbda)
     jobs = [(count, seed) for count in sorted(args.counts) for seed in range(args.seeds)]
     keys = [f"{what}; {count} images, seed {seed}" for count, seed in jobs]
-    for (count, seed), key in zip(tqdm(jobs, desc="calibrations", disable=None), keys, strict=True):
+    for (count, seed), key in zip(reported(jobs, "calibrations", "plan", leave=True), keys, strict=True):
         if key in done:
             continue
         batches = crops.cut(args.calibration, count=count, seed=seed)

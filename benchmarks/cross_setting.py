@@ -26,12 +26,12 @@ from bench_models import UNTRAINED, WITH_CODECS, add_model_arguments, enliven
 from compressai.ops import compute_padding
 from tabulate import tabulate
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fmpq_fx import convert, exact_table, finetune, prepare
 from fmpq_fx.coding.fmi import STRIDE
 from fmpq_fx.images import crops, reading
 from fmpq_fx.models.zoo import load_model
+from fmpq_fx.progress import reported
 
 LAYOUTS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
 SETTINGS = ("1 thread", "2 threads", "no oneDNN", *LAYOUTS, "float64", "compiled")
@@ -97,7 +97,7 @@ def decode_all(codec: Any, which: str, coded: list[Any]) -> list[Tensor]:
 def failures(codec: Any, pictures: list[Tensor], tolerance: float, name: str) -> list[list[str]]:
     """Return a row per encoder's setting: how many pictures fail under each decoder's."""
     rows = []
-    for encoder in tqdm(SETTINGS, desc=name, leave=False):
+    for encoder in reported(SETTINGS, name, "setting"):
         coded = encode_all(codec, encoder, pictures)
         expected = decode_all(codec, encoder, coded)
         counts = [
@@ -119,7 +119,7 @@ def coded_bytes(codec: Any, pictures: list[Tensor]) -> int:
 def seconds(codecs: dict[str, Any], pictures: list[Tensor]) -> dict[str, tuple[float, float]]:
     """Return the median seconds of processor time to encode and decode a picture, by codec, in turn on one thread."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in codecs}
-    for x in tqdm(pictures, desc="time", leave=False):
+    for x in reported(pictures, "time", "image"):
         for name, codec in codecs.items():
             start = time.process_time()
             coded = codec.compress(x)

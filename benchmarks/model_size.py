@@ -27,7 +27,6 @@ import zstandard
 from figures import save as save_figure
 from tabulate import tabulate
 from torch import fx, nn
-from tqdm import tqdm
 
 from fmpq_fx import FileReport, analyze, file_report, load, load_codec, plan_of, prepare, save
 from fmpq_fx.images import crops
@@ -35,6 +34,7 @@ from fmpq_fx.models.zoo import load_model, model_of_state, zoo_name
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.incremental import mean_rd
 from fmpq_fx.passes.trace import trace
+from fmpq_fx.progress import reported
 from fmpq_fx.quant import quantized_layers
 from fmpq_fx.storage.files import write_text
 
@@ -86,7 +86,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         jobs = [(size, cr) for size in ("nominal", "coded") for cr in args.target_cr]
-        for size, cr in tqdm(jobs, desc="model files", unit="file", disable=None):
+        for size, cr in reported(jobs, "model files", "file", leave=True):
             gm = prepare(
                 model,
                 cr,

@@ -17,7 +17,6 @@ import torch
 from bench_models import add_measuring_arguments, bench_models, conditions
 from tabulate import tabulate
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fmpq_fx import analyze, samples
 from fmpq_fx.images import crops
@@ -25,6 +24,7 @@ from fmpq_fx.passes.measure.sensitivity import CANDIDATE_BITS
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.swap import substituted
 from fmpq_fx.passes.trace import trace
+from fmpq_fx.progress import reported
 from fmpq_fx.quant import quantize_layer
 from fmpq_fx.rd import rd_loss
 
@@ -36,7 +36,7 @@ def naive_zeta(model: nn.Module, x: Tensor, lmbda: float) -> dict[str, dict[int,
     zeta: dict[str, dict[int, float]] = {site.name: {} for site in sites}
     with torch.no_grad():
         float_rd = rd_loss(model(x), x, lmbda).item()
-        for site in tqdm(sites, desc="naive", leave=False, disable=None):
+        for site in reported(sites, "naive", "site"):
             for bits in CANDIDATE_BITS:
                 with substituted(model, site.name, quantize_layer(model.get_submodule(site.name), bits)):
                     rd = rd_loss(model(x), x, lmbda).item()

@@ -15,10 +15,10 @@ import torch
 from compressai.entropy_models import EntropyBottleneck
 from compressai.models import Cheng2020Anchor, MeanScaleHyperprior, ScaleHyperprior
 from torch import nn
-from tqdm import trange
 
 from fmpq_fx.history import Settings
 from fmpq_fx.models.zoo import load_model
+from fmpq_fx.progress import reported
 from fmpq_fx.storage.files import replacing
 from fmpq_fx.training.loop import train
 
@@ -33,7 +33,7 @@ def settle_quantiles(model: nn.Module, steps: int, lr: float) -> None:
     """Train the quantiles of entropy bottlenecks alone, so that medians and tables fit what was learned."""
     bottlenecks = [m for m in model.modules() if isinstance(m, EntropyBottleneck)]
     optimizer = torch.optim.Adam([m.quantiles for m in bottlenecks], lr)
-    for _ in trange(steps, desc="quantiles", disable=None, leave=False):
+    for _ in reported(range(steps), "quantiles", "step"):
         optimizer.zero_grad()
         torch.stack([m.loss() for m in bottlenecks]).sum().backward()
         optimizer.step()

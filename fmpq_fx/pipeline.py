@@ -80,7 +80,7 @@ def prepare(
         memory: how much memory activations may be kept in: bytes, or a string as "2GB"; None is a quarter of the
             machine's, or of the GPU's. With less, more is computed again, and the result is the same. Forward
             passes take memory besides, for two images of 256 x 256 at once, sixteen on a GPU.
-        progress: show progress bars; None shows them on terminals only.
+        progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
 
     Returns:
         the rewritten graph, in the training mode, device and dtype of ``model``. It carries its plan
@@ -92,7 +92,6 @@ def prepare(
             the quantized model is not finite, or the table is of another model, or the checkpoint, or a table that
             is to be completed, of other weights or images; the ranks were given different things.
     """
-    progress = progress if ranks.is_first() else False
     bits = None if bits is None else checked_bits(bits)
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; pass one of {', '.join(map(repr, SIZES))}")
@@ -163,7 +162,6 @@ def analyze(
         FmpqError: the model cannot be traced or run on the images, there are no usable images, or the checkpoint is of
             another model, other weights or other images.
     """
-    progress = progress if ranks.is_first() else False
     known = _known(checkpoint)
     ranks.require_same({"the sensitivity": _version(known)})
     batches = _batches_for(model, calibration)

@@ -11,7 +11,7 @@ from support import REPOSITORY
 
 # From the ground up: a folder, or a file that lies loose in fmpq_fx/, imports only what stands before it.
 LEVELS = [
-    *("errors", "memory", "rd", "ranks", "samples"),
+    *("errors", "memory", "rd", "ranks", "progress", "samples"),
     *("quant", "exact", "storage", "history", "models", "images"),
     *("passes.plan", "passes", "passes.measure", "passes.clip", "passes.lower"),
     *("pipeline", "training", "coding", "onnx", "formats", "report", "cli"),

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fmpq_fx import ranks
 from fmpq_fx.cli.arguments import (
@@ -29,6 +28,7 @@ from fmpq_fx.formats.model_file import load_codec
 from fmpq_fx.formats.state import load_state
 from fmpq_fx.images import reading
 from fmpq_fx.models.zoo import load_model
+from fmpq_fx.progress import reported
 from fmpq_fx.storage.files import check_folder, replacing, write_text
 
 T = TypeVar("T")
@@ -181,7 +181,7 @@ def _each(
         OSError: a file cannot be written. The others could not either, so they are not tried.
     """
     failures: list[str] = []
-    for source, out in tqdm(jobs.items(), desc=verb, unit="image", disable=None, leave=False):
+    for source, out in reported(jobs.items(), verb, "image"):
         try:
             made = make(source)
         except _FAILURES as error:

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from compressai.ops import compute_padding
 from tabulate import tabulate
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
 from fmpq_fx.coding.codec import convert
 from fmpq_fx.coding.fmi import STRIDE, checked_codec, padded_size
@@ -24,6 +23,7 @@ from fmpq_fx.coding.tiling import within
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images import reading
 from fmpq_fx.images.ms_ssim import LEAST_SIDE, ms_ssim
+from fmpq_fx.progress import reported
 from fmpq_fx.rd import PEAK, psnr, total_bits
 
 _IMAGES = 5  # that coding and comparing have in memory at once, beside what the transforms take
@@ -147,7 +147,7 @@ def evaluate(
             size.
         memory: the most that this may take beside the codec, in bytes or as "2GB"; None is a quarter of the
             machine's. An image that would take more is transformed in tiles (:func:`fmpq_fx.coding.tiling.within`).
-        progress: show a progress bar; None shows it on terminals only.
+        progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
 
     Returns:
         bits per pixel of the image as it is, not as it was padded; PSNR and MS-SSIM of images rounded to 8 bits,
@@ -162,11 +162,10 @@ def evaluate(
     codec = _codec(model)
     parameter = next(codec.parameters())
     named = list(_named(images))
-    hide = None if progress is None else not progress
     results: list[ImageResult] = []
     skipped: list[str] = []
     with torch.no_grad():
-        for name, load in tqdm(named, desc="evaluate", unit="image", disable=hide, leave=False):
+        for name, load in reported(named, "evaluate", "image", show=progress):
             try:
                 x = load().to(parameter.device, parameter.dtype)
                 coder = within(codec, padded_size(*x.shape[-2:]), memory, images=_IMAGES)

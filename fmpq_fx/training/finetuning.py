@@ -66,7 +66,7 @@ def finetune(
             the result of an uninterrupted run; a finished run is not repeated. It is of use for that run alone:
             name another, or remove it, to train further.
         workers: processes that read images ahead, for each rank; 0 reads in this one, None chooses.
-        progress: show a progress bar; None shows it on terminals only.
+        progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
 
     Returns:
         the losses and validations; ``gm`` carries it as well, :func:`fmpq_fx.passes.annotation.graph_note`.

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
@@ -24,6 +23,7 @@ from fmpq_fx.history import History, Settings
 from fmpq_fx.images.crops import cut, describe
 from fmpq_fx.images.reading import Source, fingerprint, sources
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
+from fmpq_fx.progress import reported
 from fmpq_fx.storage.files import check_folder
 from fmpq_fx.training import data
 from fmpq_fx.training.data import RandomCrops
@@ -58,7 +58,7 @@ def train(
         checkpoint: a file that is written at every validation. Where it is there, training goes on from it; the
             model must be as it was at the start, or as it was left. A finished run is not repeated.
         workers: processes that read images ahead; 0 reads in this one, None chooses.
-        progress: show a progress bar; None shows it on terminals only.
+        progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
 
     Raises:
         ValueError: ``settings.batch_size`` is no multiple of the number of ranks.
@@ -111,23 +111,26 @@ def train(
                 workers=workers,
                 pin_memory=bool(devices),
             )
-            hide = (None if progress is None else not progress) if ranks.is_first() else True
-            with tqdm(
+            with reported(
                 batches,
-                desc="training",
-                unit="step",
+                "training",
+                "step",
                 total=settings.steps,
-                initial=len(run.losses),
-                disable=hide,
-            ) as bar:
-                for x in bar:
-                    bar.set_postfix(run.step(x.to(parameter, non_blocking=True)), refresh=False)
+                done=len(run.losses),
+                every=settings.validate_every,
+                leave=True,
+                show=progress,
+            ) as steps:
+                for x in steps:
+                    figures = run.step(x.to(parameter, non_blocking=True))
                     if run.diverged:
                         break
                     if run.due:
                         run.validate()
                         if checkpoint is not None and ranks.is_first():
                             run.save(Path(checkpoint), about)
+                    validated = f"{run.validation[-1].loss(settings.loss):.4g}"
+                    steps.set_postfix({**figures, "validation": validated}, refresh=False)
     finally:
         model.load_state_dict(run.best)
         model.zero_grad()

@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, fx
-from tqdm import tqdm
 
 from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
@@ -19,6 +18,7 @@ from fmpq_fx.passes.annotation import annotate_graph, plan_of
 from fmpq_fx.passes.clip.descent import RDDescent
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.measure.incremental import mean_rd, parts_of, run_part
+from fmpq_fx.progress import reported
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, quantized_layers, weights_kept
 
 CLIPS = (0.8, 0.6, 0.5, 0.4, 0.3)
@@ -39,7 +39,7 @@ def calibrate(
             whose ranges are set already keep them.
         batches: calibration images, (B, 3, H, W) each, in [0, 1].
         memory: bytes of activations to keep at most, see :class:`ChangeMeter`.
-        progress: show a progress bar; None shows it on terminals only.
+        progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
 
     Returns:
         the RD loss of ``gm`` on ``batches`` afterwards.
@@ -57,10 +57,9 @@ def calibrate(
     quantizers = {site: quantizer for site, (_, quantizer) in observers.items()}
     _observe(gm, batches, quantizers)
     clippable = {site: both for site, both in observers.items() if not both[1].integral}
-    hide = None if progress is None else not progress
     with RDDescent(gm, batches, plan_of(gm).lmbda, list(clippable), memory=memory) as descent:
-        for site, (layer, quantizer) in tqdm(
-            clippable.items(), desc="activation ranges", unit="site", disable=hide, leave=False
+        for site, (layer, quantizer) in reported(
+            clippable.items(), "activation ranges", "site", show=progress
         ):
             _clip_range(descent, site, layer, quantizer)
         rd = descent.rd

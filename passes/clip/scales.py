@@ -10,11 +10,11 @@ from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, fx
-from tqdm import tqdm
 
 from fmpq_fx.passes.annotation import annotate_graph, plan_of
 from fmpq_fx.passes.clip.descent import RDDescent
 from fmpq_fx.passes.rewrite import activations_float
+from fmpq_fx.progress import reported
 from fmpq_fx.quant import QuantizedLayer, quantize_layer, quantized_layers
 
 CLIPS = (0.9, 0.8, 0.7, 0.6)
@@ -38,7 +38,7 @@ def choose_scales(
             choice is written into its plan. The RD loss on ``batches`` never rises by it.
         batches: calibration images, (B, 3, H, W) each, in [0, 1].
         memory: bytes of activations to keep at most, see :class:`ChangeMeter`.
-        progress: show a progress bar; None shows it on terminals only.
+        progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
 
     Returns:
         that RD loss, as it is afterwards.
@@ -46,10 +46,9 @@ def choose_scales(
     plan = plan_of(gm)
     # "not <": sites that were given bits for which zeta was not measured have NaN, and are tried as well.
     layers = {site: m for site, m in quantized_layers(gm).items() if not plan.zeta_of(site) < WORTHWHILE}
-    hide = None if progress is None else not progress
     clips: dict[str, float] = {}
     with activations_float(gm), RDDescent(gm, batches, plan.lmbda, list(layers), memory=memory) as descent:
-        for site, layer in tqdm(layers.items(), desc="weight scales", unit="site", disable=hide, leave=False):
+        for site, layer in reported(layers.items(), "weight scales", "site", show=progress):
             clips[site] = descent.best_clip(site, partial(_clipped, layer), CLIPS)
         rd = descent.rd
     clips = {site: clip for site, clip in clips.items() if clip < 1}

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping
 
 from torch import fx, nn
-from tqdm import tqdm
 
 from fmpq_fx import ranks
 from fmpq_fx.passes.plan.tables import Table
 from fmpq_fx.passes.sites import find_sites
+from fmpq_fx.progress import reported
 from fmpq_fx.quant import quantize_layer
 from fmpq_fx.storage.weight_coder import coded_bytes
 
@@ -26,7 +26,7 @@ def measure_coded_sizes(
         bits: candidate widths.
         given: sites whose width is fixed, to what; those are coded at that width alone, or not at all where it
             is None.
-        progress: show a progress bar; None shows it on terminals only.
+        progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
     """
     candidates = tuple(bits)
     table: Table = {site.name: {} for site in find_sites(gm)}
@@ -36,8 +36,7 @@ def measure_coded_sizes(
         for b in ((given[site],) if site in given else candidates)
         if b is not None
     ]
-    hide = None if progress is None else not progress
-    bar = tqdm(ranks.share(jobs), desc="coded sizes", unit="width", disable=hide, leave=False)
+    bar = reported(ranks.share(jobs), "coded sizes", "width", show=progress)
     sizes = ranks.merged([_coded_size(gm.get_submodule(site), b) for site, b in bar])
     for (site, b), size in zip(jobs, sizes, strict=True):
         table[site][b] = size

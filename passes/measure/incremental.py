@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
 from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
@@ -16,6 +15,7 @@ from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.measure.kept_values import Budget
 from fmpq_fx.passes.measure.rerun import UNCHANGED, IncrementalInterpreter, Reach, find_reach
 from fmpq_fx.passes.swap import substituted
+from fmpq_fx.progress import reported
 from fmpq_fx.quant import weights_kept
 from fmpq_fx.rd import RDSums, rd_sums, squared_error, total_bits
 
@@ -164,7 +164,7 @@ class ChangeMeter:
         Args:
             changes: what to measure.
             description: of the progress bar.
-            progress: show a progress bar; None shows it on terminals only.
+            progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
         """
         own = dict(ranks.share(list(changes.items())))
         keys: dict[str, list[K]] = {site: [] for site in self._reach}  # in the order of the graph
@@ -172,8 +172,7 @@ class ChangeMeter:
             keys[site].append(key)
         sums = dict.fromkeys(own, RDSums())
         total = len(self._parts) * len(own)
-        hide = None if progress is None else not progress
-        bar = tqdm(total=total, desc=description, unit="run", disable=hide, leave=False)
+        bar = reported(range(total), description, "run", show=progress)
         with bar, freed_memory_kept():
             for site, its_keys in keys.items():
                 layer = self.gm.get_submodule(site)

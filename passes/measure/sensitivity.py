@@ -47,7 +47,7 @@ class SensitivityMeter:
         known: what was measured already, of the same model; only what it lacks is measured. ``lmbda`` and ``bits``
             are then left out, or those of that table.
         checkpoint: a file to write the table to whenever something was measured; ``known`` is what it held.
-        progress: show progress bars; None shows them on terminals only.
+        progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
 
     Raises:
         ValueError: ``bits`` or ``lmbda`` is out of its range, or not that of ``known``.

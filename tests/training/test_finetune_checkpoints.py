@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import errno
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -131,12 +131,12 @@ def test_a_full_disk_leaves_the_old_checkpoint_intact(
     save = torch.save
     saved = []
 
-    def full(content: Any, path: Path) -> None:
+    def full(content: Any, file: BinaryIO) -> None:
         saved.append(content)
         if len(saved) == 2:
-            Path(path).write_bytes(b"the first half of")
+            file.write(b"the first half of")
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(content, path)
+        save(content, file)
 
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", full)
