@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def save(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     words = {
         "plan": json.loads(plan.to_json()),
         "history": _shortened(graph_note(gm).history),
-        "entropy_path": asdict(entropy_path(gm)),
+        "entropy_path": entropy_path(gm).described(),
         "layouts": {site: list(values.shape) for site, values in integers.items()},
         "signed": {site: layer.signed for site, layer in layers.items()},
         "weights": {name: list(value.shape) for name, value in weights.items()},

@@ -8,7 +8,7 @@ the networks inside CompressAI's latent codecs, which the graph keeps whole.
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from compressai.entropy_models import (
@@ -59,6 +59,11 @@ class EntropyPath:
         1  # layers saturate at 4096 / terms, so that what is computed of them has no more than 24 bits
     )
     constants: tuple[str, ...] = ()  # parameters and buffers added there that are no fixed-point numbers yet
+
+    def described(self) -> dict[str, Any]:
+        """Return the path as a model file holds it: without constants where there are none, as older ones."""
+        words = asdict(self)
+        return words if self.constants else {key: value for key, value in words.items() if key != "constants"}
 
 
 def entropy_path(gm: fx.GraphModule) -> EntropyPath:

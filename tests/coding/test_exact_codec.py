@@ -1,5 +1,6 @@
 """exact= of convert() and load_codec(), what cannot be exact, files, and strings that were damaged."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,19 @@ def test_a_file_gives_the_same_codec(name: str, tmp_path: Path) -> None:
     assert not any(isinstance(module, ExactLayer) for module in floating.modules())
     with torch.no_grad():
         assert torch.equal(gm(x)["x_hat"], quantized(name)(x)["x_hat"])
+
+
+def test_a_file_knows_which_parameters_are_added_on_the_path(tmp_path: Path) -> None:
+    gm = graph_of(Hyperprior(lambda m, x: x + m.offset).eval(), images(), None)
+    fmpq_fx.save(gm, tmp_path / "model.fmpq")
+    made: Any = fmpq_fx.load_codec(
+        tmp_path / "model.fmpq", model=lambda: Hyperprior(lambda m, x: x + m.offset)
+    )
+    converted: Any = fmpq_fx.convert(gm, exact="require")
+    assert made.offset * 4096 == round(0.3 * 4096)
+    with torch.no_grad():
+        coded = converted.compress(images())
+    assert torch.equal(latents(made, coded), latents(copy.deepcopy(converted).double(), coded))
 
 
 def test_a_file_of_what_has_no_exact_form_says_so(tmp_path: Path) -> None:
