@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from fmpq_fx.coding.codec import Exact, convert, with_exact_path
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.history import History
-from fmpq_fx.models.identity import Model, identity_of, load_state, made
+from fmpq_fx.models.identity import Model, given, identity_of, load_state, made
 from fmpq_fx.onnx.codec import BACKENDS, exported_with_sessions
 from fmpq_fx.passes.annotation import annotate_graph, graph_note, plan_of
 from fmpq_fx.passes.lower.entropy_path import EntropyPath, entropy_path
@@ -102,10 +102,12 @@ def load(path: str | os.PathLike[str], *, model: Model | None = None) -> fx.Grap
 
     Raises:
         FmpqError: the file is damaged, of a newer version or something else, or its model cannot be made.
+        Exception: whatever ``model`` raises when it is called.
     """
     held = container.read(path)
+    own = given(model, path)
     with blaming(path):
-        codec, words = _codec(held, model)
+        codec, words = _codec(held, own)
         layers = quantized_layers(codec)
         for layer in layers.values():
             replace_module(codec, layer, layer.layer)
@@ -142,8 +144,9 @@ def load_codec(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; pass one of {', '.join(map(repr, BACKENDS))}")
     held = container.read(path)
+    own = given(model, path)
     with blaming(path):
-        codec, words = _codec(held, model)
+        codec, words = _codec(held, own)
         codec = with_exact_path(codec, EntropyPath(**words["entropy_path"]), exact)
     if backend == "torch":
         return codec
@@ -204,7 +207,7 @@ def _shortened(history: History | None) -> Any:
     return json.loads(replace(history, losses=tuple(float(f"{x:.4g}") for x in history.losses)).to_json())
 
 
-def _codec(held: container.Container, model: Model | None) -> tuple[nn.Module, dict[str, Any]]:
+def _codec(held: container.Container, own: nn.Module | None) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model of the file with its quantized layers, and the words of the file."""
     words = json.loads(container.unpacked(held.data["words"]))
     plan, identity = plan_in(words), held.about["model"]
@@ -214,7 +217,7 @@ def _codec(held: container.Container, model: Model | None) -> tuple[nn.Module, d
     state |= tensor_packing.unpacked_tables(held.data["tables"], words["tables"])
     state |= {name: torch.zeros(1, dtype=dtype).expand(shape) for name, shape in words["weights"].items()}
     tensor_packing.check_tables(state)
-    codec = made(identity, state, model).eval()
+    codec = made(identity, state, own).eval()
     load_state(codec, state)
 
     quantizers = tensor_packing.unpacked(held.data["quantizers"], words["quantizers"])

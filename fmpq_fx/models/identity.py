@@ -1,6 +1,8 @@
 """What a file has to say of a model so that it can be made again, without pickle."""
 
 import copy
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -45,19 +47,34 @@ def _imagined(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
             return {}
 
 
-def made(identity: dict[str, Any], state: dict[str, Tensor], model: Model | None) -> nn.Module:
+def given(model: Model | None, path: str | os.PathLike[str]) -> nn.Module | None:
+    """Return a copy of the ``model`` that the user passed for the file ``path``, or what it makes; None for None.
+
+    This runs the user's code: what that raises is no fault of the file. It comes through, with a note that says where
+    the code was called (from Python 3.11 on, which has notes).
+    """
+    try:
+        return copy.deepcopy(model) if model is None or isinstance(model, nn.Module) else model()
+    except Exception as error:
+        if sys.version_info >= (3, 11):
+            error.add_note(
+                f"This was raised by model={model!r}, which was to make the model of the file {path}."
+            )
+        raise
+
+
+def made(identity: dict[str, Any], state: dict[str, Tensor], own: nn.Module | None) -> nn.Module:
     """Return a model with the shapes of ``state``, whatever its values.
 
     Args:
         identity: what :func:`identity_of` returned.
         state: its state dict; it decides on the sizes of a model of the zoo.
-        model: such a model, which is copied, or what makes one, instead of the zoo.
+        own: the user's model (:func:`given`), which is used instead of one of the zoo.
 
     Raises:
-        FmpqError: the zoo does not have the model, or cannot make it with these shapes.
+        FmpqError: the zoo does not have the model, or cannot make it with these shapes, or ``own`` is no model.
     """
-    if model is not None:
-        own = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+    if own is not None:
         if not isinstance(own, nn.Module):
             raise FmpqError(f"model= made a {type(own).__name__}; pass a model, or what makes one")
         return own

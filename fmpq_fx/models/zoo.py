@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def load_model(
         return sample
     if state is not None:
         return model_of_state(spec, state)
-    return _call(spec) if ":" in spec else _pretrained(_known(spec), quality)
+    return model_factory(spec)() if ":" in spec else _pretrained(_known(spec), quality)
 
 
 def model_of_state(spec: str, state: dict[str, Any]) -> nn.Module:
@@ -63,7 +64,7 @@ def model_of_state(spec: str, state: dict[str, Any]) -> nn.Module:
     if spec == "sample":
         return _loaded(samples.model(), state, spec)
     if ":" in spec:
-        return _loaded(_call(spec), state, spec)
+        return _loaded(model_factory(spec)(), state, spec)
     return _from_state_dict(_known(spec), state)
 
 
@@ -81,31 +82,31 @@ def _known(spec: str) -> str:
     return spec
 
 
-def model_factory(spec: str) -> Any:
-    """Return the callable that "package.module:callable" names, which is to make a model.
+def model_factory(spec: str) -> Callable[[], nn.Module]:
+    """Return what calls the callable that "package.module:callable" names, and returns its model.
 
     Raises:
         ValueError: ``spec`` has another form.
-        FmpqError: there is no such thing.
+        FmpqError: there is no such thing; when it is called: it fails, or what it returns is no model.
     """
     module_name, colon, name = spec.partition(":")
     if not colon:
         raise ValueError(f"expected package.module:callable, got {spec!r}")
     try:
-        return getattr(importlib.import_module(module_name), name)
+        make = getattr(importlib.import_module(module_name), name)
     except Exception as error:  # the user's code may raise anything
         raise FmpqError(f"cannot get a model from {spec!r}: {type(error).__name__}: {error}") from error
 
+    def call() -> nn.Module:
+        try:
+            model = make()
+        except Exception as error:  # the user's code may raise anything
+            raise FmpqError(f"cannot get a model from {spec!r}: {type(error).__name__}: {error}") from error
+        if not isinstance(model, nn.Module):
+            raise FmpqError(f"{spec} returned a {type(model).__name__}; it must return a torch.nn.Module")
+        return model.eval()
 
-def _call(spec: str) -> nn.Module:
-    make = model_factory(spec)
-    try:
-        model = make()
-    except Exception as error:  # the user's code may raise anything
-        raise FmpqError(f"cannot get a model from {spec!r}: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise FmpqError(f"{spec} returned a {type(model).__name__}; it must return a torch.nn.Module")
-    return model.eval()
+    return call
 
 
 def _pretrained(spec: str, quality: int | None) -> nn.Module:

@@ -37,6 +37,10 @@ class Private(nn.Module):
         return self.inner.decompress(strings, shape)  # type: ignore[operator]
 
 
+def fails() -> nn.Module:
+    raise KeyError("width")
+
+
 def run(*arguments: object) -> int:
     return main(list(map(str, arguments)))
 
@@ -148,6 +152,19 @@ MISTAKES = {
     "malformed class": (
         ["decode", "{tmp}/a.fmi", "-m", "{files}/private.fmpq", "--class", "Private", "-o", "{tmp}/a.png"],
         "expected package.module:callable",
+    ),
+    "failing class": (
+        [
+            "decode",
+            "{tmp}/a.fmi",
+            "-m",
+            "{files}/private.fmpq",
+            "--class",
+            "test_cli_files:fails",
+            "-o",
+            "{tmp}/b.png",
+        ],
+        "cannot get a model from 'test_cli_files:fails': KeyError: 'width'",
     ),
     "suffix": (["export", "model", "{files}/model.state", "--out", "{tmp}/m.bin"], "named *.fmpq"),
     "inspect a state": (["inspect", "{files}/model.state"], "no model file"),

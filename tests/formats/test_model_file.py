@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -221,6 +222,20 @@ def test_a_model_of_another_architecture_is_refused(own: Path, path: Path, model
     for file, action in ((own, load), (path, load), (path, load_codec)):
         with pytest.raises(FmpqError, match=r"model\.fmpq: (its tensors are not those|model= made a int)"):
             action(file, model=model)
+
+
+@pytest.mark.parametrize("error", [KeyError("width"), RuntimeError("no weights"), FmpqError("no such class")])
+def test_what_the_users_own_code_raises_is_no_damage(own: Path, error: Exception) -> None:
+    def make() -> nn.Module:
+        raise error
+
+    for action in (load, load_codec):
+        with pytest.raises(type(error)) as caught:
+            action(own, model=make)
+        assert caught.value is error
+        if sys.version_info >= (3, 11):
+            assert "model.fmpq" in error.__notes__[-1]
+            assert "make" in error.__notes__[-1]
 
 
 def test_numbers_of_every_type_come_back_as_they_are(tmp_path: Path) -> None:
