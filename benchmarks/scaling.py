@@ -32,7 +32,7 @@ from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.swap import substituted
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.quant import quantize_layer
-from fmpq_fx.rd import rd_loss
+from fmpq_fx.rd import rd_sums
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "sample": samples.model,
@@ -73,7 +73,7 @@ def naive(model: nn.Module, x: Tensor, options: argparse.Namespace) -> Row:
     with torch.no_grad():
         for site, bits in chosen:
             with substituted(model, site.name, quantize_layer(model.get_submodule(site.name), bits)):
-                rd_loss(model(x), x, LMBDA).item()
+                rd_sums(model(x), x).rd(LMBDA)
     return {"factor": len(every) / len(chosen)}
 
 

@@ -26,7 +26,7 @@ from fmpq_fx.passes.swap import substituted
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.progress import reported
 from fmpq_fx.quant import quantize_layer
-from fmpq_fx.rd import rd_loss
+from fmpq_fx.rd import rd_sums
 
 
 def naive_zeta(model: nn.Module, x: Tensor, lmbda: float) -> dict[str, dict[int, float]]:
@@ -35,11 +35,11 @@ def naive_zeta(model: nn.Module, x: Tensor, lmbda: float) -> dict[str, dict[int,
     model = copy.deepcopy(model)
     zeta: dict[str, dict[int, float]] = {site.name: {} for site in sites}
     with torch.no_grad():
-        float_rd = rd_loss(model(x), x, lmbda).item()
+        float_rd = rd_sums(model(x), x).rd(lmbda)
         for site in reported(sites, "naive", "site"):
             for bits in CANDIDATE_BITS:
                 with substituted(model, site.name, quantize_layer(model.get_submodule(site.name), bits)):
-                    rd = rd_loss(model(x), x, lmbda).item()
+                    rd = rd_sums(model(x), x).rd(lmbda)
                 zeta[site.name][bits] = (rd - float_rd) / float_rd
     return zeta
 

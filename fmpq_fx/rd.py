@@ -82,9 +82,3 @@ def rate_and_distortion(output: Mapping[str, Any], x: Tensor, lmbda: float) -> t
     pixels = x.size(0) * x.size(-2) * x.size(-1)
     bits = torch.stack([total_bits(p) for p in output["likelihoods"].values()]).sum()
     return bits / pixels, lmbda * PEAK**2 * squared_error(output["x_hat"], x) / x.numel()
-
-
-def rd_loss(output: Mapping[str, Any], x: Tensor, lmbda: float) -> Tensor:
-    """Return rate + lmbda * 255^2 * MSE; see :func:`rate_and_distortion`."""
-    rate, distortion = rate_and_distortion(output, x, lmbda)
-    return rate + distortion

@@ -49,11 +49,6 @@ class Grid:
         """Inputs of all tiles together."""
         return sum(map(_read, self.rows)) * sum(map(_read, self.columns))
 
-    @property
-    def tiles(self) -> int:
-        """How many there are."""
-        return len(self.rows) * len(self.columns)
-
 
 class Transform:
     """A module that takes one feature map and returns one, and what is known of it.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fmpq_fx import History, finetune
-from fmpq_fx.rd import rd_loss
+from fmpq_fx.rd import rate_and_distortion
 from fmpq_fx.training.run import TrainingRun
 
 LMBDA = 0.01
@@ -29,7 +29,7 @@ def loss_of(gm: fx.GraphModule, images: list[Tensor], lmbda: float = LMBDA) -> f
     """Return the RD loss in evaluation mode, by the plainest of means."""
     x = torch.stack(images)
     with torch.no_grad():
-        return rd_loss(copy.deepcopy(gm).eval()(x), x, lmbda).item()
+        return float(sum(rate_and_distortion(copy.deepcopy(gm).eval()(x), x, lmbda)))
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:
