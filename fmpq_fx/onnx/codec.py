@@ -154,20 +154,10 @@ def exported_with_sessions(
 
 def _from_entry(folder: Path, part: PartFile) -> bytes:
     """Return the graph of ``part`` from where its module begins."""
-    onnx = package("onnx")
     data = (folder / part.file).read_bytes()
     if part.entry in part.inputs and len(part.inputs) == 1:
         return data
-    model = onnx.load_from_string(data)
-    needed, kept = {output.name for output in model.graph.output}, []
-    for node in reversed(model.graph.node):
-        if needed & set(node.output) and part.entry not in node.output:
-            needed |= set(node.input)
-            kept.append(node)
-    shape = ["batch", None, "height", "width"]
-    entry = onnx.helper.make_tensor_value_info(part.entry, onnx.TensorProto.FLOAT, shape)
-    for field, values in (("node", kept[::-1]), ("input", [entry])):
-        model.graph.ClearField(field)
-        getattr(model.graph, field).extend(values)
-    serialized: bytes = model.SerializeToString()
+    onnx = package("onnx")
+    extractor = onnx.utils.Extractor(onnx.shape_inference.infer_shapes(onnx.load_from_string(data)))
+    serialized: bytes = extractor.extract_model([part.entry], list(part.outputs)).SerializeToString()
     return serialized
