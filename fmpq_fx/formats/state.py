@@ -29,6 +29,7 @@ from fmpq_fx.passes.plan.tables import Plan
 from fmpq_fx.pipeline import rewrite
 from fmpq_fx.quant import QUANTIZERS, quantized_layers
 from fmpq_fx.storage.files import replacing
+from fmpq_fx.storage.kinds import SAFETENSORS, STATE_FILE, UNKNOWN, kind_of
 
 FORMAT = "fmpq_fx state 1"
 
@@ -102,6 +103,10 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, str], Any]]:
     """Yield what the state file ``path`` says of itself, and the file to read tensors from."""
     if not path.is_file():
         raise FmpqError(f"there is no file {path}; 'fmpq-fx prepare … --out {path}' writes one")
+    if (kind := kind_of(path)) not in (STATE_FILE, SAFETENSORS, UNKNOWN):
+        raise FmpqError(
+            f"{path} is {kind.what}, not a file that 'fmpq-fx prepare … --out' wrote; {kind.remedy}"
+        )
     try:
         with safe_open(path, framework="pt") as stored:
             about = json.loads((stored.metadata() or {}).get("state", "{}"))

@@ -1,21 +1,20 @@
 """Find a model by the name that the command line was given."""
 
 import importlib
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import compressai.models  # noqa: F401  (fills the registry)
-import torch
 from compressai.registry import MODELS
 from compressai.zoo import image_models
-from compressai.zoo import load_state_dict as with_current_names
 from torch import nn
 
 from fmpq_fx import samples
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.storage.files import read_tensors
+from fmpq_fx.models import checkpoint as weights
 
 
 def model_names() -> list[str]:
@@ -35,13 +34,14 @@ def load_model(
             "package.module:callable", which is called without arguments and returns a model.
         quality: of CompressAI's pretrained weights, 1 … 8 (1 … 6 for cheng2020). Downloaded once by CompressAI.
         checkpoint: a file of trained weights to load instead: a state dict, or a dict that holds one under
-            "state_dict", as CompressAI's training script saves it.
+            "state_dict", as CompressAI's training script saves it, or as other programs do
+            (:mod:`fmpq_fx.models.checkpoint`).
 
     Raises:
         ValueError: no such model, or neither quality nor checkpoint for one of the zoo.
         FmpqError: the module, the download or the checkpoint fails.
     """
-    state = None if checkpoint is None else _state_dict(Path(checkpoint))
+    state = None if checkpoint is None else weights.read(Path(checkpoint))
     if spec == "sample":
         if quality is not None or state is not None:
             raise ValueError(
@@ -126,31 +126,40 @@ def _pretrained(spec: str, quality: int | None) -> nn.Module:
     return model.eval()
 
 
-def _state_dict(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FmpqError(f"there is no checkpoint {path}")
-    content = read_tensors(path, f"{path} is not a checkpoint of tensors alone, as torch.save writes it")
-    for key in ("state_dict", "network"):
-        if isinstance(content, dict) and key in content:
-            content = content[key]
-    if not isinstance(content, dict) or not all(
-        isinstance(value, torch.Tensor) for value in content.values()
-    ):
-        raise FmpqError(f"{path} holds no state dict; expected one, or a dict with one under 'state_dict'")
-    return content
+def _empty(name: str, state: dict[str, Any]) -> nn.Module:
+    """Return a model of the zoo of the sizes that the tensors ``state`` have, with whatever weights.
+
+    Its class reads the sizes off them in ``from_state_dict``, which also loads them, and fails where CDF tables are
+    missing. So that gets something to call that makes the model and leaves the loading out.
+    """
+
+    class Unloaded:
+        def __init__(self, *args: Any, **kwargs: Any):
+            self.model = MODELS[name](*args, **kwargs)
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            pass
+
+    model: nn.Module = MODELS[name].from_state_dict.__func__(Unloaded, state).model
+    return model
 
 
-def _from_state_dict(spec: str, state: dict[str, Any]) -> nn.Module:
+def _names(name: str) -> list[str]:
+    """Return the names in the state dict of a model of the zoo, which are those of any size."""
+    sizes = {"N": 8, "M": 320}  # little to make; ELIC divides its 320 latent channels unevenly
+    taken = inspect.signature(MODELS[name]).parameters
+    return list(MODELS[name](**{key: size for key, size in sizes.items() if key in taken}).state_dict())
+
+
+def _from_state_dict(name: str, state: dict[str, Any]) -> nn.Module:
+    names = _names(name)
+    found = weights.renamed(state, names)
     try:
-        model: nn.Module = MODELS[spec].from_state_dict(with_current_names(state))
+        model = _empty(name, found)
     except (RuntimeError, KeyError, IndexError) as error:
-        raise FmpqError(f"the checkpoint is not of a {spec}: {error}") from error
-    return model.eval()
+        raise FmpqError(f"the checkpoint is not of a {name}: {weights.differences(found, names)}") from error
+    return weights.load(model, found, f"a {name}").eval()
 
 
 def _loaded(model: nn.Module, state: dict[str, Any], spec: str) -> nn.Module:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise FmpqError(f"the checkpoint is not of {spec}: {error}") from error
-    return model
+    return weights.load(model, weights.renamed(state, model.state_dict()), spec)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.storage.files import replacing
+from fmpq_fx.storage.kinds import MODEL_FILE, SAFETENSORS, UNKNOWN, kind_of
 
 FORMAT = "fmpq_fx model"
 VERSION = 1
@@ -63,6 +64,8 @@ def read(path: str | os.PathLike[str]) -> Container:
     if not file.is_file():
         raise FmpqError(f"there is no model file {file}; fmpq_fx.save() and 'fmpq-fx export model' write one")
     data = file.read_bytes()
+    if (kind := kind_of(file)) not in (MODEL_FILE, SAFETENSORS, UNKNOWN):
+        raise FmpqError(f"{file} is {kind.what}, and no model file that fmpq_fx.save() wrote; {kind.remedy}")
     try:
         parts = {name: bytes(part["data"]) for name, part in safetensors.deserialize(data)}
         # Only now that safetensors has checked the header is it known to be small, flat and JSON.

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import secrets
 import shutil
 import tempfile
@@ -12,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-
-import torch
 
 from fmpq_fx.errors import FmpqError
 
@@ -97,18 +94,6 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 def followed(path: Path) -> Path:
     """Return what the link ``path`` points to, whether or not it is there; ``path`` itself if it is no link."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
-
-
-def read_tensors(path: str | os.PathLike[str], complaint: str) -> Any:
-    """Return what ``torch.save`` wrote to ``path``, on the CPU: tensors and plain values alone, no pickled code.
-
-    Raises:
-        FmpqError: it holds something else; ``complaint`` says what that means to the user.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise FmpqError(f"{complaint} ({error})") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -16,10 +16,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.history import Settings, Validation, best_of
+from fmpq_fx.models.checkpoint import read_tensors
 from fmpq_fx.passes.measure.incremental import total_of_ranks
 from fmpq_fx.quant import ActivationFakeQuant, WeightFakeQuant
 from fmpq_fx.rd import PEAK, psnr, rate_and_distortion, rd_sums
-from fmpq_fx.storage.files import read_tensors, replacing
+from fmpq_fx.storage.files import replacing
 from fmpq_fx.storage.fingerprint import digest
 from fmpq_fx.training.bfloat16 import transforms_in_bfloat16
 
@@ -221,7 +222,12 @@ def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    state: Any = read_tensors(path, f"{path} is no checkpoint of training; remove it, or name another")
+    try:
+        state: Any = read_tensors(path)
+    except FmpqError as error:
+        raise FmpqError(
+            f"{path} is no checkpoint of training; remove it, or name another ({error})"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise FmpqError(f"{path} is no checkpoint of this version's training; remove it, or name another")
     return state

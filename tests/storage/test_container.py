@@ -126,7 +126,7 @@ def test_another_safetensors_file_is_named_as_such(tmp_path: Path, dtype: str) -
 
 def test_a_state_file_is_no_model_file(tmp_path: Path) -> None:
     save_state(trained(small_model("mbt2018-mean")), tmp_path / "state", model="mbt2018-mean")
-    with pytest.raises(FmpqError, match=r"state is a safetensors file, but no model file.*fmpq_fx.save\(\)"):
+    with pytest.raises(FmpqError, match=r"state is a state file .*, and no model file.*; .*'export model'"):
         read(tmp_path / "state")
 
 

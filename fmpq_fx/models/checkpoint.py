@@ -1,0 +1,193 @@
+"""Trained weights as people have them: found in their file, under the names of the model, and loaded into it."""
+
+import pickle
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from compressai.entropy_models import EntropyModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.storage.kinds import CHECKPOINT, SAFETENSORS, kind_of
+
+# Where training scripts keep the weights, the first that is there. Averages come last: they are a second model.
+_PLACES = (
+    *(
+        "state_dict",
+        "model_state_dict",
+        "model",
+        "network",
+        "net",
+        "module",
+        "generator",
+        "weights",
+        "params",
+    ),
+    *("params_ema", "ema_state_dict", "model_ema", "ema"),
+)
+_WRAPPERS = {"module", "_orig_mod"}  # of DataParallel and torch.compile, anywhere in a name
+
+# CompressAI's earlier names: parameters of entropy bottlenecks, and a branch of residual blocks.
+_OLD = re.compile(r"(?<![^.])_(matri|bias|factor)(?:x|ces\.|es\.|s\.)?(\d+)$")
+_CURRENT = {"matri": "matrices", "bias": "biases", "factor": "factors"}
+
+_TABLES = ("_quantized_cdf", "_offset", "_cdf_length")  # made of the parameters by update()
+_SHOWN = 3  # names of each side in a message
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Return the state dict that is in the file ``path``, with the names that it has there.
+
+    Raises:
+        FmpqError: there is no such file, or it is something else; the message says what.
+    """
+    if not path.exists():
+        raise FmpqError(f"there is no checkpoint {path}")
+    if path.is_dir():
+        raise FmpqError(f"{path} is a folder; pass the file of a checkpoint in it")
+    kind = kind_of(path)
+    if kind is SAFETENSORS:
+        try:
+            return safetensors.torch.load_file(path)
+        except SafetensorError as error:
+            raise FmpqError(f"{path} is damaged: {error}; get it, or write it, again") from error
+    if kind is not CHECKPOINT:
+        raise FmpqError(f"{path} is {kind.what}, not a checkpoint as torch.save writes it; {kind.remedy}")
+    content = read_tensors(path)
+    if isinstance(content, dict) and str(content.get("format", "")).startswith("fmpq_fx"):
+        raise FmpqError(
+            f"{path} is a training of 'fmpq-fx finetune' that was interrupted; the same command goes on from it"
+        )
+    state = _state_dict(content)
+    if not state:
+        raise FmpqError(f"{path} holds no state dict; expected one, or a dict with one under 'state_dict'")
+    return state
+
+
+def read_tensors(path: Path) -> Any:
+    """Return what ``torch.save`` wrote to ``path``, on the CPU: tensors and plain values alone, no pickled code.
+
+    Raises:
+        FmpqError: it holds something else, or is damaged; the message says what, and names ``path``.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch names the class, and how to run its code all the same.
+        named = re.search(r"(?:GLOBAL|type|class) [`']?([A-Za-z_]\w*(?:\.\w+)+)", str(error))
+        what = f"objects of {named[1]}" if named else "objects"
+        raise FmpqError(
+            f"{path} holds {what} beside tensors, and reading those could run any code; where it was written, save the "
+            "weights alone: torch.save(model.state_dict(), file)"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, LookupError, AssertionError) as error:
+        raise FmpqError(
+            f"{path} is damaged, or not a file that torch.save wrote; get it, or write it, again"
+        ) from error
+
+
+def _state_dict(content: Any, depth: int = 3) -> dict[str, Tensor]:
+    """Return the tensors that are most likely a model's in ``content``, or none."""
+    if not isinstance(content, Mapping) or depth == 0:
+        return {}
+    for place in _PLACES:
+        if isinstance(content.get(place), Mapping) and (found := _state_dict(content[place], depth - 1)):
+            return found
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def renamed(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Return those of the tensors ``state`` that are one model's, under the names that the model ``expected``.
+
+    Wrappers and a prefix that all names have (``module.``, ``model.``) are taken away, and names of earlier versions
+    of CompressAI replaced, where that makes names fit. What lies beside the prefix, as a loss does, is left out.
+    """
+    wanted = set(expected)
+    plain = {_plain(name, wanted): value for name, value in state.items()}
+    prefixes: Counter[str] = Counter()
+    for name in plain:
+        parts = name.split(".")
+        tails = ((i, ".".join(parts[i:])) for i in range(len(parts)))
+        prefixes.update("".join(f"{part}." for part in parts[:i]) for i, tail in tails if tail in wanted)
+    if not prefixes:
+        return plain
+    most = max(prefixes.values())
+    prefix = min((p for p in prefixes if prefixes[p] == most), key=lambda p: ("ema" in p, len(p)))
+    return {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
+
+
+def _plain(name: str, wanted: set[str]) -> str:
+    """Return ``name`` without wrappers and with CompressAI's names of today, as far as the model has none of them."""
+    if name in wanted:
+        return name
+    kept = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    today = _OLD.sub(lambda match: f"{_CURRENT[match[1]]}.{match[2]}", kept)
+    return today.replace(".downsample.", ".skip.") if not any("downsample" in w for w in wanted) else today
+
+
+def load(model: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:
+    """Load ``state`` into ``model``, of which it has the names; return ``model``.
+
+    CDF tables may have any size. Those that the state lacks are emptied, since they are of other weights; update()
+    makes them again. Other buffers of CompressAI's own layers are constants, and may be missing.
+
+    Args:
+        model: whose weights have the right shapes.
+        state: its parameters and buffers, see :func:`renamed`.
+        what: the model in the words of a message.
+
+    Raises:
+        FmpqError: names or shapes are others; the message has a few of each side.
+    """
+    stored, names = dict(state), model.state_dict().keys()
+    for prefix, module in model.named_modules():
+        name = f"{prefix}." if prefix else ""
+        if isinstance(module, EntropyModel):
+            _make_room(module, name, stored)
+        if type(module).__module__.startswith("compressai."):
+            for key, value in module.named_buffers(recurse=False):
+                if name + key in names:
+                    stored.setdefault(name + key, value)
+    own = model.state_dict()
+    complaint = differences(stored, own)
+    if others := [name for name in own if name in stored and own[name].shape != stored[name].shape]:
+        there, here = (" x ".join(map(str, of[others[0]].shape)) for of in (stored, own))
+        of_others = f", and {len(others) - 1} more have other shapes" if len(others) > 1 else ""
+        complaint = complaint or f"{others[0]} is {there} there and {here} in the model{of_others}"
+    if complaint:
+        raise FmpqError(f"the checkpoint is not of {what}: {complaint}")
+    nn.Module.load_state_dict(model, stored)
+    return model
+
+
+def _make_room(module: nn.Module, prefix: str, stored: dict[str, Tensor]) -> None:
+    """Give the tables of an entropy model the sizes of those that are ``stored``, or empty them if some are missing."""
+    whole = all(prefix + key in stored for key in _TABLES)
+    for key, value in dict(module.named_buffers(recurse=False)).items():
+        if key in _TABLES and not whole:
+            stored[prefix + key] = value.new_empty(0)
+        if key in (*_TABLES, "scale_table") and prefix + key in stored:
+            module.register_buffer(key, stored[prefix + key].detach().clone())
+
+
+def differences(names: Collection[str], expected: Collection[str]) -> str:
+    """Return a few of the ``expected`` names that are not there and a few that are not expected; "" if none."""
+    has, lacks = set(names) - set(expected), set(expected) - set(names)
+    sides = [f"it lacks {_some(name for name in expected if name in lacks)}"] if lacks else []
+    sides += (
+        [f"it has {_some(name for name in names if name in has)}, which the model has not"] if has else []
+    )
+    return "; ".join(sides)
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return the first of ``names``, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
