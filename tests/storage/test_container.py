@@ -1,6 +1,5 @@
 """The container of model files: what is read is what was written, to the last bit, or it is refused; fingerprints."""
 
-import errno
 import json
 import lzma
 import re
@@ -173,24 +172,6 @@ def test_a_file_with_changed_bytes_is_refused(written: Path, changes: dict[int, 
     for place, change in changes.items():
         content[place] ^= change
     assert_refused(written.with_name("changed"), bytes(content))
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_what_cannot_be_written_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    def write_half(path: Path, data: bytes) -> int:
-        with path.open("wb") as file:
-            file.write(data[: len(data) // 2])
-        raise error
-
-    write(tmp_path / "file", ABOUT, PARTS)
-    monkeypatch.setattr(Path, "write_bytes", write_half)
-    for name in ("file", "new"):
-        with pytest.raises(type(error)):
-            write(tmp_path / name, {}, {"other": bytes(1000)})
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert read(tmp_path / "file").data == PARTS
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
