@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tabulate import tabulate
@@ -13,23 +13,34 @@ from fmpq_fx.storage.files import JsonFile
 LOSSES = ("rd", "mse")
 
 
+def _option(default: Any, text: str) -> Any:
+    """Return a field with its default and what it is, which the command line prints as well."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Settings:
-    """All that decides on the result of training, besides the model and the images."""
+    """The options of training: all that decides on its result, besides the model and the images.
 
-    lmbda: float  # weight of the distortion
-    steps: int = 300
-    loss: str = "rd"  # "rd": rate + lmbda * 255^2 * MSE; "mse": its second term alone
-    batch_size: int = 4  # crops in a step
-    crop: int = 192  # side of a crop, pixels; a multiple of 64
-    lr: float = 3e-5  # learning rate of weights, biases and entropy models
-    quantizer_lr: float = 3e-4  # of the logarithms of steps
-    aux_lr: float = 1e-3  # of the entropy bottleneck's quantiles
-    constant: float = 0.0  # part of the steps before the learning rates fall, by a cosine, to 0
-    max_norm: float = 1.0  # of the gradient, which is scaled down to it; inf leaves it as it is
-    bfloat16: bool = False  # compute the transforms in bfloat16
-    validate_every: int = 50  # steps
-    seed: int = 0  # of crops and noise
+    Raises:
+        ValueError: one is out of its range.
+    """
+
+    lmbda: float = field(metadata={"help": "weight of the distortion"})
+    steps: int = _option(300, "number of steps")
+    loss: str = _option("rd", "rd is rate + lmbda * 255^2 * MSE, mse its second term alone")
+    batch_size: int = _option(4, "random crops in a step, of all processes together")
+    crop: int = _option(192, "side of a crop in pixels, a multiple of 64")
+    lr: float = _option(3e-5, "learning rate of weights, biases and entropy models")
+    quantizer_lr: float = _option(3e-4, "learning rate of the logarithms of the quantizers' steps")
+    aux_lr: float = _option(1e-3, "learning rate of the entropy bottlenecks' quantiles")
+    constant: float = _option(0.0, "part of the steps before the learning rates fall, by half a cosine, to 0")
+    max_norm: float = _option(1.0, "what the norm of the gradient is clipped at; inf leaves it as it is")
+    bfloat16: bool = _option(
+        False, "compute the transforms in bfloat16; entropy models and loss stay float32"
+    )
+    validate_every: int = _option(50, "steps between validations")
+    seed: int = _option(0, "of crops and noise")
 
     def __post_init__(self) -> None:
         positive = (

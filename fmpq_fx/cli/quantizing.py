@@ -2,8 +2,9 @@
 
 import argparse
 import sys
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import fx
 
@@ -21,17 +22,7 @@ from fmpq_fx.report.picture import plot_plan
 from fmpq_fx.report.table import bit_table
 from fmpq_fx.training.finetuning import finetune
 
-_NUMBERS = {
-    "steps": "of training",
-    "batch_size": "crops in a step, of all processes together",
-    "crop": "their side, pixels",
-    "quantizer_lr": "learning rate of the logarithms of steps",
-    "aux_lr": "learning rate of the entropy bottleneck's quantiles",
-    "max_norm": "what the norm of the gradient is clipped at",
-    "validate_every": "steps",
-    "seed": "of crops and noise",
-}
-_FINETUNE_OPTIONS = ("validation", "lmbda", "loss", *_NUMBERS, "lr", "bfloat16", "workers")
+_BY_THE_PLAN = ("lmbda", "lr")  # options of training that the plan decides on where they are left out
 
 
 def add_prepare(command: argparse.ArgumentParser) -> None:
@@ -132,19 +123,8 @@ def add_finetune(command: argparse.ArgumentParser) -> None:
     add("images", type=Path, metavar="DIR", help="folder of images to train on")
     add("--out", type=Path, required=True, metavar="STATE", help="write the trained model")
     add("--validation", type=Path, metavar="DIR", help="images to validate on; default: a tenth of DIR")
-    add("--lmbda", type=float, metavar="L", help="weight of the distortion; default: that of the plan")
-    add("--loss", choices=LOSSES, default=Settings.loss)
-    for name, text in _NUMBERS.items():
-        default = getattr(Settings, name)
-        option = f"--{name.replace('_', '-')}"
-        add(option, type=type(default), default=default, metavar="X", help=f"{text}; default {default:g}")
-    add(
-        "--lr",
-        type=float,
-        metavar="X",
-        help="learning rate of weights, biases and entropy models; default: by the plan",
-    )
-    add("--bfloat16", action="store_true", help="compute the transforms in bfloat16")
+    for option in fields(Settings):
+        _add_option(command, option)
     add("--workers", type=int, metavar="X", help="processes that read images ahead")
     add("--history", type=Path, metavar="F", help="write losses and validations (JSON)")
     add_device(command)
@@ -156,13 +136,35 @@ def add_finetune(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_finetune, shared=True)
 
 
+def _add_option(command: argparse.ArgumentParser, option: "Field[Any]") -> None:
+    """Add an option of training, as :class:`Settings` has it."""
+    name, text = f"--{option.name.replace('_', '-')}", option.metadata["help"]
+    if isinstance(option.default, bool):
+        command.add_argument(name, action="store_true", help=text)
+    elif option.name == "loss":
+        command.add_argument(name, choices=LOSSES, default=option.default, help=text)
+    elif option.name in _BY_THE_PLAN:
+        command.add_argument(name, type=float, metavar="X", help=f"{text}; default: by the plan")
+    else:
+        default = option.default
+        text = f"{text}; default {default:g}"
+        command.add_argument(name, type=type(default), default=default, metavar="X", help=text)
+
+
 def _finetune(args: argparse.Namespace) -> None:
-    options = {name: getattr(args, name) for name in _FINETUNE_OPTIONS}
+    options = {option.name: getattr(args, option.name) for option in fields(Settings)}
     checkpoint = training_checkpoint(args.out)
     with ranks.joined(args.device) as device:
         gm = load_state(args.state).to(device)
         try:
-            history = finetune(gm, args.images, checkpoint=checkpoint, **options)
+            history = finetune(
+                gm,
+                args.images,
+                validation=args.validation,
+                checkpoint=checkpoint,
+                workers=args.workers,
+                **options,
+            )
         except KeyboardInterrupt:
             if checkpoint.exists() and ranks.is_first():
                 print(

@@ -4,6 +4,9 @@ import hashlib
 import math
 import os
 import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 from torch import fx
 
@@ -17,22 +20,11 @@ def finetune(
     gm: fx.GraphModule,
     images: Images,
     *,
-    lmbda: float | None = None,
-    steps: int = Settings.steps,
-    loss: str = Settings.loss,
     validation: Images | None = None,
-    batch_size: int = Settings.batch_size,
-    crop: int = Settings.crop,
-    lr: float | None = None,
-    quantizer_lr: float = Settings.quantizer_lr,
-    aux_lr: float = Settings.aux_lr,
-    max_norm: float = Settings.max_norm,
-    bfloat16: bool = Settings.bfloat16,
-    validate_every: int = Settings.validate_every,
-    seed: int = Settings.seed,
     checkpoint: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     progress: bool | None = None,
+    **options: Any,
 ) -> History:
     """Train the rewritten graph ``gm`` at its bits, in place.
 
@@ -48,31 +40,22 @@ def finetune(
     Args:
         gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned. Its training mode is restored.
         images: a folder, or (3, H, W) or (B, 3, H, W) float tensors in [0, 1]; of at least ``crop`` pixels.
-        lmbda: weight of the distortion; None is that of the plan.
-        steps: number of steps.
-        loss: "rd" is rate + lmbda * 255^2 * MSE, "mse" its second term alone.
         validation: a folder or tensors to validate on, by 256 x 256 crops from their centres; None holds out a
             tenth of ``images``, one to eight.
-        batch_size: random crops in a step, of all ranks together.
-        crop: their side in pixels, a multiple of 64.
-        lr: learning rate of weights, biases and entropy models; None is :func:`learning_rate` of the plan.
-        quantizer_lr: of the logarithms of the quantizers' steps.
-        aux_lr: of the entropy bottlenecks' quantiles.
-        max_norm: what the norm of the gradient is clipped at.
-        bfloat16: compute the transforms in bfloat16 while training; entropy models and loss stay float32.
-        validate_every: steps between validations.
-        seed: of crops and noise.
         checkpoint: a file that is written at every validation. Where it is there, training goes on from it, to
             the result of an uninterrupted run; a finished run is not repeated. It is of use for that run alone:
             name another, or remove it, to train further.
         workers: processes that read images ahead, for each rank; 0 reads in this one, None chooses.
         progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
+        options: those of :class:`fmpq_fx.history.Settings`, by name: ``steps=300``, ``lr=1e-4`` and so on. None
+            stands for the default; that of ``lmbda`` is the plan's, that of ``lr`` is :func:`learning_rate`.
 
     Returns:
         the losses and validations; ``gm`` carries it as well, :func:`fmpq_fx.passes.annotation.graph_note`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        TypeError: there is no such option.
+        ValueError: an option is out of its range.
         FmpqError: ``gm`` carries no plan, there are too few images or none that is large enough, or the
             checkpoint is of another plan, other weights, other images or other settings; ranks were given different
             things.
@@ -81,20 +64,7 @@ def finetune(
     A warning tells where training diverged or ended above where it began, and what to try.
     """
     plan = plan_of(gm)
-    settings = Settings(
-        lmbda=plan.lmbda if lmbda is None else lmbda,
-        steps=steps,
-        loss=loss,
-        batch_size=batch_size,
-        crop=crop,
-        lr=learning_rate(plan) if lr is None else lr,
-        quantizer_lr=quantizer_lr,
-        aux_lr=aux_lr,
-        max_norm=max_norm,
-        bfloat16=bfloat16,
-        validate_every=validate_every,
-        seed=seed,
-    )
+    settings = _settings(plan, options)
     history = train(
         gm,
         images,
@@ -109,6 +79,15 @@ def finetune(
     if history.remarks:
         warnings.warn(history.remarks, stacklevel=2)
     return history
+
+
+def _settings(plan: Plan, options: Mapping[str, Any]) -> Settings:
+    names = [option.name for option in fields(Settings)]
+    for name in options:
+        if name not in names:
+            raise TypeError(f"finetune() has no option {name!r}; its options are {', '.join(names)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    return Settings(**{"lmbda": plan.lmbda, "lr": learning_rate(plan), **given})
 
 
 def learning_rate(plan: Plan) -> float:

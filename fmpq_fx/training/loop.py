@@ -65,25 +65,10 @@ def train(
         FmpqError: the images or the checkpoint cannot be used, or ranks have others.
         KeyboardInterrupt: an interruption, after the best state so far was restored.
     """
+    parameter = next(model.parameters())
+    _check(model, settings)
     if checkpoint is not None:
         check_folder(checkpoint)
-    if settings.batch_size % ranks.count():
-        raise ValueError(
-            f"batch_size counts the crops of all ranks: {settings.batch_size} cannot be shared evenly by "
-            f"{ranks.count()}; pass a multiple of {ranks.count()}"
-        )
-    parameter = next(model.parameters())
-    narrow = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
-    if narrow:
-        raise FmpqError(
-            f"the model is in {', '.join(map(str, narrow))}, which is too coarse to train in: train model.float(), "
-            "with bfloat16=True for speed"
-        )
-    if any(tensor.is_inference() for tensor in model.state_dict().values()):
-        raise FmpqError(
-            "the model was made or moved within torch.inference_mode(), which leaves tensors that cannot be trained; "
-            "do that outside of it, or train a copy, copy.deepcopy(gm)"
-        )
     to_train_on, to_validate_on = _split(images, validation, settings.crop)
     about = {
         "model": identity,
@@ -143,6 +128,26 @@ def train(
         tuple(run.validation),
         run.remarks,
     )
+
+
+def _check(model: nn.Module, settings: Settings) -> None:
+    """Refuse what would fail, or train badly, after the long work has begun."""
+    if settings.batch_size % ranks.count():
+        raise ValueError(
+            f"batch_size counts the crops of all ranks: {settings.batch_size} cannot be shared evenly by "
+            f"{ranks.count()}; pass a multiple of {ranks.count()}"
+        )
+    narrow = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
+    if narrow:
+        raise FmpqError(
+            f"the model is in {', '.join(map(str, narrow))}, which is too coarse to train in: train model.float(), "
+            "with bfloat16=True for speed"
+        )
+    if any(tensor.is_inference() for tensor in model.state_dict().values()):
+        raise FmpqError(
+            "the model was made or moved within torch.inference_mode(), which leaves tensors that cannot be trained; "
+            "do that outside of it, or train a copy, copy.deepcopy(gm)"
+        )
 
 
 def _split(images: Images, validation: Images | None, crop: int) -> tuple[list[Source], list[Tensor]]:

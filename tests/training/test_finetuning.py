@@ -1,7 +1,6 @@
 """Fine-tuning: what is trained, how, and that the best state is kept."""
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from torch import fx, nn
 
 import fmpq_fx
 from conftest import small_model
-from fmpq_fx import FmpqError, History, Measured
+from fmpq_fx import FmpqError, History
 from fmpq_fx.history import Settings
 from fmpq_fx.passes.annotation import graph_note
 from fmpq_fx.quant import quantized_layers
 from fmpq_fx.training.bfloat16 import transforms_in_bfloat16
-from fmpq_fx.training.finetuning import learning_rate
 from fmpq_fx.training.loop import train
 from fmpq_fx.training.run import TrainingRun, parameter_groups
 from support.coded_models import graph_of
@@ -133,40 +131,6 @@ def test_mse_is_what_is_lowered_where_it_is_asked_for(gm: fx.GraphModule) -> Non
     assert history.settings.loss == "mse"
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"steps": 0}, "steps must be positive, got 0"),
-        ({"lr": float("nan")}, "lr must be positive"),
-        ({"loss": "ssim"}, "loss must be one of rd, mse, got 'ssim'"),
-        ({"crop": 100}, "crop must be a positive multiple of 64, got 100"),
-        ({"lmbda": 0.0}, "lmbda must be positive"),
-        ({"seed": -1}, "seed must not be negative"),
-        ({"images": []}, "the sequence is empty"),
-    ],
-)
-def test_arguments_out_of_range(gm: fx.GraphModule, options: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        tuned(gm, **options)
-
-
-def test_unusable_images(gm: fx.GraphModule, tmp_path: Path) -> None:
-    with pytest.raises(FmpqError, match="no images in"):
-        tuned(gm, images=tmp_path)
-    with pytest.raises(FmpqError, match="only 1 usable image"):
-        tuned(gm, images=photos(1))
-    with pytest.raises(FmpqError, match=r"none of the 3 images can be used for crops of 128 x 128"):
-        tuned(gm, images=photos(3), crop=128)
-    with pytest.raises(TypeError, match="expected an image folder, or a list"):
-        tuned(gm, images=photos(1)[0])
-
-
-def test_a_graph_that_was_not_prepared() -> None:
-    graph = fx.symbolic_trace(nn.Identity())
-    with pytest.raises(FmpqError, match=r"carries no plan: pass what fmpq_fx.prepare"):
-        tuned(graph)
-
-
 def test_groups_hold_every_parameter_once(gm: fx.GraphModule) -> None:
     settings = Settings(LMBDA)
     groups = parameter_groups(gm, settings)
@@ -192,12 +156,6 @@ def test_float_models_are_trained_by_the_same_loop() -> None:
     settings = Settings(LMBDA, steps=20, crop=64, validate_every=10, lr=1e-3)
     history = train(model, photos(6), settings, workers=0)
     assert history.gain > 0
-
-
-def test_the_learning_rate_is_constant_then_half_a_cosine() -> None:
-    plain, late = Settings(LMBDA, steps=100), Settings(LMBDA, steps=100, constant=0.6)
-    assert [plain.schedule(step) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
-    assert [late.schedule(step) for step in (0, 60, 80, 100)] == pytest.approx([1, 1, 0.5, 0])
 
 
 def test_in_bfloat16_entropy_models_compute_as_in_float32(gm: fx.GraphModule) -> None:
@@ -249,12 +207,6 @@ def test_layers_inside_a_latent_codec_are_trained(make: Callable[[], nn.Module],
     assert len(inside) > 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_graph_in_half_precision_is_refused(gm: fx.GraphModule, dtype: torch.dtype) -> None:
-    with pytest.raises(FmpqError, match=r"too coarse to train in: train model.float\(\)"):
-        tuned(gm.to(dtype))
-
-
 def test_gradients_do_not_stay(gm: fx.GraphModule) -> None:
     tuned(gm, steps=1)
     assert all(p.grad is None for p in gm.parameters())
@@ -278,19 +230,6 @@ def test_a_history_saves_loads_and_prints(gm: fx.GraphModule, tmp_path: Path) ->
     table = " ".join(fmpq_fx.bit_table(gm).split())  # lines are wrapped
     assert "12 steps with the RD loss" in table
     assert f"{history.validation[0].rd_loss:.4f} -> {history.best.rd_loss:.4f}" in table
-
-
-def test_the_learning_rate_grows_with_the_damage(gm: fx.GraphModule) -> None:
-    plan = fmpq_fx.plan_of(gm)
-    rates = [
-        learning_rate(dataclasses.replace(plan, measured=Measured(1.0, 1 + damage / 2, 1 + damage)))
-        for damage in (-0.1, 0.001, 0.1, 0.2, 5.0)
-    ]
-    assert rates == pytest.approx([3e-5, 3e-5, 1e-4, 1e-4 * 2**0.5, 2e-4])
-    weights_only = dataclasses.replace(plan, activation_bits=None, measured=Measured(1.0, 1.1, 9.0))
-    assert learning_rate(weights_only) == pytest.approx(1e-4)
-    assert learning_rate(dataclasses.replace(plan, measured=None)) == 1e-4
-    assert tuned(gm, lr=None).settings.lr == learning_rate(plan)
 
 
 def test_trained_layers_stay_on_their_grids(gm: fx.GraphModule) -> None:
