@@ -54,7 +54,7 @@ def test_the_converted_model_computes_what_the_graph_does(name: str, x: Tensor) 
     codec = fmpq_fx.convert(
         gm, exact=False
     )  # what rounding to fixed point does is seen in test_integerize.py
-    assert type(codec) is type(MODELS[name]())
+    assert isinstance(codec, type(MODELS[name]()))
     with torch.no_grad():
         assert torch.equal(codec(x)["x_hat"], gm(x)["x_hat"])
         for key, likelihoods in gm(x)["likelihoods"].items():
