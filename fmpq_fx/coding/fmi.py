@@ -6,7 +6,7 @@ Big-endian, in this order:
 4 bytes    ``\x89FMI``
 1 byte     version of the format
 4 bytes    CRC-32 of all that follows
-8 bytes    fingerprint of the model (:func:`fmpq_fx.storage.fingerprint.of_codec`)
+8 bytes    fingerprint of the model (:func:`fmpq_fx.coding.known.fingerprint_of`)
 4 + 4      height and width of the image, pixels
 1 + n      name of the model's class, UTF-8
 2 + n      shape of the latents as the codec wants it back, JSON
@@ -29,12 +29,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fmpq_fx.coding.codec import Codec, codec_of
+from fmpq_fx.coding.known import fingerprint_of
 from fmpq_fx.coding.string_coder import padded
 from fmpq_fx.coding.tiles import Size
 from fmpq_fx.coding.tiling import latents_of, within
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images import reading
-from fmpq_fx.storage import fingerprint
 from fmpq_fx.storage.byte_reader import ByteReader, counted
 
 MAGIC, VERSION = b"\x89FMI", 1
@@ -103,7 +103,8 @@ def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) ->
     if fingerprint_of_data != _fingerprint(coder):
         raise FmpqError(
             f"it was encoded with another model: with the {name} {fingerprint_of_data.hex()}, and this is the "
-            f"{type(coder).__name__} {_fingerprint(coder).hex()}; decode it with the file that it was encoded with"
+            f"{type(coder).__name__} {_fingerprint(coder).hex()}; decode it with the file that it was encoded "
+            f"with{_in_float32(coder)}"
         )
     limit = Image.MAX_IMAGE_PIXELS or 2**31
     if not 0 < height * width <= limit:
@@ -133,7 +134,14 @@ def padded_size(height: int, width: int) -> Size:
 
 
 def _fingerprint(codec: Codec) -> bytes:
-    return bytes.fromhex(fingerprint.of_codec(codec))[:8]
+    return bytes.fromhex(fingerprint_of(codec))[:8]
+
+
+def _in_float32(codec: Codec) -> str:
+    dtype = next(codec.parameters()).dtype
+    if dtype.itemsize >= torch.float32.itemsize:
+        return ""
+    return f", in float32: in {str(dtype).removeprefix('torch.')} a codec computes with other numbers"
 
 
 def _checked_body(data: bytes) -> bytes:

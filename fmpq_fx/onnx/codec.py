@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fmpq_fx.coding.codec import Codec, codec_of, with_settings
+from fmpq_fx.coding.known import fingerprint_of
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.onnx.export import export_onnx
 from fmpq_fx.onnx.graph import OPSET, package
 from fmpq_fx.onnx.manifest import NAME, OnnxManifest, PartFile
-from fmpq_fx.storage import fingerprint
 
 BACKENDS = ("torch", "onnxruntime")
 
@@ -111,7 +111,8 @@ def with_sessions(codec: nn.Module, folder: str | os.PathLike[str], *, threads: 
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; pass 1 or more, or None for as many as torch uses")
     manifest = OnnxManifest.of_folder(folder)
-    if fingerprint.of_codec(codec) not in manifest.fingerprints:
+    coder = codec_of(codec)
+    if fingerprint_of(coder) not in manifest.fingerprints:
         raise FmpqError(
             f"{folder} is the export of another {manifest.model['class']}, or of the same before it was changed; "
             "export this one with export_onnx()"
@@ -123,7 +124,7 @@ def with_sessions(codec: nn.Module, folder: str | os.PathLike[str], *, threads: 
             "backend could run in its place; make its analysis and its synthesis modules (nn.Sequential, say)"
         )
     backend = {str(part.module): Session(_from_entry(Path(folder), part), threads) for part in run}
-    return with_settings(codec_of(codec), backend=backend)
+    return with_settings(coder, backend=backend)
 
 
 def exported_with_sessions(
