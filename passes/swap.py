@@ -1,7 +1,10 @@
 """Exchange modules of a model: the one place where a module takes the place of another."""
 
+import operator
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -32,21 +35,30 @@ def with_replaced(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Mod
     parameters and buffers, are those of ``root``. Where nothing changes, ``root`` itself is returned.
 
     Args:
-        root: a model.
+        root: a model. Its modules may also keep some in dicts and lists, as CompressAI's latent codecs do.
         new: what takes the place of a module, by that module.
     """
-    made = dict(new)
+    made: dict[nn.Module, nn.Module] = dict(new)
 
-    def of(module: nn.Module) -> nn.Module:
-        if module not in made:
-            made[module] = module
-            children = {name: child and of(child) for name, child in module._modules.items()}
-            if any(children[name] is not child for name, child in module._modules.items()):
-                made[module] = shallow_copy(module, type(module))
-                made[module]._modules = children
-        return made[module]
+    def of(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            if value not in made:
+                made[value] = value  # for a module that leads back to this one
+                attributes = of(value.__dict__)
+                if attributes is not value.__dict__:
+                    made[value] = shallow_copy(value, type(value))
+                    made[value].__dict__ = attributes
+            return made[value]
+        if type(value) in (dict, OrderedDict):
+            parts = {key: of(part) for key, part in value.items()}
+            return value if all(parts[key] is part for key, part in value.items()) else type(value)(parts)
+        if type(value) in (list, tuple):
+            items = [of(part) for part in value]
+            return value if all(map(operator.is_, items, value)) else type(value)(items)
+        return value
 
-    return of(root)
+    result: nn.Module = of(root)
+    return result
 
 
 def shallow_copy(module: nn.Module, cls: type[nn.Module]) -> nn.Module:

@@ -1,8 +1,20 @@
 """Run a transform in tiles that overlap by what it sees, so that the whole comes out as in one piece.
 
-Each tile of the output is computed from all inputs that it sees, and of what that gives the places are kept that see
-no border of the tile but those of the image itself. So there are no seams: the result is that of the whole input, up
-to the rounding of sums that a library adds in another order.
+A tile of the output is computed from all of the input that it sees. At the borders of what was read, layers pad, and
+places come out wrong; only those are kept that see no such border, except the borders of the image itself. Along one
+axis, for three tiles::
+
+    input    ├────────────────────────────────────────┤
+    read     ├──────────────────┤                           by the first tile
+                       ├───────────────────┤                by the second
+                                   ├──────────────────┤     by the third
+    keep     ├─────────────┤                                of what the first becomes
+                           ├───────────┤
+                                       ├──────────────┤
+    output   ├─────────────┼───────────┼──────────────┤     the place of each
+
+So there are no seams: the result is that of the whole input, up to the rounding of sums that a library adds in another
+order.
 """
 
 import math
