@@ -15,7 +15,7 @@ from fmpq_fx.coding import string_coder
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.exact.layers import ExactLayer
 from fmpq_fx.exact.products import ConvProduct, product_of
-from fmpq_fx.passes.lower.sums import float_layer
+from fmpq_fx.passes.lower.extents import float_layer
 
 
 def check(model: Any) -> None:

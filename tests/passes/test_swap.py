@@ -20,7 +20,7 @@ class Keeps(nn.Module):
 
 
 def test_the_new_module_stands_everywhere_and_the_old_model_is_as_it_was() -> None:
-    model = nn.Sequential(Keeps(), nn.Conv2d(1, 1, 1))
+    model: Any = nn.Sequential(Keeps(), nn.Conv2d(1, 1, 1))
     old, new = model[0].conv, nn.Conv2d(1, 1, 3)
     twin: Any = with_replaced(model, {old: new})
     kept = twin[0]
@@ -32,7 +32,7 @@ def test_the_new_module_stands_everywhere_and_the_old_model_is_as_it_was() -> No
 
 
 def test_tensors_are_shared_even_when_they_are_exchanged() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(1)))
+    model: Any = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(1)))
     twin: Any = with_replaced(model, {model[1][0]: nn.Tanh()})
     model.double()
     model[1][1].weight = nn.Parameter(torch.ones(1))
