@@ -29,10 +29,12 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from fmpq_fx import convert, export_onnx, plan_of, prepare, samples
+from fmpq_fx.coding.codec import as_it_runs
 from fmpq_fx.images import crops
 from fmpq_fx.models.zoo import load_model
 from fmpq_fx.onnx.codec import with_sessions
 from fmpq_fx.passes.plan.planners import PLANNERS
+from fmpq_fx.passes.swap import with_replaced
 from fmpq_fx.rd import RDSums, rd_sums
 from fmpq_fx.storage.files import write_text
 
@@ -54,8 +56,8 @@ class Variant:
         moved: Any = codec.to(memory_format=torch.channels_last) if channels_last else codec
         self.codec = moved
         self.channels_last, self.bfloat16 = channels_last, bfloat16
-        self.analysis: Callable[..., Any] = moved.g_a
-        self.synthesis: Callable[..., Any] = moved.g_s
+        self.analysis: Callable[..., Any] = as_it_runs(moved, "g_a")
+        self.synthesis: Callable[..., Any] = as_it_runs(moved, "g_s")
 
     def within(self, call: Callable[..., Any], *arguments: Any) -> Job:
         """Return a job that calls ``call`` as this variant does."""
@@ -109,21 +111,24 @@ def variants(gm: fx.GraphModule, model: Any, folder: Path) -> dict[str, Variant]
 def rd_of(variant: Variant, batches: list[Tensor], lmbda: float) -> float:
     """Return the RD loss of a variant; transforms in bfloat16, entropy models in float32."""
     codec = variant.codec
-    original = codec.g_a.forward, codec.g_s.forward
-
-    def low(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def call(x: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                return forward(x).float()
-
-        return call
-
     if variant.bfloat16:
-        codec.g_a.forward, codec.g_s.forward = map(low, original)
+        codec = with_replaced(codec, {module: InBfloat16(module) for module in (codec.g_a, codec.g_s)})
     with torch.no_grad():
-        sums = sum((rd_sums(codec(x), x) for x in batches), RDSums())
-    codec.g_a.forward, codec.g_s.forward = original
-    return sums.rd(lmbda)
+        return sum((rd_sums(codec(x), x) for x in batches), RDSums()).rd(lmbda)
+
+
+class InBfloat16(nn.Module):
+    """Runs a module in bfloat16, and returns float32."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output for ``x``."""
+        with torch.autocast("cpu", torch.bfloat16):
+            out: Tensor = self.module(x)
+            return out.float()
 
 
 def timed(jobs: dict[tuple[str, str], Job], repeats: int) -> dict[tuple[str, str], float]:

@@ -8,7 +8,7 @@ arXiv 2506.01221). Two arguments are enough::
 """
 
 from fmpq_fx import _compressai, ranks, samples  # noqa: F401  (_compressai comes first: see there)
-from fmpq_fx.coding.codec import convert, export_checkpoint
+from fmpq_fx.coding.conversion import convert, export_checkpoint
 from fmpq_fx.coding.evaluation import Evaluation, evaluate
 from fmpq_fx.coding.fmi import decode, encode
 from fmpq_fx.errors import FmpqError

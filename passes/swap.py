@@ -1,7 +1,10 @@
 """Exchange modules of a model: the one place where a module takes the place of another."""
 
-from collections.abc import Iterator
+import operator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -23,3 +26,44 @@ def substituted(root: nn.Module, name: str, module: nn.Module) -> Iterator[None]
         yield
     finally:
         replace_module(root, module, old)
+
+
+def with_replaced(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Return ``root`` with other modules in the places of some, and leave ``root`` as it is.
+
+    The module that is returned and the modules on the way to the new ones are shallow copies. All others, and all
+    parameters and buffers, are those of ``root``. Where nothing changes, ``root`` itself is returned.
+
+    Args:
+        root: a model. Its modules may also keep some in dicts and lists, as CompressAI's latent codecs do.
+        new: what takes the place of a module, by that module.
+    """
+    made: dict[nn.Module, nn.Module] = dict(new)
+
+    def of(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            if value not in made:
+                made[value] = value  # for a module that leads back to this one
+                attributes = of(value.__dict__)
+                if attributes is not value.__dict__:
+                    made[value] = shallow_copy(value, type(value))
+                    made[value].__dict__ = attributes
+            return made[value]
+        if type(value) in (dict, OrderedDict):
+            parts = {key: of(part) for key, part in value.items()}
+            return value if all(parts[key] is part for key, part in value.items()) else type(value)(parts)
+        if type(value) in (list, tuple):
+            items = [of(part) for part in value]
+            return value if all(map(operator.is_, items, value)) else type(value)(items)
+        return value
+
+    result: nn.Module = of(root)
+    return result
+
+
+def shallow_copy(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """Return a module of the class ``cls`` that has the attributes, tensors and modules of ``module``."""
+    twin = object.__new__(cls)
+    # Not by copy.copy(): some classes refuse to be copied, though nothing is wrong with sharing what they have.
+    twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
+    return twin

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fmpq_fx.cli.arguments import MODEL, add_class, made_by
 from fmpq_fx.cli.outputs import CHECKPOINT, GRAPHS, MODEL_MARK, Output, declare
-from fmpq_fx.coding.codec import export_checkpoint
+from fmpq_fx.coding.conversion import export_checkpoint
 from fmpq_fx.formats.model_file import load, save
 from fmpq_fx.formats.state import load_state
 from fmpq_fx.onnx.export import export_onnx

@@ -1,112 +1,187 @@
-"""From the rewritten graph back to the model's own class, which codes, and to a checkpoint without any trace of us."""
+"""The codec: one object that says how a model codes, and in which order what changes that comes.
 
-import copy
-import os
-import warnings
-from typing import Literal
+``convert()`` and ``load_codec()`` return it. It is a model of the user's own class: its class is made from
+:class:`Codec` and that class, so that everything that the user's class has is there under its own name, the state
+dict is the same, and ``isinstance`` says so. Only ``forward``, ``compress`` and ``decompress`` come from here. They
+run the methods of the user's class, on a shallow copy of the codec in which other modules stand where this is needed.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from compressai.entropy_models import EntropyModel
+from torch import Tensor, nn
 
-from fmpq_fx.coding.guarded import guard
+from fmpq_fx.coding import wavefront
+from fmpq_fx.coding.string_coder import CheckedCoder
+from fmpq_fx.coding.tiles import Tiled, Transform, untiled
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.annotation import graph_note, plan_of
-from fmpq_fx.passes.lower.entropy_path import EntropyPath, entropy_path
-from fmpq_fx.passes.lower.integerize import integerize
-from fmpq_fx.passes.swap import replace_module
-from fmpq_fx.quant import quantized_layers
-from fmpq_fx.storage import fingerprint
-from fmpq_fx.storage.files import replacing
-
-Exact = bool | Literal["require"]
+from fmpq_fx.passes.swap import shallow_copy, with_replaced
 
 
-def convert(gm: fx.GraphModule, *, exact: Exact = True) -> nn.Module:
-    """Return the model that ``gm`` was made from, with its quantized layers in place of the float ones.
+@dataclass(frozen=True)
+class Settings:
+    """How a codec runs. Modules are named as in the codec; one that is not named runs as it is."""
 
-    The networks that choose the CDFs of its latents compute in exact integer arithmetic there, so that what it codes
-    decodes on every machine: any device, number of threads, memory layout, batch, library, in float32 or float64.
+    exact: bool = (
+        False  # what chooses the CDFs computes in integers, so that float32 and float64 code the same
+    )
+    backend: Mapping[str, nn.Module] = field(default_factory=dict)  # what runs in the place of a module
+    tiles: Mapping[str, Transform] = field(
+        default_factory=dict
+    )  # what runs in tiles, and what is known of it
+    budget: int = 0  # bytes that a tile may take
 
-    Args:
-        gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned, trained further or not. It is not
-            modified, and shares nothing with what is returned.
-        exact: where something on the way to the CDFs has no exact form, True keeps all of it in floating point and
-            warns, "require" raises. False keeps it in floating point: that codec decodes reliably only in the same
-            process on the same machine.
 
-    Returns:
-        a model of the user's own class, in evaluation mode, on the device of ``gm``. Its forward computes what
-        ``gm`` does, up to the rounding of fixed-point numbers on the way to the CDFs. Where the class can code
-        (CompressAI's can), ``update()`` was called, so that ``compress()`` and ``decompress()`` work with the tables
-        of the weights as they are now; a graph that :func:`fmpq_fx.load` returned, whose entropy models were not
-        trained since, keeps the tables of its file.
+class Codec(nn.Module):
+    """A model of the user's class that codes; see this file.
 
-        Models of CompressAI's own classes are in channels-last layout, in which CPUs convolve faster.
+    ::
 
-        The coding loops of autoregressive models are replaced by exact ones. With ``exact=False`` they are
-        CompressAI's, which read the weight of the context prediction without calling the layer: they get the
-        quantized weight, but the layer's input stays float there. Layouts are left as they are then.
+        forward()     the user's forward()   ┐            ┌ compress(), decompress():
+        compress()    the user's compress()  ├─ calls ──► │  entropy models, with a coder that notices damage
+        decompress()  the user's decompress()┘            │  coding loops of autoregressive models, exact
+                                                          └ all three: transforms
+                                                              in tiles, where memory is short, each of which runs
+                                                                by the backend, where there is one, or in torch
 
-    Raises:
-        FmpqError: ``gm`` carries no plan, its model cannot be copied, or ``exact="require"`` and something has no
-            exact form.
-        ValueError: ``exact`` is none of the three.
+    Attributes:
+        fmpq: the settings.
     """
-    plan_of(gm)
-    twin = copy.deepcopy(gm).eval()
-    model: nn.Module = graph_note(twin).model.eval()
-    for site, layer in quantized_layers(twin).items():
-        replace_module(model, model.get_submodule(site), layer)
-    update = getattr(model, "update", None)
-    # Tables of a file are kept: here, their float arithmetic might come out otherwise than where it was written.
-    if callable(update) and graph_note(gm).tables_of != fingerprint.of_entropy_models(model):
-        update(force=True)
-    return with_exact_path(model, entropy_path(gm), exact)
+
+    fmpq = Settings()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what the user's class does."""
+        return super(Codec, _running(self)).forward(*args, **kwargs)
+
+    def compress(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what the user's class does, with guards around CompressAI's entropy coder.
+
+        Raises:
+            FmpqError: a latent is so far from its mean that CompressAI's coder would not end.
+        """
+        with default_dtype(next(self.parameters()).dtype):
+            return cast(Any, super(Codec, _coding(self))).compress(*args, **kwargs)
+
+    def decompress(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what the user's class does; a string that does not end with its last symbol causes a warning."""
+        with default_dtype(next(self.parameters()).dtype):
+            return cast(Any, super(Codec, _coding(self))).decompress(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Let copies and pickles make the class again: it is made when it is needed, and has no place of its own."""
+        kind, cls = type(self).__bases__
+        return _empty, (kind, cls), *super().__reduce_ex__(protocol)[2:]
 
 
-def with_exact_path(model: nn.Module, path: EntropyPath, exact: Exact) -> nn.Module:
-    """Return the quantized ``model``, guarded, with its entropy ``path`` in exact arithmetic, as ``exact`` says."""
-    if exact not in (True, False, "require"):
-        raise ValueError(f'exact is {exact!r}; pass True, False or "require"')
-    guard(model)
-    if not exact:
-        return model
-    # Other people's classes may view activations in ways that this layout does not allow.
-    if type(model).__module__.partition(".")[0] == "compressai":
-        model.to(memory_format=torch.channels_last)
-    try:
-        return integerize(model, path)
-    except FmpqError as error:
-        if exact == "require":
-            raise FmpqError(
-                f"the CDFs of {type(model).__name__} cannot be chosen exactly: {error}"
-            ) from error
-        warnings.warn(
-            f"{type(model).__name__} keeps floating point on the way to its CDFs, so that its bitstreams may not "
-            f"decode on other machines: {error}",
-            stacklevel=3,
+class AutoregressiveCodec(Codec):
+    """A codec of CompressAI's mbt2018, or of a class that codes in its loops: they are replaced by exact ones."""
+
+    def _compress_ar(self, y_hat: Tensor, params: Tensor, *sizes: int) -> bytes:
+        height, width, _, padding = sizes
+        return wavefront.encode(self._context(), y_hat, params, (height, width), padding)
+
+    def _decompress_ar(self, y_string: bytes, y_hat: Tensor, params: Tensor, *sizes: int) -> None:
+        height, width, _, padding = sizes
+        wavefront.decode(self._context(), y_string, y_hat, params, (height, width), padding)
+
+    def _context(self) -> wavefront.Context:
+        model: Any = self
+        return wavefront.Context(
+            model.gaussian_conditional, untiled(model.context_prediction), model.entropy_parameters
         )
-        return model
 
 
-def export_checkpoint(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
-    """Write the quantized weights, dequantized, as a state dict that the float model's class loads.
-
-    A stock CompressAI reads it (``python -m compressai.utils.eval_model checkpoint``) and computes with the
-    quantized weights; activations are float there. GDN's gamma goes back through its reparametrization, which
-    changes it by rounding errors of float32.
+def codec_of(model: nn.Module, kind: type[Codec] = Codec) -> Codec:
+    """Return ``model`` as a codec that shares its modules and tensors, or ``model`` itself if it is one.
 
     Args:
-        gm: a rewritten graph.
-        path: the file, ``{"state_dict": ...}`` as ``torch.save`` writes it, with CDF tables.
+        model: any model that can code as CompressAI's do.
+        kind: of codec.
 
     Raises:
-        FmpqError: ``gm`` carries no plan.
-        FileNotFoundError: there is no such folder.
+        FmpqError: the class of ``model`` has no ``compress()`` and ``decompress()``.
     """
-    model = convert(gm, exact=False)
-    for layer in quantized_layers(model).values():
-        layer.set_integers(layer.integers)  # its float weight is what it multiplied with from now on
-        replace_module(model, layer, layer.layer)
-    with replacing(path) as file:
-        torch.save({"state_dict": model.state_dict()}, file)
+    # A compiled model hands out the methods of the one inside it.
+    owner = getattr(getattr(model, "compress", None), "__self__", model)
+    if isinstance(owner, Codec):
+        return owner
+    if not can_code(owner):
+        raise FmpqError(
+            f"a {type(model).__name__} has no compress() and decompress(), so it makes no bitstreams; pass what "
+            "convert() or load_codec() returned"
+        )
+    return cast(Codec, shallow_copy(owner, _codec_class(kind, type(owner))))
+
+
+def can_code(model: nn.Module) -> bool:
+    """Say whether the class of ``model`` has CompressAI's ``compress()`` and ``decompress()``."""
+    return all(callable(getattr(type(model), name, None)) for name in ("compress", "decompress"))
+
+
+def with_settings(codec: Codec, **changes: Any) -> Codec:
+    """Return a codec that shares everything with ``codec`` but the settings that change."""
+    twin = cast(Codec, shallow_copy(codec, type(codec)))
+    twin.fmpq = replace(codec.fmpq, **changes)
+    return twin
+
+
+def as_it_runs(codec: nn.Module, name: str) -> nn.Module:
+    """Return what runs where ``codec`` has the module ``name``: that module, or what a backend runs in its place."""
+    settings = codec.fmpq if isinstance(codec, Codec) else Settings()
+    return settings.backend.get(name) or codec.get_submodule(name)
+
+
+def _running(codec: Codec, others: Mapping[nn.Module, nn.Module] | None = None) -> Codec:
+    """Return ``codec`` with what runs in the places of its transforms, and with ``others`` in places of modules."""
+    settings, new = codec.fmpq, dict(others or {})
+    for name in (*settings.backend, *settings.tiles):
+        module = as_it_runs(codec, name)
+        if name in settings.tiles:
+            module = Tiled(settings.tiles[name], module, settings.budget)
+        new[codec.get_submodule(name)] = module
+    if not new:
+        return codec
+    running = cast(Codec, with_replaced(codec, new))
+    running.fmpq = Settings(settings.exact)  # its modules are those that run
+    return running
+
+
+def _coding(codec: Codec) -> Codec:
+    """Return what :func:`_running` returns, with entropy models whose coder is checked."""
+    checked: dict[nn.Module, nn.Module] = {}
+    for prior in codec.modules():
+        if isinstance(prior, EntropyModel) and prior.entropy_coder.name == CheckedCoder.name:
+            checked[prior] = twin = shallow_copy(prior, type(prior))
+            twin.entropy_coder = CheckedCoder()  # type: ignore[assignment]
+    return _running(codec, checked)
+
+
+def _codec_class(kind: type[Codec], cls: type[nn.Module]) -> type[Codec]:
+    """Return the subclass of both, which has the name of ``cls``; for the same two it is the same."""
+    names = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return _CLASSES.get((kind, cls)) or _CLASSES.setdefault(
+        (kind, cls), type(cls.__name__, (kind, cls), names)
+    )
+
+
+_CLASSES: dict[tuple[type, type], type[Codec]] = {}
+
+
+def _empty(kind: type[Codec], cls: type[nn.Module]) -> Codec:
+    return object.__new__(_codec_class(kind, cls))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within the block, new tensors are ``dtype``: some decoders of CompressAI make theirs of the default type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -17,8 +17,10 @@ from compressai.ops import compute_padding
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from fmpq_fx.coding.codec import convert
-from fmpq_fx.coding.fmi import STRIDE, checked_codec, padded_size
+from fmpq_fx.coding.cdf_tables import update_tables
+from fmpq_fx.coding.codec import Codec, codec_of
+from fmpq_fx.coding.conversion import convert
+from fmpq_fx.coding.fmi import STRIDE, padded_size
 from fmpq_fx.coding.tiling import within
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images import reading
@@ -168,8 +170,8 @@ def evaluate(
         for name, load in reported(named, "evaluate", "image", show=progress):
             try:
                 x = load().to(parameter.device, parameter.dtype)
-                coder = within(codec, padded_size(*x.shape[-2:]), memory, images=_IMAGES)
-                results.append(_code(coder, name, x))
+                tiled = within(codec, padded_size(*x.shape[-2:]), memory, images=_IMAGES)
+                results.append(_code(tiled, name, x))
             except FmpqError as error:
                 skipped.append(str(error) if name in str(error) else f"{name}: {error}")
                 warnings.warn(f"image skipped: {skipped[-1]}", stacklevel=2)
@@ -178,15 +180,12 @@ def evaluate(
     return Evaluation(tuple(results), tuple(skipped))
 
 
-def _codec(model: nn.Module) -> Any:
+def _codec(model: nn.Module) -> Codec:
     if isinstance(model, fx.GraphModule):
-        codec = convert(model)
-    else:
-        codec = copy.deepcopy(model).eval()
-        update = getattr(codec, "update", None)
-        if callable(update):
-            update()  # makes the tables of a model that has none, and leaves others alone
-    return checked_codec(codec)
+        return codec_of(convert(model))
+    codec = codec_of(copy.deepcopy(model).eval())
+    update_tables(codec, missing=True)
+    return codec
 
 
 def _named(images: str | os.PathLike[str] | Mapping[str, Tensor]) -> Iterator[tuple[str, Any]]:
@@ -203,7 +202,7 @@ def _named(images: str | os.PathLike[str] | Mapping[str, Tensor]) -> Iterator[tu
             yield path.name, lambda path=path: reading.read(path)
 
 
-def _code(codec: Any, name: str, x: Tensor) -> ImageResult:
+def _code(codec: Codec, name: str, x: Tensor) -> ImageResult:
     """Code the image ``x`` (C, H, W), and measure."""
     height, width = x.shape[-2:]
     pad, unpad = compute_padding(height, width, min_div=STRIDE)

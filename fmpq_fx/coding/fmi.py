@@ -6,7 +6,7 @@ Big-endian, in this order:
 4 bytes    ``\x89FMI``
 1 byte     version of the format
 4 bytes    CRC-32 of all that follows
-8 bytes    fingerprint of the model (:func:`fmpq_fx.storage.fingerprint.of_codec`)
+8 bytes    fingerprint of the model (:func:`fmpq_fx.coding.known.fingerprint_of`)
 4 + 4      height and width of the image, pixels
 1 + n      name of the model's class, UTF-8
 2 + n      shape of the latents as the codec wants it back, JSON
@@ -28,12 +28,13 @@ from compressai.ops import compute_padding
 from PIL import Image
 from torch import Tensor, nn
 
+from fmpq_fx.coding.codec import Codec, codec_of
+from fmpq_fx.coding.known import fingerprint_of
 from fmpq_fx.coding.string_coder import padded
 from fmpq_fx.coding.tiles import Size
 from fmpq_fx.coding.tiling import latents_of, within
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images import reading
-from fmpq_fx.storage import fingerprint
 from fmpq_fx.storage.byte_reader import ByteReader, counted
 
 MAGIC, VERSION = b"\x89FMI", 1
@@ -61,20 +62,20 @@ def encode(codec: nn.Module, image: Tensor, *, memory: int | str | None = None) 
         FmpqError: the codec cannot code, or not within the ``memory`` given; the message says what it needs.
         TypeError, ValueError: ``image`` is no such tensor.
     """
-    checked_codec(codec)
+    coder = codec_of(codec)
     batch = reading.checked(image, "the image")
     if len(batch) != 1:
         raise ValueError(f"the image has shape {tuple(image.shape)}; pass one image, (C, H, W)")
-    parameter = next(codec.parameters())
+    parameter = next(coder.parameters())
     height, width = batch.shape[-2:]
     pad, _ = compute_padding(height, width, min_div=STRIDE)
-    coder: Any = within(codec, padded_size(height, width), memory, images=2)
+    tiled = within(coder, padded_size(height, width), memory, images=2)
     with torch.no_grad():
-        coded = coder.compress(F.pad(batch.to(parameter.device, parameter.dtype), pad))
+        coded = tiled.compress(F.pad(batch.to(parameter.device, parameter.dtype), pad))
     strings = [string for string, *_ in coded["strings"]]
     parts = [
-        _HEAD.pack(_fingerprint(codec), height, width),
-        counted(type(codec).__name__.encode()[:255], 1),
+        _HEAD.pack(_fingerprint(coder), height, width),
+        counted(type(coder).__name__.encode()[:255], 1),
         counted(json.dumps(_plain(coded["shape"]), separators=(",", ":")).encode(), 2),
         bytes([len(strings)]),
         *(counted(string, 4) for string in strings),
@@ -95,14 +96,15 @@ def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) ->
         FmpqError: ``data`` is something else, damaged, of a newer version, or was encoded with another model, or
             decoding needs more than the ``memory`` given.
     """
-    checked_codec(codec)
+    coder = codec_of(codec)
     reader = ByteReader(_checked_body(data))
     fingerprint_of_data, height, width = _HEAD.unpack(reader.take(_HEAD.size))
     name = reader.take_counted(1).decode(errors="replace")
-    if fingerprint_of_data != _fingerprint(codec):
+    if fingerprint_of_data != _fingerprint(coder):
         raise FmpqError(
             f"it was encoded with another model: with the {name} {fingerprint_of_data.hex()}, and this is the "
-            f"{type(codec).__name__} {_fingerprint(codec).hex()}; decode it with the file that it was encoded with"
+            f"{type(coder).__name__} {_fingerprint(coder).hex()}; decode it with the file that it was encoded "
+            f"with{_in_float32(coder)}"
         )
     limit = Image.MAX_IMAGE_PIXELS or 2**31
     if not 0 < height * width <= limit:
@@ -113,12 +115,12 @@ def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) ->
     shape = _shape(reader.take_counted(2), _MOST_LATENTS * pixels)
     strings = [reader.take_counted(4) for _ in range(reader.take(1)[0])]
     reader.end()
-    coder: Any = within(codec, size, memory, images=3)
-    symbols = _most_symbols(codec, size)
+    tiled = within(coder, size, memory, images=3)
+    symbols = _most_symbols(coder, size)
     guarded = [[padded(string, symbols)] for string in strings]
     try:
         with torch.no_grad():
-            decoded: Tensor = coder.decompress(guarded, shape)["x_hat"]
+            decoded: Tensor = tiled.decompress(guarded, shape)["x_hat"]
     except Exception as error:  # a forged stream may make anything go wrong
         raise FmpqError(f"its strings cannot be decoded: {type(error).__name__}: {error}") from error
     if decoded.shape[-2:] != size:
@@ -131,22 +133,15 @@ def padded_size(height: int, width: int) -> Size:
     return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
 
 
-def checked_codec(codec: nn.Module) -> Any:
-    """Return ``codec`` if it can code.
-
-    Raises:
-        FmpqError: it cannot.
-    """
-    if callable(getattr(codec, "compress", None)) and callable(getattr(codec, "decompress", None)):
-        return codec
-    raise FmpqError(
-        f"a {type(codec).__name__} has no compress() and decompress(), so it makes no bitstreams; pass what convert() "
-        "or load_codec() returned"
-    )
+def _fingerprint(codec: Codec) -> bytes:
+    return bytes.fromhex(fingerprint_of(codec))[:8]
 
 
-def _fingerprint(codec: nn.Module) -> bytes:
-    return bytes.fromhex(fingerprint.of_codec(codec))[:8]
+def _in_float32(codec: Codec) -> str:
+    dtype = next(codec.parameters()).dtype
+    if dtype.itemsize >= torch.float32.itemsize:
+        return ""
+    return f", in float32: in {str(dtype).removeprefix('torch.')} a codec computes with other numbers"
 
 
 def _checked_body(data: bytes) -> bytes:
@@ -166,7 +161,7 @@ def _checked_body(data: bytes) -> bytes:
     return body
 
 
-def _most_symbols(codec: nn.Module, size: Size) -> int:
+def _most_symbols(codec: Codec, size: Size) -> int:
     """Return a number that no string of an image of ``size`` has more symbols than."""
     most = _MOST_LATENTS * math.prod(size)
     if math.prod(size) > _LARGE:  # knowing the latents takes time, and guards against that many take memory

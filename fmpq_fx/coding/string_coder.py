@@ -1,8 +1,18 @@
-"""CompressAI's entropy coder with guards: what makes it loop for ever is an error, what makes it misread a warning.
+"""CompressAI's entropy coder with guards: where it would not end there is an error, where it misreads a warning.
 
-Its encoder does not end on symbols far outside of their tables, which a NaN among the latents is enough for. Its
-decoder does not look where a string ends. It takes symbols one after the other from a state, an integer of 64 bits,
-which is 2^31 after the last one; so a string that was damaged betrays itself, almost surely, by another.
+Its encoder does not end on symbols far outside of their tables; one NaN among the latents is enough. Its decoder does
+not look where a string ends. This is how it reads one (rANS)::
+
+    string  │ word │ word │ word │ word │ ...        words of 4 bytes, from the left
+             └─────┬─────┘    │
+    state        64 bits ◄────┘
+
+    1. The lowest 16 bits of the state say which symbol comes next.
+    2. The state becomes smaller by as many bits as this symbol costs.
+    3. If it is below 2^31 then, it takes in the next word: state = state * 2^32 + word.
+
+The encoder goes the other way and starts with the state 2^31. So the decoder has this state after the last symbol,
+and after a damaged string, almost surely, another one. It does not show its state, but what it would decode next does.
 """
 
 import warnings
@@ -21,8 +31,13 @@ MOST_SYMBOL = 2**26
 """The largest magnitude of a symbol; with its table's offset, CompressAI's encoder ends below 2^27."""
 
 _FILL = b"\1"
-# What the decoder, with 2^31 left and only filling to come, takes from the state: 16 zeros, and then those 16 bits that
-# the filling has, again and again. Both are symbols of probability 2^-16 here, so that each takes just these bits off.
+# Behind a string comes filling, words of 0x01010101. With a table in which 0 and 0x0101 are symbols that cost 16 bits
+# each, a decoder whose state is 2^31 reads this, and one with another state something else:
+#
+#     state                 lowest 16 bits    symbol    state then       takes in a word
+#     2^31                  0                 0         2^15             yes
+#     2^47 + 0x01010101     0x0101            2         2^31 + 0x0101    no
+#     2^31 + 0x0101         0x0101            2         2^15             yes, and so on
 _FILLING = int.from_bytes(2 * _FILL, "little")
 _END = [0, 2, 2, 2, 2, 2]
 _END_TABLES = ([[0, 1, _FILLING, _FILLING + 1, 2**16 - 1, 2**16]], [6], [0])
@@ -36,11 +51,13 @@ def trimmed_tables(cdfs: Tensor, lengths: Tensor, offsets: Tensor) -> Tables:
 
 
 def padded(string: bytes, symbols: int) -> bytes:
-    """Return ``string`` with filling behind it, so much that CompressAI's decoder stays inside it, whatever it is.
+    """Return ``string`` with so much filling behind it that CompressAI's decoder stays inside, whatever the string is.
 
-    It reads at most a word of 4 bytes for a symbol, and for one outside of its table so many more as the 4-bit
-    numbers that come first sum to: at most 30 words per byte of the string. They end with one below 15, as those of the
-    filling are. It is no zeros: a decoder in the middle of a string that is cut could take them for its end.
+    For a symbol of its table the decoder reads at most one word of 4 bytes. A symbol outside of its table comes as
+    4-bit numbers, the first of which say how many there are: each that is 15 adds to this number and is followed by
+    another one. So a damaged string may ask for up to 30 words for each of its bytes, but not for more, since the
+    filling has no number of 15. It has no zeros either: a decoder in the middle of a string that was cut could take
+    them for the end.
     """
     string = string.rstrip(_FILL)  # that of an earlier call as well
     return string + _FILL * (4 * 30 * len(string) + 4 * symbols + 256)
@@ -69,7 +86,7 @@ class StringReader:
 
     def __init__(self, string: bytes, symbols: int):
         self._decoder = RansDecoder()
-        # As much again, thrice, for 4-bit numbers that the decoder's state still holds a part of behind the string.
+        # Four times the symbols: behind the string, the state may still hold a part of some 4-bit numbers.
         self._decoder.set_stream(padded(string, 4 * symbols))
 
     def read(self, indexes: Sequence[int], tables: Tables) -> list[int]:
@@ -90,7 +107,9 @@ class StringReader:
 class CheckedCoder:
     """Takes the place of the ``entropy_coder`` of CompressAI's entropy models."""
 
-    name = "ans"  # what they pickle of it, and make one of their own from in a copy
+    name = (
+        "ans"  # of CompressAI's coder that makes the same strings; an entropy model is pickled with this name
+    )
 
     def encode_with_indexes(self, symbols: list[int], indexes: list[int], *tables: Any) -> bytes:
         """Return :func:`encode` of the same."""

@@ -1,12 +1,23 @@
 """Run a transform in tiles that overlap by what it sees, so that the whole comes out as in one piece.
 
-Each tile of the output is computed from all inputs that it sees, and of what that gives the places are kept that see
-no border of the tile but those of the image itself. So there are no seams: the result is that of the whole input, up
-to the rounding of sums that a library adds in another order.
+A tile of the output is computed from all of the input that it sees. At the borders of what was read, layers pad, and
+places come out wrong; only those are kept that see no such border, except the borders of the image itself. Along one
+axis, for three tiles::
+
+    input    ├────────────────────────────────────────┤
+    read     ├──────────────────┤                           by the first tile
+                       ├───────────────────┤                by the second
+                                   ├──────────────────┤     by the third
+    keep     ├─────────────┤                                of what the first becomes
+                           ├───────────┤
+                                       ├──────────────┤
+    output   ├─────────────┼───────────┼──────────────┤     the place of each
+
+So there are no seams: the result is that of the whole input, up to the rounding of sums that a library adds in another
+order.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
@@ -51,14 +62,13 @@ class Grid:
 
 
 class Transform:
-    """A module that takes one feature map and returns one, and what is known of it.
+    """What is known of a module that takes one feature map and returns one.
 
     Args:
-        module: of which the forward of its class is looked at, whatever runs in its place.
+        module: in torch. Another backend that runs in its place computes the same, and is cut in the same tiles.
     """
 
     def __init__(self, module: nn.Module):
-        self.module = module
         self.graph = module
         self.reaches: Reaches | None = None
         self.obstacle = ""  # why it cannot run in tiles
@@ -114,37 +124,49 @@ class Transform:
         return replace(smallest, peak=self.peak(like, smallest.largest))
 
 
-class TiledForward:
-    """A forward that runs another one in tiles, where the whole would take more than a number of bytes.
+class Tiled(nn.Module):
+    """Runs a module in tiles, where the whole would take more than a number of bytes.
 
     Args:
-        transform: what is run.
-        forward: what runs it, the forward of its module.
+        transform: what is known of the module, or of the one that it computes the same as.
+        module: what runs: (B, C, H, W) comes in and goes out.
         budget: in bytes. Where no tile takes so little, the smallest ones are run.
     """
 
-    def __init__(self, transform: Transform, forward: Callable[[Tensor], Tensor], budget: int):
-        self.transform, self.forward, self.budget = transform, forward, budget
+    def __init__(self, transform: Transform, module: nn.Module, budget: int):
+        super().__init__()
+        self.transform, self.budget = transform, budget
+        self.module = module
         self.small = 0  # elements of an input that is known to fit
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Return the output for ``x`` (B, C, H, W)."""
-        if x.numel() <= self.small:
-            return self.forward(x)
-        if self.transform.peak(x, (x.size(-2), x.size(-1))) <= self.budget:
+        if x.numel() > self.small:
+            if self.transform.peak(x, (x.size(-2), x.size(-1))) > self.budget:
+                return self._in_tiles(x)
             self.small = x.numel()
-            return self.forward(x)
+        whole: Tensor = self.module(x)
+        return whole
+
+    def _in_tiles(self, x: Tensor) -> Tensor:
         grid = self.transform.grid(x, self.budget)
-        out = None
+        out: Tensor | None = None
         for row in grid.rows:
             for column in grid.columns:
                 # A copy, since what overlaps must not be seen to change.
-                tile = self.forward(x[..., row.read, column.read].clone())
+                tile = self.module(x[..., row.read, column.read].clone())
                 if out is None:
                     out = tile.new_empty((*tile.shape[:-2], *grid.out))
                 out[..., row.place, column.place] = tile[..., row.keep, column.keep]
         assert out is not None
         return out
+
+
+def untiled(module: nn.Module) -> nn.Module:
+    """Return what runs in tiles where ``module`` is :class:`Tiled`, or ``module``."""
+    if isinstance(module, Tiled):
+        module = module.module
+    return module
 
 
 def _divisions(reach: Reach, inputs: int, places: int) -> list[tuple[Span, ...]]:

@@ -5,9 +5,10 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fmpq_fx.coding.tiles import Size, TiledForward, Transform
+from fmpq_fx.coding.codec import Codec, with_settings
+from fmpq_fx.coding.tiles import Size, Transform
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.exact import ExactLayer
 from fmpq_fx.memory import bytes_of, words
@@ -19,7 +20,7 @@ _SIDE = 64  # of the image that shows which modules are the transforms
 _SURELY = 8192  # bytes per pixel; no model of CompressAI's zoo takes a fifth of it
 
 
-def within(codec: nn.Module, size: Size, memory: int | str | None, *, images: int) -> nn.Module:
+def within(codec: Codec, size: Size, memory: int | str | None, *, images: int) -> Codec:
     """Return ``codec``, or one that shares its weights and codes an image of ``size`` within ``memory``.
 
     Where the whole image would take more, the transforms run in tiles: the module that takes the image and returns
@@ -51,17 +52,13 @@ def within(codec: nn.Module, size: Size, memory: int | str | None, *, images: in
         whole = [f"{e.name!r} runs as a whole: {e.transform.obstacle}" for e in ends if e.transform.obstacle]
         _complain(codec, size, f"about {words(need)} of memory", budget, "; ".join(whole), memory)
         room = max(room, budget // 8)  # more than there is, but no tiles so small that they take forever
-    twin = _twin(codec)
-    names = {end.name: end.transform for end in ends}
-    names |= {name: Transform(m) for name, m in codec.named_modules() if isinstance(m, ExactLayer)}
-    for name, transform in names.items():
-        if not transform.obstacle:
-            module = twin.get_submodule(name)
-            module.forward = TiledForward(transform, module.forward, room)
-    return twin
+    transforms = {end.name: end.transform for end in ends}
+    transforms |= {name: Transform(m) for name, m in codec.named_modules() if isinstance(m, ExactLayer)}
+    tiles = {name: transform for name, transform in transforms.items() if not transform.obstacle}
+    return with_settings(codec, tiles=tiles, budget=room)
 
 
-def latents_of(codec: nn.Module, size: Size) -> int:
+def latents_of(codec: Codec, size: Size) -> int:
     """Return how many latents the analysis of ``codec`` makes of an image of ``size``.
 
     Raises:
@@ -86,7 +83,7 @@ class _End:
         return self.transform.grid(self.like, budget).peak
 
 
-def _ends(codec: nn.Module, size: Size) -> list[_End]:
+def _ends(codec: Codec, size: Size) -> list[_End]:
     """Return the analysis and the synthesis of ``codec`` for images of ``size``.
 
     They are found by what goes in and comes out when a small image is coded, not by their names: an image and
@@ -97,7 +94,7 @@ def _ends(codec: nn.Module, size: Size) -> list[_End]:
     """
     parameter = next(codec.parameters())
     image = torch.zeros(1, 3, _SIDE, _SIDE, device=parameter.device, dtype=parameter.dtype)
-    shown = _twin(codec).eval()
+    shown = _twin(with_settings(codec, backend={})).eval()
     found: dict[bool, tuple[str, Tensor]] = {}  # by whether it is the synthesis; the outermost modules
 
     def note(name: str, args: tuple[object, ...], out: object) -> None:
@@ -131,15 +128,13 @@ def _ends(codec: nn.Module, size: Size) -> list[_End]:
     return ends
 
 
-def _twin(codec: nn.Module) -> nn.Module:
+def _twin(codec: Codec) -> Codec:
     """Return a copy of ``codec`` whose parameters and buffers are the same tensors."""
     tensors = [*codec.parameters(), *codec.buffers()]
     return copy.deepcopy(codec, {id(tensor): tensor for tensor in tensors})
 
 
-def _complain(
-    codec: nn.Module, size: Size, need: str, budget: int, why: str, memory: int | str | None
-) -> None:
+def _complain(codec: Codec, size: Size, need: str, budget: int, why: str, memory: int | str | None) -> None:
     """Raise an error that says what is needed, or only warn where no memory was given."""
     text = (
         f"to code {size[1]} x {size[0]} pixels, this {type(codec).__name__} needs {need}, and may take "

@@ -11,67 +11,84 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmpq_fx.coding.string_coder import StringReader, Tables, encode, trimmed_tables
+from fmpq_fx.coding import string_coder
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.exact.layers import ExactLayer
-from fmpq_fx.exact.products import ConvProduct
+from fmpq_fx.exact.products import ConvProduct, product_of
+from fmpq_fx.passes.lower.extents import float_layer
+
+
+def check(model: Any) -> None:
+    """Check that the coding loop of ``model``, whose layers are quantized, is one of mbt2018 in all that it computes.
+
+    Raises:
+        FmpqError: its context prediction, or its entropy parameters, do something that no coding loop has.
+    """
+    prediction = product_of(float_layer(model.context_prediction))
+    if not isinstance(prediction, ConvProduct) or {
+        prediction.groups,
+        *prediction.stride,
+        *prediction.dilation,
+    } != {1}:
+        raise FmpqError("the context prediction has groups, strides or dilation, which no coding loop has")
+    products = (product_of(float_layer(module)) for module in model.entropy_parameters.modules())
+    if not all(product is None or product.pointwise for product in products):
+        raise FmpqError("the entropy parameters depend on other places, which the coding loop does not have")
+    weight = model.context_prediction.weight * model.context_prediction.mask
+    _, later = _divided(prediction.kernel)
+    if any(weight[:, :, row, column].any() for row, column in later):
+        raise FmpqError("the context prediction sees what is not decoded yet")
+
+
+def _divided(kernel: tuple[int, ...]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return the places of a kernel before its middle, in the rows above or left in the same, and the others."""
+    places = [(row, column) for row in range(kernel[0]) for column in range(kernel[1])]
+    middle = (kernel[0] // 2, kernel[1] // 2)
+    return [place for place in places if place < middle], [place for place in places if place >= middle]
 
 
 class Context:
-    """What an autoregressive model predicts the parameters of a latent with, from those before it.
+    """What an autoregressive model, which :func:`check` has checked, predicts the parameters of a latent with.
 
     Args:
         conditional: the entropy model of the latents.
         prediction: the masked convolution.
         parameters: maps the parameters of the hyperprior and the prediction, one after the other, to scales and
             means; of every place for itself.
-
-    Raises:
-        FmpqError: they do something else than that.
     """
 
-    def __init__(self, conditional: Any, prediction: ExactLayer, parameters: nn.Module):
+    def __init__(self, conditional: Any, prediction: Any, parameters: nn.Module):
+        assert isinstance(prediction, ExactLayer)
+        assert isinstance(prediction.product, ConvProduct)
         self.conditional, self.prediction, self.parameters = conditional, prediction, parameters
-        product = prediction.product
-        if not isinstance(product, ConvProduct) or {product.groups, *product.stride, *product.dilation} != {
-            1
-        }:
-            raise FmpqError(
-                "the context prediction has groups, strides or dilation, which no coding loop has"
-            )
-        if not all(m.product.pointwise for m in parameters.modules() if isinstance(m, ExactLayer)):
-            raise FmpqError(
-                "the entropy parameters depend on other places, which the coding loop does not have"
-            )
-        self.kernel = product.kernel
-        matrix = prediction.matrix.view(prediction.matrix.size(1), -1, *product.kernel)
-        middle = (self.kernel[0] // 2, self.kernel[1] // 2)
-        places = [(row, column) for row in range(self.kernel[0]) for column in range(self.kernel[1])]
-        self.taps = [place for place in places if place < middle]  # in the rows above, and left in the same
-        if any(matrix[:, :, row, column].any() for row, column in places if (row, column) >= middle):
-            raise FmpqError("the context prediction sees what is not decoded yet")
+        self.kernel = prediction.product.kernel
+        matrix = prediction.matrix.view(prediction.matrix.size(1), -1, *self.kernel)
+        self.taps, _ = _divided(self.kernel)
         self.matrix = torch.cat([matrix[:, :, row, column] for row, column in self.taps], 1)
 
-    def scan(self, params: Tensor, height: int, width: int) -> "Scan":
-        """Return the scan of ``height`` x ``width`` latents with ``params`` (1, C, height, width)."""
-        return Scan(self, params, height, width)
-
     @property
-    def tables(self) -> Tables:
+    def tables(self) -> string_coder.Tables:
         """The tables of the entropy model: trimmed, since the coder reads them anew in every step."""
         prior = self.conditional
-        return trimmed_tables(prior.quantized_cdf, prior.cdf_length, prior.offset)
+        return string_coder.trimmed_tables(prior.quantized_cdf, prior.cdf_length, prior.offset)
 
 
 class Scan:
-    """One image's latents while they become known; see :meth:`Context.scan`."""
+    """One image's latents while they become known.
+
+    Args:
+        context: what predicts.
+        params: of the hyperprior, (1, C, height, width).
+        height: of the latents.
+        width: of the latents.
+    """
 
     def __init__(self, context: Context, params: Tensor, height: int, width: int):
         self.context, self.params, self.height, self.width = context, params[0], height, width
         rows, columns = context.kernel
         self.stride = width + columns - 1
         prediction = context.prediction
-        self.matrix = context.matrix.to(params.device)
+        self.matrix = context.matrix
         self.taps = torch.tensor(
             [row * self.stride + column for row, column in context.taps], device=params.device
         )
@@ -104,60 +121,47 @@ class Scan:
         self.known[:, places] = self.context.prediction.input_integers(y_hat)[0, :, :, 0]
 
 
-class WavefrontEncoder:
-    """Takes the place of CompressAI's ``_compress_ar``."""
+@torch.no_grad()
+def encode(context: Context, y_hat: Tensor, params: Tensor, size: tuple[int, int], padding: int) -> bytes:
+    """Return the string of the latents of one image, as CompressAI's ``_compress_ar`` does.
 
-    def __init__(self, context: Context):
-        self.context = context
+    Args:
+        context: what predicts.
+        y_hat: the latents, not rounded, (1, M, H + 2 * padding, W + 2 * padding).
+        params: of the hyperprior, (1, C, H, W).
+        size: H and W.
+        padding: on each side of ``y_hat``.
 
-    @torch.no_grad()
-    def __call__(
-        self, y_hat: Tensor, params: Tensor, height: int, width: int, kernel_size: int, padding: int
-    ) -> bytes:
-        """Return the string of latents ``y_hat``, (1, M, H + 2 * padding, W + 2 * padding) and not rounded."""
-        del kernel_size
-        prior = self.context.conditional
-        symbols: list[int] = []
-        indexes: list[int] = []
-        scan = self.context.scan(params, height, width)
-        for rows, columns in scan:
-            scales, means = scan.predict(rows, columns)
-            y = y_hat[:, :, rows + padding, columns + padding].unsqueeze(3)
-            rounded = prior.quantize(y, "symbols", means)
-            scan.put(rows, columns, prior.dequantize(rounded, means))
-            symbols += rounded.flatten().tolist()
-            indexes += prior.build_indexes(scales).flatten().tolist()
-        return encode(symbols, indexes, self.context.tables)
+    Raises:
+        FmpqError: a latent is too far from its mean.
+    """
+    prior = context.conditional
+    symbols: list[int] = []
+    indexes: list[int] = []
+    scan = Scan(context, params, *size)
+    for rows, columns in scan:
+        scales, means = scan.predict(rows, columns)
+        y = y_hat[:, :, rows + padding, columns + padding].unsqueeze(3)
+        rounded = prior.quantize(y, "symbols", means)
+        scan.put(rows, columns, prior.dequantize(rounded, means))
+        symbols += rounded.flatten().tolist()
+        indexes += prior.build_indexes(scales).flatten().tolist()
+    return string_coder.encode(symbols, indexes, context.tables)
 
 
-class WavefrontDecoder:
-    """Takes the place of CompressAI's ``_decompress_ar``."""
-
-    def __init__(self, context: Context):
-        self.context = context
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        y_string: bytes,
-        y_hat: Tensor,
-        params: Tensor,
-        height: int,
-        width: int,
-        kernel_size: int,
-        padding: int,
-    ) -> None:
-        """Write the latents of ``y_string`` into ``y_hat``, (1, M, H + 2 * padding, W + 2 * padding)."""
-        del kernel_size
-        prior = self.context.conditional
-        tables = self.context.tables
-        reader = StringReader(y_string, y_hat.size(1) * height * width)
-        scan = self.context.scan(params, height, width)
-        for rows, columns in scan:
-            scales, means = scan.predict(rows, columns)
-            indexes = prior.build_indexes(scales).flatten().tolist()
-            symbols = torch.tensor(reader.read(indexes, tables), device=means.device)
-            values = prior.dequantize(symbols.view(means.shape), means)
-            scan.put(rows, columns, values)
-            y_hat[:, :, rows + padding, columns + padding] = values[:, :, :, 0].to(y_hat.dtype)
-        reader.end()
+@torch.no_grad()
+def decode(
+    context: Context, y_string: bytes, y_hat: Tensor, params: Tensor, size: tuple[int, int], padding: int
+) -> None:
+    """Write the latents of ``y_string`` into ``y_hat``, as CompressAI's ``_decompress_ar`` does; see :func:`encode`."""
+    prior, tables = context.conditional, context.tables
+    reader = string_coder.StringReader(y_string, y_hat.size(1) * size[0] * size[1])
+    scan = Scan(context, params, *size)
+    for rows, columns in scan:
+        scales, means = scan.predict(rows, columns)
+        indexes = prior.build_indexes(scales).flatten().tolist()
+        symbols = torch.tensor(reader.read(indexes, tables), device=means.device)
+        values = prior.dequantize(symbols.view(means.shape), means)
+        scan.put(rows, columns, values)
+        y_hat[:, :, rows + padding, columns + padding] = values[:, :, :, 0].to(y_hat.dtype)
+    reader.end()

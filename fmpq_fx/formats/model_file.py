@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fmpq_fx.coding.codec import Exact, convert, with_exact_path
+from fmpq_fx.coding.conversion import Exact, quantized_model, with_exact_path
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.history import History
 from fmpq_fx.models.identity import Model, given, identity_of, load_state, made
@@ -59,7 +59,7 @@ def save(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     """
     plan = plan_of(gm)
     _check_precision(gm)
-    model = convert(gm, exact=False)  # has the CDF tables of the weights as they are now
+    model = quantized_model(gm)  # has the CDF tables of the weights as they are now
     layers = _checked_layers(model, plan)
     integers = {site: layer.integers for site, layer in layers.items()}
     quantizers = _quantizer_states(layers)

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from fmpq_fx.coding.codec import Codec, codec_of, with_settings
+from fmpq_fx.coding.known import fingerprint_of
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.onnx.export import export_onnx
 from fmpq_fx.onnx.graph import OPSET, package
 from fmpq_fx.onnx.manifest import NAME, OnnxManifest, PartFile
-from fmpq_fx.storage import fingerprint
 
 BACKENDS = ("torch", "onnxruntime")
 
@@ -52,8 +53,8 @@ def products_overflow() -> bool:
     return bool((y != 255 * 127 * 64).any())
 
 
-class SessionForward:
-    """A forward that runs an ONNX graph with one input and one output.
+class Session(nn.Module):
+    """Runs an ONNX graph with one input and one output.
 
     Args:
         model: the serialized graph.
@@ -61,6 +62,7 @@ class SessionForward:
     """
 
     def __init__(self, model: bytes, threads: int | None = None):
+        super().__init__()
         runtime = package("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
@@ -74,28 +76,26 @@ class SessionForward:
         self.session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self.input = self.session.get_inputs()[0].name
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Return the output for ``x`` (B, C, H, W), with its device and dtype."""
         array = x.detach().cpu().float().contiguous().numpy()
         (out,) = self.session.run(None, {self.input: array})
         return torch.from_numpy(out).to(x)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SessionForward":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
         """Return itself: it has no state."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy the graph; a session cannot be copied."""
-        return SessionForward, self.arguments
+        return Session, self.arguments
 
 
-def with_sessions(
-    codec: nn.Module, folder: str | os.PathLike[str], *, threads: int | None = None
-) -> nn.Module:
-    """Let ONNX Runtime run the transforms of ``codec`` with the graphs in ``folder``; ``codec`` is changed.
+def with_sessions(codec: nn.Module, folder: str | os.PathLike[str], *, threads: int | None = None) -> Codec:
+    """Return ``codec`` with ONNX Runtime to run its transforms, with the graphs in ``folder``.
 
-    The modules stay where they are, with their weights: only their forward is another one, so that the state and the
-    fingerprint of the codec stay as well.
+    It shares everything with ``codec``, which is not changed. Its modules stay where they are, with their weights, and
+    so do its state and its fingerprint: other modules run in their places.
 
     Args:
         codec: what :func:`fmpq_fx.convert` or :func:`fmpq_fx.load_codec` returned.
@@ -104,14 +104,15 @@ def with_sessions(
 
     Raises:
         FmpqError: onnxruntime is not installed, ``folder`` holds no export or one of another model, or none of its
-            transforms is a module of ``codec``.
+            transforms is a module of ``codec``; or ``codec`` cannot code.
         ValueError: ``threads`` is below 1.
     """
     package("onnxruntime")
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; pass 1 or more, or None for as many as torch uses")
     manifest = OnnxManifest.of_folder(folder)
-    if fingerprint.of_codec(codec) not in manifest.fingerprints:
+    coder = codec_of(codec)
+    if fingerprint_of(coder) not in manifest.fingerprints:
         raise FmpqError(
             f"{folder} is the export of another {manifest.model['class']}, or of the same before it was changed; "
             "export this one with export_onnx()"
@@ -122,10 +123,8 @@ def with_sessions(
             f"no transform of this {type(codec).__name__} is a module with one input and one output, which another "
             "backend could run in its place; make its analysis and its synthesis modules (nn.Sequential, say)"
         )
-    for part in run:
-        forward = SessionForward(_from_entry(Path(folder), part), threads)
-        codec.get_submodule(str(part.module)).forward = forward
-    return codec
+    backend = {str(part.module): Session(_from_entry(Path(folder), part), threads) for part in run}
+    return with_settings(coder, backend=backend)
 
 
 def exported_with_sessions(
@@ -134,7 +133,7 @@ def exported_with_sessions(
     *,
     graphs: str | os.PathLike[str] | None = None,
     threads: int | None = None,
-) -> nn.Module:
+) -> Codec:
     """Do what :func:`with_sessions` does, with ``graphs``, where ``graph()`` is exported to if there are none yet.
 
     Args:

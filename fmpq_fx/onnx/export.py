@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from fmpq_fx.coding.codec import convert, with_exact_path
+from fmpq_fx.coding.conversion import quantized_model, with_exact_path
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.models.identity import identity_of
 from fmpq_fx.onnx.graph import OPSET, OnnxGraph, checked_opset, failed, package, shape_of
@@ -66,7 +66,7 @@ def export_onnx(
     """
     plan, opset = plan_of(gm), checked_opset(opset)
     x = torch.rand(1, 3, _SIDE, _SIDE, generator=torch.Generator().manual_seed(0))
-    codec = convert(gm, exact=False).cpu().float()
+    codec = quantized_model(gm).cpu().float()
     # Before its entropy path is exact, which computes what the graph does up to fixed-point rounding.
     modules = modules_of_parts(codec, gm, x)
     fingerprints = [fingerprint.of_codec(codec)]

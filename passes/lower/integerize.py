@@ -2,12 +2,10 @@
 
 import functools
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fmpq_fx.coding.wavefront import Context, WavefrontDecoder, WavefrontEncoder
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.exact import ExactLayer, ExactLeakyReLU
 from fmpq_fx.exact.fixed_point import MOST, from_integers, to_integers
@@ -17,6 +15,8 @@ from fmpq_fx.passes.swap import replace_module
 
 def integerize(model: nn.Module, path: EntropyPath) -> nn.Module:
     """Put exact modules in the places of those of ``model`` on ``path``, in place, and return it.
+
+    Loops that read a weight without calling its layer, as those of ``path.in_order``, are for the codec to replace.
 
     Args:
         model: a model of any class whose layers are quantized as a plan says. It is for coding from now on:
@@ -40,26 +40,11 @@ def integerize(model: nn.Module, path: EntropyPath) -> nn.Module:
                 raise FmpqError(f"{name!r} has no exact form: {error}") from error
     for old, new in exact.values():
         replace_module(model, old, new)
-    if path.in_order:
-        try:
-            _code_along_wavefronts(model)
-        except FmpqError:
-            for old, new in exact.values():
-                replace_module(model, new, old)
-            raise
     # Medians as well, so that a symbol plus its median is a fixed-point number in every type.
     medians = [attrgetter(f"{name}.quantiles")(model)[:, :, 1] for name in path.priors]
     for values in (*medians, *(attrgetter(name)(model) for name in path.constants)):
         _round(values)
     return model
-
-
-def _code_along_wavefronts(model: Any) -> None:
-    """Replace the coding loops of mbt2018, which read the weight of the context prediction, by exact ones."""
-    context = Context(model.gaussian_conditional, model.context_prediction, model.entropy_parameters)
-    # Callable objects, not methods: a copy of the model, or a pickled one, has its own.
-    model._compress_ar = WavefrontEncoder(context)
-    model._decompress_ar = WavefrontDecoder(context)
 
 
 @torch.no_grad()

@@ -1,159 +1,130 @@
-"""The way back: the model's own class, quantized, that codes; and a checkpoint that a stock CompressAI evaluates."""
+"""The codec is a model of the user's class: copied, compiled and changed like one, with nothing replaced on objects."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from compressai.models import (
-    Cheng2020Anchor,
-    Cheng2020AnchorCheckerboard,
-    Elic2022Official,
-    FactorizedPrior,
-)
-from PIL import Image
+from compressai.models import MeanScaleHyperprior, ScaleHyperprior
 from torch import Tensor, nn
 
 import fmpq_fx
-from conftest import small_model
-from fmpq_fx import FmpqError
-from fmpq_fx.quant import quantized_layers
-from support.coded_models import graph_of
-from support.traced_models import assert_same, outputs
-from support.traced_models import photos as noise
+from fmpq_fx import decode, encode
+from fmpq_fx.coding.codec import codec_of
+from support.coded_models import CODED, codec, graph_of, lively
 from support.trained_graphs import Own, trained
 
-MODELS: dict[str, Any] = {
-    "bmshj2018-factorized": lambda: FactorizedPrior(8, 12),
-    "bmshj2018-hyperprior": lambda: small_model("bmshj2018-hyperprior"),
-    "mbt2018-mean": lambda: small_model("mbt2018-mean"),
-    "mbt2018": lambda: small_model("mbt2018"),
-    "cheng2020-anchor": lambda: Cheng2020Anchor(8),
-    "cheng2020-anchor-checkerboard": lambda: Cheng2020AnchorCheckerboard(8),
-    "elic2022-official": lambda: Elic2022Official(8, 16, groups=[2, 2, 4, 8]),
+
+def picture(seed: int = 0) -> Tensor:
+    return torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def saved(codec: nn.Module) -> Any:
+    stream = io.BytesIO()
+    torch.save(codec, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "shallow": copy.copy,
+    "deep": copy.deepcopy,
+    "pickled": lambda codec: pickle.loads(pickle.dumps(codec)),
+    "saved": saved,
 }
 
 
-def prepared(name: str, x: Tensor, activation_bits: int | None = 8) -> Any:
+@pytest.mark.parametrize("name", ["scale hyperprior", "mbt2018", "cheng2020-checkerboard"])
+def test_it_is_a_model_of_the_users_class(name: str) -> None:
+    exact, cls = codec(name), type(CODED[name]())
+    assert isinstance(exact, cls)
+    assert (type(exact).__name__, type(exact).__module__) == (cls.__name__, cls.__module__)
+    assert dict(exact.named_modules())["g_a"] is exact.g_a
+    assert all(not key.startswith(("model.", "fmpq")) for key in exact.state_dict())
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+def test_copies_code_the_same(make: Callable[[Any], Any]) -> None:
+    exact = codec("mbt2018")
+    twin = make(exact)
+    assert type(twin) is type(exact)
+    data = encode(exact, picture())
+    assert encode(twin, picture()) == data
+    assert torch.equal(decode(twin, data), decode(exact, data))
+
+
+def test_a_deep_copy_has_weights_of_its_own() -> None:
+    exact = codec("scale hyperprior")
+    data = encode(exact, picture())
+    twin = copy.deepcopy(exact)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert encode(exact, picture()) == data
+
+
+def test_a_compiled_codec_codes_as_well() -> None:
+    exact = codec("scale hyperprior")
+    compiled: Any = torch.compile(exact, backend="eager")
+    data = encode(exact, picture())
+    assert encode(compiled, picture()) == data
+    assert torch.equal(decode(compiled, data), decode(exact, data))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(picture()[None])["x_hat"], exact(picture()[None])["x_hat"])
+
+
+def test_threads_share_a_codec() -> None:
+    exact = codec("scale hyperprior")
+    images = [picture(seed) for seed in range(4)]
+    expected = [encode(exact, image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda image: encode(exact, image), images)) == expected
+
+
+def test_coding_replaces_nothing_on_objects() -> None:
+    for name in ("scale hyperprior", "mbt2018"):
+        exact = codec(name)
+        before = [dict(vars(module)) for module in exact.modules()]
+        decode(exact, encode(exact, picture(), memory="5MB"), memory="5MB")
+        assert [vars(module).keys() for module in exact.modules()] == [
+            attributes.keys() for attributes in before
+        ]
+        assert not any(set(attributes) & {"forward", "compress", "_compress_ar"} for attributes in before)
+
+
+class Marked(MeanScaleHyperprior):
+    """A user's class that does more when it codes."""
+
+    def compress(self, x: Tensor) -> dict[str, Any]:
+        return {**super().compress(x), "mark": len(self.state_dict())}
+
+
+def test_the_users_own_methods_run() -> None:
     torch.manual_seed(0)
-    bits = [4, 8]
-    model = MODELS[name]().eval()
-    if name.startswith("elic"):  # which has a hundred sites to measure
-        return graph_of(model, x, activation_bits)
-    return fmpq_fx.prepare(
-        model, 0.2, calibration=x, bits=bits, planner="optimal", activation_bits=activation_bits
+    exact: Any = fmpq_fx.convert(
+        graph_of(Marked(8, 12).eval(), lively("scale hyperprior")[1][:, :, :64, :64], None)
     )
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_converted_model_computes_what_the_graph_does(name: str, x: Tensor) -> None:
-    gm = prepared(name, x)
-    codec = fmpq_fx.convert(
-        gm, exact=False
-    )  # what rounding to fixed point does is seen in test_integerize.py
-    assert type(codec) is type(MODELS[name]())
     with torch.no_grad():
-        assert torch.equal(codec(x)["x_hat"], gm(x)["x_hat"])
-        for key, likelihoods in gm(x)["likelihoods"].items():
-            assert torch.equal(codec(x)["likelihoods"][key], likelihoods)
+        coded = exact.compress(picture()[None])
+    assert coded["mark"] == len(exact.state_dict())
+    exact.g_s = nn.Sequential(exact.g_s, nn.Hardtanh(0.25, 0.5))
+    values = decode(exact, encode(exact, picture()))
+    assert values.min() >= 0.25
+    assert values.max() <= 0.5
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_it_codes_and_decodes(name: str, x: Tensor) -> None:
-    codec: Any = fmpq_fx.convert(prepared(name, x))
-    with torch.no_grad():
-        coded = codec.compress(x)
-        decoded = codec.decompress(coded["strings"], coded["shape"])
-        forward = codec(x)["x_hat"].clamp(0, 1)
-    assert decoded["x_hat"].shape == x.shape
-    if name in ("bmshj2018-factorized", "bmshj2018-hyperprior"):
-        # The others quantize latents about means, which forward and coding add in another order.
-        torch.testing.assert_close(decoded["x_hat"], forward, rtol=0, atol=1e-5)
+def test_a_class_that_cannot_code_is_returned_as_it_is() -> None:
+    assert type(fmpq_fx.convert(trained(Own().eval()))) is Own
 
 
-def test_the_coding_loops_of_autoregressive_models_use_the_quantized_context_weight(x: Tensor) -> None:
-    gm = prepared("mbt2018", x)
-    codec: Any = fmpq_fx.convert(gm, exact=False)
-    used = codec.context_prediction.weight * codec.context_prediction.mask
-    layer = quantized_layers(gm)["context_prediction"]
-    integers = layer.weight_quantizer.integers(layer.float_weight())
-    assert torch.equal(used, integers * layer.weight_quantizer.scale)
-
-
-def test_training_the_graph_reaches_what_is_converted_next_and_not_what_was(x: Tensor) -> None:
-    gm = prepared("bmshj2018-hyperprior", x)
-    before = fmpq_fx.convert(gm, exact=False)
-    with torch.no_grad():
-        expected = gm(x)["x_hat"]
-        for parameter in gm.parameters():
-            parameter.mul_(1.05)
-        assert torch.equal(before(x)["x_hat"], expected)
-        after = fmpq_fx.convert(gm, exact=False)
-        assert not torch.equal(gm(x)["x_hat"], expected)
-        assert torch.equal(after(x)["x_hat"], gm(x)["x_hat"])
-
-
-def test_a_graph_that_was_saved_converts_as_well(x: Tensor, tmp_path: Path) -> None:
-    gm = prepared("mbt2018-mean", x)
-    torch.save(gm, tmp_path / "gm.pt")
-    loaded = torch.load(tmp_path / "gm.pt", weights_only=False)
-    with torch.no_grad():
-        for parameter in loaded.parameters():
-            parameter.mul_(1.05)
-        assert torch.equal(fmpq_fx.convert(loaded, exact=False)(x)["x_hat"], loaded(x)["x_hat"])
-
-
-@pytest.mark.parametrize("name", ["bmshj2018-factorized", "mbt2018-mean", "mbt2018", "cheng2020-anchor"])
-def test_a_checkpoint_loads_into_the_float_class(name: str, x: Tensor, tmp_path: Path) -> None:
-    gm = prepared(name, x, activation_bits=None)
-    fmpq_fx.export_checkpoint(gm, tmp_path / "model.pth.tar")
-    state = torch.load(tmp_path / "model.pth.tar", weights_only=True)["state_dict"]
-    stock = type(MODELS[name]()).from_state_dict(state).eval()
-    assert not quantized_layers(stock)
-    with torch.no_grad():
-        # Not bit for bit: GDN's gamma went through a square root and back.
-        torch.testing.assert_close(stock(x)["x_hat"], gm(x)["x_hat"], rtol=1e-3, atol=1e-3)
-    weight = stock.get_parameter("g_a.0.weight" if name != "cheng2020-anchor" else "g_a.0.conv1.weight")
-    site = "g_a.0" if name != "cheng2020-anchor" else "g_a.0.conv1"
-    assert torch.equal(weight, quantized_layers(gm)[site].weight)
-
-
-def test_compressais_own_program_evaluates_the_checkpoint(tmp_path: Path) -> None:
-    # The numbers of a stock CompressAI, which never heard of us, on the trained model and a photograph.
-    photo = fmpq_fx.samples.photos()["chelsea"][:, :256, :256]
-    (tmp_path / "images").mkdir()
-    pixels = (photo * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(tmp_path / "images" / "chelsea.png")
-    x = photo.unsqueeze(0)
-    gm = fmpq_fx.prepare(fmpq_fx.samples.model(), 0.2, calibration=x, bits=[4, 8], activation_bits=None)
-    fmpq_fx.export_checkpoint(gm, tmp_path / "model.pth.tar")
-    command = (
-        "-m compressai.utils.eval_model checkpoint images -a bmshj2018-hyperprior -p model.pth.tar -d out"
-    )
-    subprocess.run([sys.executable, *command.split()], cwd=tmp_path, check=True, capture_output=True)
-    (written,) = (tmp_path / "out").glob("*.json")
-    results = json.loads(written.read_text())["results"]
-
-    ours = fmpq_fx.evaluate(gm, tmp_path / "images")
-    assert results["bpp"] == [pytest.approx(ours.bpp, rel=1e-3)]
-    assert results["psnr-rgb"] == [pytest.approx(ours.psnr, abs=0.01)]
-    assert results["ms-ssim-rgb"] == [pytest.approx(ours.ms_ssim, abs=1e-4)]
-
-
-def test_without_a_plan_there_is_nothing_to_convert(tmp_path: Path) -> None:
-    plain = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 3, 1)))
-    for action in (fmpq_fx.convert, lambda gm: fmpq_fx.export_checkpoint(gm, tmp_path / "model.pth.tar")):
-        with pytest.raises(FmpqError, match="carries no plan"):
-            action(plain)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_layer_under_two_names_is_in_the_checkpoint_under_both(tmp_path: Path) -> None:
-    gm = trained(Own().eval(), None)
-    fmpq_fx.export_checkpoint(gm, tmp_path / "model.pth.tar")
-    fresh = Own().eval()
-    fresh.load_state_dict(torch.load(tmp_path / "model.pth.tar", weights_only=True)["state_dict"])
-    assert_same(outputs(fresh, noise()), outputs(gm, noise()))
+def test_any_model_that_codes_is_guarded_while_it_does() -> None:
+    model = ScaleHyperprior(8, 12).eval()
+    model.update()
+    coder = model.entropy_bottleneck.entropy_coder
+    with pytest.raises(fmpq_fx.FmpqError, match="steps away from its mean"):
+        codec_of(model).compress(torch.full((1, 3, 64, 64), float("nan")))
+    assert model.entropy_bottleneck.entropy_coder is coder

@@ -2,6 +2,8 @@
 
 import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,8 +14,8 @@ import fmpq_fx
 from conftest import small_model
 from fmpq_fx import FmpqError, memory
 from fmpq_fx.coding import tiling
+from fmpq_fx.coding.codec import codec_of, with_settings
 from fmpq_fx.coding.fmi import decode, encode
-from fmpq_fx.coding.tiles import TiledForward
 from support import coded_models
 from support.traced_models import Codec, Make, each_model
 
@@ -33,85 +35,90 @@ def ready(model: Any) -> nn.Module:
 def least(codec: nn.Module, size: tuple[int, int] = (192, 256), images: int = 3) -> str:
     """Return the memory that the error asks for."""
     with pytest.raises(FmpqError, match=r"needs about .* of memory, and may take 1 kB") as error:
-        tiling.within(codec, size, 1000, images=images)
+        tiling.within(codec_of(codec), size, 1000, images=images)
     found = re.search(r"about (.*) of memory", str(error.value))
     assert found is not None
     return found[1]
 
 
-@pytest.fixture
-def tiles(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Note how many tiles each run in tiles had."""
-    counts: list[int] = []
-    original = TiledForward.__call__
-
-    def call(self: TiledForward, x: Tensor) -> Tensor:
-        runs, forward = [], self.forward
-        self.forward = lambda tile: (runs.append(tile), forward(tile))[1]  # type: ignore[func-returns-value]
-        try:
-            return original(self, x)
-        finally:
-            self.forward = forward
-            counts.append(len(runs))
-
-    monkeypatch.setattr(TiledForward, "__call__", call)
-    return counts
+@contextmanager
+def watched(codec: nn.Module) -> Iterator[list[torch.Size]]:
+    """Within the block, note the shapes of what the analysis and the synthesis of ``codec`` run on."""
+    shapes: list[torch.Size] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+        for module in (codec.get_submodule("g_a"), codec.get_submodule("g_s"))
+    ]
+    try:
+        yield shapes
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @pytest.mark.parametrize("name", ["scale hyperprior", "mbt2018"])
 def test_bitstreams_are_the_same_within_the_memory_that_the_error_asks_for(
-    name: str, tiles: list[int], monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiling, "LATENT_BYTES", 0)  # so that as many tiles as can be are needed
     codec, image = coded_models.codec(name), picture()
-    whole = encode(codec, image)
-    assert not tiles
     state = {key: value.clone() for key, value in codec.state_dict().items()}
-    needed = int(1.2 * memory.bytes_of(least(codec)))  # with no more than that, tiles are many and small
-    in_tiles = encode(codec, image, memory=needed)
-    assert max(tiles) > 1
-    tiles.clear()
+    with watched(codec) as shapes:
+        whole = encode(codec, image)
+        reference = decode(codec, whole)
+        assert len(shapes) == 2
+        needed = int(1.2 * memory.bytes_of(least(codec)))  # with no more than that, tiles are many and small
+        shapes.clear()
+        in_tiles = encode(codec, image, memory=needed)
+        assert len(shapes) > 1
+        shapes.clear()
+        found = decode(codec, in_tiles, memory=needed)
+        assert len(shapes) > 1
     assert in_tiles == whole
-    reference = decode(codec, whole)
-    assert not tiles
-    found = decode(codec, in_tiles, memory=needed)
-    assert max(tiles) > 1
     assert (found - reference).abs().max() < 1e-4
-    assert all("forward" not in module.__dict__ for module in codec.modules())
     assert all(torch.equal(value, state[key]) for key, value in codec.state_dict().items())
 
 
+class Negative(nn.Module):
+    """What another backend might be: it notes what it is asked for."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.shapes = module, list[torch.Size]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shapes.append(x.shape)
+        out: Tensor = self.module(-x)
+        return out
+
+
 def test_whatever_runs_a_transform_runs_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a backend does that takes the place of a module's forward."""
     monkeypatch.setattr(tiling, "LATENT_BYTES", 0)
-    codec: Any = ready(small_model("mbt2018-mean"))
-    whole = encode(codec, picture())
-    shapes, own = [], codec.g_a.forward
-    codec.g_a.forward = lambda x: (shapes.append(x.shape), own(x))[1]  # type: ignore[func-returns-value]
-    assert encode(codec, picture(), memory=least(codec)) == whole
-    assert len(shapes) > 4
-    assert (1, 3, 192, 256) not in shapes
+    model: Any = ready(small_model("mbt2018-mean"))
+    backend = Negative(model.g_a)
+    codec = with_settings(codec_of(model), backend={"g_a": backend})
+    whole = encode(codec, -picture() + 1)
+    assert backend.shapes == [(1, 3, 192, 256)]
+    backend.shapes.clear()
+    assert encode(codec, -picture() + 1, memory=least(model)) == whole
+    assert len(backend.shapes) > 4
+    assert (1, 3, 192, 256) not in backend.shapes
 
 
 @each_model
 def test_both_ends_of_every_model_are_found_and_local(make: Make) -> None:
     model = make()
-    ends = tiling._ends(model, (640, 1024))
-    assert [end.name for end in ends] == ["g_a", "g_s"]
-    assert [end.transform.obstacle for end in ends] == ["", ""]
-    latents: Any = model.get_submodule("g_a")(torch.zeros(1, 3, 64, 128))
-    assert ends[0].like.shape == (1, 3, 640, 1024)
-    assert ends[1].like.shape == (1, latents.size(1), 40, 64)
+    tiled = tiling.within(codec_of(model), (640, 1024), "20MB", images=0)
+    assert list(tiled.fmpq.tiles) == ["g_a", "g_s"]
+    latents: Any = model.get_submodule("g_a")(torch.zeros(1, 3, 640, 1024))
+    assert tiling.latents_of(codec_of(model), (640, 1024)) == latents.numel()
 
 
-def test_evaluate_within_a_memory(tiles: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_within_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "LATENT_BYTES", 0)
     model, images = fmpq_fx.samples.model(), {"one": picture()}
-    whole = fmpq_fx.evaluate(model, images)
-    assert not tiles
     needed = int(1.2 * memory.bytes_of(least(model, images=5)))
-    found = fmpq_fx.evaluate(model, images, memory=needed)
-    assert max(tiles) > 1
+    whole, found = fmpq_fx.evaluate(model, images), fmpq_fx.evaluate(model, images, memory=needed)
     (ours,), (theirs,) = found.images, whole.images
     assert (ours.bpp, ours.deviation) == (theirs.bpp, theirs.deviation)
     assert ours.psnr == pytest.approx(theirs.psnr, abs=1e-3)
@@ -153,16 +160,15 @@ class Flat(Codec):
     def forward(self, x: Tensor) -> dict[str, Any]:
         return super().forward(self.relu(x))
 
+    def compress(self, x: Tensor) -> dict[str, Any]:
+        return {"strings": self.prior.compress(x), "shape": x.shape[2:]}
+
+    decompress = compress
+
 
 def test_a_codec_without_modules_for_its_transforms() -> None:
     with pytest.raises(FmpqError, match=r"unknown amount of memory.*no module that takes an image"):
-        tiling.within(Flat(), (640, 640), "1MB", images=1)
-
-
-def test_a_small_image_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "_ends", lambda *_: pytest.fail("it was"))
-    codec = ready(small_model("mbt2018-mean"))
-    assert tiling.within(codec, (512, 768), "8GB", images=5) is codec
+        encode(Flat(), picture(), memory="1MB")
 
 
 def test_latents_of_another_size_than_the_image_are_refused() -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'fmpq-fx
 
 from compressai.layers import GDN  # noqa: E402  (after what it needs is known to be there)
 
-from fmpq_fx.onnx.codec import SessionForward  # noqa: E402
+from fmpq_fx.onnx.codec import Session  # noqa: E402
 from fmpq_fx.onnx.graph import OPSET, OnnxGraph  # noqa: E402
 from fmpq_fx.onnx.ops import emit  # noqa: E402
 
@@ -67,7 +67,7 @@ def in_onnx(layers: nn.Sequential, x: Tensor) -> tuple[Tensor, set[str], str]:
     kinds = {node.op_type for node in graph.nodes}
     arithmetic = next(note_of(node).arithmetic for node in gm.graph.nodes if node.op == "call_module")
     assert arithmetic is not None
-    return SessionForward(model.SerializeToString(), 1)(x), kinds, arithmetic.kind
+    return Session(model.SerializeToString(), 1)(x), kinds, arithmetic.kind
 
 
 GEOMETRIES = {

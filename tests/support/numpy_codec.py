@@ -1,6 +1,5 @@
 """A second implementation of the exact layers: integers of NumPy where they fit into 64 bits, else Python's."""
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -8,9 +7,11 @@ import torch
 from compressai.ans import RansDecoder
 from torch import Tensor, nn
 
+from fmpq_fx.coding.codec import AutoregressiveCodec
 from fmpq_fx.exact import ExactLayer, ExactLeakyReLU
 from fmpq_fx.exact.fixed_point import MOST, Rescaling
 from fmpq_fx.exact.products import ConvProduct, ConvTransposeProduct
+from fmpq_fx.passes.swap import shallow_copy, with_replaced
 
 Integers = Any  # of NumPy: int64, or Python's in an object array
 
@@ -110,13 +111,10 @@ class NumpyLeakyReLU(nn.Module):
 class NumpyLoop:
     """The decoding loop of an autoregressive model: all places from what is known, of which it keeps the next few."""
 
-    def __init__(self, model: Any):
-        self.model = model
-
-    def __call__(self, string: bytes, y_hat: Tensor, params: Tensor, *sizes: int) -> None:
-        """Decode ``string`` into ``y_hat``, which has a frame of ``padding``."""
+    def _decompress_ar(self, string: bytes, y_hat: Tensor, params: Tensor, *sizes: int) -> None:
         height, width, kernel, padding = sizes
-        model, prior, decoder = self.model, self.model.gaussian_conditional, RansDecoder()
+        model: Any = self
+        prior, decoder = model.gaussian_conditional, RansDecoder()
         tables = prior.quantized_cdf.tolist(), prior.cdf_length.tolist(), prior.offset.tolist()
         decoder.set_stream(string + bytes(4096))
         known = y_hat[:, :, padding:-padding, padding:-padding]  # a view
@@ -133,13 +131,13 @@ class NumpyLoop:
 
 def in_numpy(codec: nn.Module) -> Any:
     """Return a copy of the exact ``codec`` whose entropy path, and coding loop, are those of this file."""
-    twin: Any = copy.deepcopy(codec)
-    for parent in list(twin.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, ExactLayer):
-                setattr(parent, name, NumpyLayer(child))
-            elif isinstance(child, ExactLeakyReLU):
-                setattr(parent, name, NumpyLeakyReLU(child))
-    if "_decompress_ar" in vars(twin):
-        twin._decompress_ar = NumpyLoop(twin)
+    new: dict[nn.Module, nn.Module] = {}
+    for module in codec.modules():
+        if isinstance(module, ExactLayer):
+            new[module] = NumpyLayer(module)
+        elif isinstance(module, ExactLeakyReLU):
+            new[module] = NumpyLeakyReLU(module)
+    twin = with_replaced(codec, new)
+    if isinstance(codec, AutoregressiveCodec):
+        return shallow_copy(twin, type("InNumpy", (NumpyLoop, type(codec)), {}))
     return twin

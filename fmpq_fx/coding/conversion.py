@@ -1,0 +1,130 @@
+"""From the rewritten graph back to the model's own class, which codes, and to a checkpoint without any trace of us."""
+
+import copy
+import os
+import warnings
+from typing import Literal
+
+import torch
+from torch import fx, nn
+
+from fmpq_fx.coding import wavefront
+from fmpq_fx.coding.cdf_tables import update_tables
+from fmpq_fx.coding.codec import AutoregressiveCodec, Codec, can_code, codec_of, with_settings
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.annotation import graph_note, plan_of
+from fmpq_fx.passes.lower.entropy_path import EntropyPath, entropy_path
+from fmpq_fx.passes.lower.integerize import integerize
+from fmpq_fx.passes.swap import replace_module
+from fmpq_fx.quant import quantized_layers
+from fmpq_fx.storage import fingerprint
+from fmpq_fx.storage.files import replacing
+
+Exact = bool | Literal["require"]
+
+
+def convert(gm: fx.GraphModule, *, exact: Exact = True) -> nn.Module:
+    """Return the model that ``gm`` was made from, with its quantized layers in place of the float ones.
+
+    The networks that choose the CDFs of its latents compute in exact integer arithmetic there, so that what it codes
+    decodes on every machine: any device, number of threads, memory layout, batch, library, in float32 or float64.
+
+    Args:
+        gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned, trained further or not. It is not
+            modified, and shares nothing with what is returned.
+        exact: where something on the way to the CDFs has no exact form, True keeps all of it in floating point and
+            warns, "require" raises. False keeps it in floating point: that codec decodes reliably only in the same
+            process on the same machine.
+
+    Returns:
+        a model of the user's own class, in evaluation mode, on the device of ``gm``. Its forward computes what
+        ``gm`` does, up to the rounding of fixed-point numbers on the way to the CDFs. Where the class can code
+        (CompressAI's can), it is a :class:`fmpq_fx.coding.codec.Codec` as well, a subclass of the user's class that
+        guards ``compress()`` and ``decompress()``, and its CDF tables are those of the weights as they are now; a
+        graph that :func:`fmpq_fx.load` returned, whose entropy models were not trained since, keeps the tables of
+        its file.
+
+        Models of CompressAI's own classes are in channels-last layout, in which CPUs convolve faster.
+
+        The coding loops of autoregressive models are replaced by exact ones. With ``exact=False`` they are
+        CompressAI's, which read the weight of the context prediction without calling the layer: they get the
+        quantized weight, but the layer's input stays float there. Layouts are left as they are then.
+
+    Raises:
+        FmpqError: ``gm`` carries no plan, its model cannot be copied, or ``exact="require"`` and something has no
+            exact form.
+        ValueError: ``exact`` is none of the three.
+    """
+    return with_exact_path(quantized_model(gm), entropy_path(gm), exact)
+
+
+def quantized_model(gm: fx.GraphModule) -> nn.Module:
+    """Return the model that ``gm`` was made from, quantized, with the CDF tables of its weights as they are now.
+
+    Raises:
+        FmpqError: ``gm`` carries no plan, or its model cannot be copied.
+    """
+    plan_of(gm)
+    twin = copy.deepcopy(gm).eval()
+    model: nn.Module = graph_note(twin).model.eval()
+    for site, layer in quantized_layers(twin).items():
+        replace_module(model, model.get_submodule(site), layer)
+    # Tables of a file are kept: here, their float arithmetic might come out otherwise than where it was written.
+    if graph_note(gm).tables_of != fingerprint.of_entropy_models(model):
+        update_tables(model)
+    return model
+
+
+def with_exact_path(model: nn.Module, path: EntropyPath, exact: Exact) -> nn.Module:
+    """Return the quantized ``model`` as a codec, with its entropy ``path`` in exact arithmetic as ``exact`` says.
+
+    A model whose class cannot code is returned as it is, its path made exact all the same.
+    """
+    if exact not in (True, False, "require"):
+        raise ValueError(f'exact is {exact!r}; pass True, False or "require"')
+    if not exact:
+        return codec_of(model) if can_code(model) else model
+    # Other people's classes may view activations in ways that this layout does not allow.
+    if type(model).__module__.partition(".")[0] == "compressai":
+        model.to(memory_format=torch.channels_last)
+    try:
+        if path.in_order:
+            wavefront.check(model)
+        integerize(model, path)
+    except FmpqError as error:
+        if exact == "require":
+            raise FmpqError(
+                f"the CDFs of {type(model).__name__} cannot be chosen exactly: {error}"
+            ) from error
+        warnings.warn(
+            f"{type(model).__name__} keeps floating point on the way to its CDFs, so that its bitstreams may not "
+            f"decode on other machines: {error}",
+            stacklevel=3,
+        )
+        return codec_of(model) if can_code(model) else model
+    if not can_code(model):
+        return model
+    return with_settings(codec_of(model, AutoregressiveCodec if path.in_order else Codec), exact=True)
+
+
+def export_checkpoint(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
+    """Write the quantized weights, dequantized, as a state dict that the float model's class loads.
+
+    A stock CompressAI reads it (``python -m compressai.utils.eval_model checkpoint``) and computes with the
+    quantized weights; activations are float there. GDN's gamma goes back through its reparametrization, which
+    changes it by rounding errors of float32.
+
+    Args:
+        gm: a rewritten graph.
+        path: the file, ``{"state_dict": ...}`` as ``torch.save`` writes it, with CDF tables.
+
+    Raises:
+        FmpqError: ``gm`` carries no plan.
+        FileNotFoundError: there is no such folder.
+    """
+    model = quantized_model(gm)
+    for layer in quantized_layers(model).values():
+        layer.set_integers(layer.integers)  # its float weight is what it multiplied with from now on
+        replace_module(model, layer, layer.layer)
+    with replacing(path) as file:
+        torch.save({"state_dict": model.state_dict()}, file)

@@ -1,0 +1,40 @@
+"""What is known of a codec, found out once and not for every image: its fingerprint."""
+
+import copy
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from fmpq_fx.coding.codec import Codec
+from fmpq_fx.storage import fingerprint
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_FINGERPRINTS: "WeakKeyDictionary[Codec, tuple[object, str]]" = WeakKeyDictionary()
+
+
+def fingerprint_of(codec: Codec) -> str:
+    """Return a text that tells whether two codecs decode each other's files: a digest of what they compute with.
+
+    An exact codec in float64 decodes as it does in float32, and has the same. In half precision it computes with
+    other numbers; they are not the fixed-point numbers of the others.
+    """
+    now = _state(codec)
+    before, text = _FINGERPRINTS.get(codec, (None, ""))
+    if now != before:
+        double = next(codec.parameters()).dtype == torch.float64
+        text = fingerprint.of_codec(copy.deepcopy(codec).float() if codec.fmpq.exact and double else codec)
+        _FINGERPRINTS[codec] = now, text
+    return text
+
+
+def _state(codec: Codec) -> object:
+    """Return what is another one once a parameter or a buffer of ``codec`` was changed or exchanged, in any way."""
+    return [(name, *_marks(value)) for name, value in codec.state_dict(keep_vars=True).items()]
+
+
+def _marks(tensor: Tensor) -> tuple[object, ...]:
+    # torch counts changes in place, but not those through .data: these show in the sum of the bits.
+    changes = 0 if tensor.is_inference() else tensor._version
+    bits = tensor.detach().view(_INTEGERS.get(tensor.itemsize, torch.int64)) if tensor.numel() else tensor
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, changes, int(bits.sum())
