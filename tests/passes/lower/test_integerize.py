@@ -96,7 +96,7 @@ def decoded(codec: Any, which: str, coded: dict[str, Any]) -> Tensor:
 
 @each_coded
 def test_every_setting_decodes_what_every_other_encoded(name: str) -> None:
-    x = lively(name)[1][:, :, :64]
+    x = lively(name)[1][:, :, :64, :64]
     made: list[dict[str, Any]] = []
     for which in SETTINGS:
         with setting(which, codec(name)) as encoder:
