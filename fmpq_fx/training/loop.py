@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.history import History, Settings
 from fmpq_fx.images.crops import cut, describe
 from fmpq_fx.images.reading import Source, fingerprint, sources
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.progress import reported
+from fmpq_fx.ranks import current
 from fmpq_fx.storage.files import check_folder
 from fmpq_fx.training import data
 from fmpq_fx.training.data import RandomCrops
@@ -67,10 +67,11 @@ def train(
     """
     if checkpoint is not None:
         check_folder(checkpoint)
-    if settings.batch_size % ranks.count():
+    ranks = current()
+    if settings.batch_size % ranks.count:
         raise ValueError(
             f"batch_size counts the crops of all ranks: {settings.batch_size} cannot be shared evenly by "
-            f"{ranks.count()}; pass a multiple of {ranks.count()}"
+            f"{ranks.count}; pass a multiple of {ranks.count}"
         )
     parameter = next(model.parameters())
     narrow = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
@@ -96,7 +97,8 @@ def train(
     mode = model.training
     # One image at a time, so that ranks can share them, and the result is the same for any number of ranks.
     held_out = [image for x in to_validate_on for image in x.to(parameter).split(1)]
-    run = TrainingRun(model, held_out, settings)
+    run = TrainingRun(model, held_out, settings, ranks)
+    run.join()
     devices = [parameter.device] if parameter.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), freed_memory_kept():
@@ -108,6 +110,7 @@ def train(
                 RandomCrops(to_train_on, settings.crop, settings.seed),
                 settings.batch_size,
                 range(len(run.losses), settings.steps),
+                ranks,
                 workers=workers,
                 pin_memory=bool(devices),
             )
@@ -127,7 +130,7 @@ def train(
                         break
                     if run.due:
                         run.validate()
-                        if checkpoint is not None and ranks.is_first():
+                        if checkpoint is not None and ranks.is_first:
                             run.save(Path(checkpoint), about)
                     validated = f"{run.validation[-1].loss(settings.loss):.4g}"
                     steps.set_postfix({**figures, "validation": validated}, refresh=False)
