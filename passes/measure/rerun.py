@@ -136,6 +136,7 @@ class IncrementalInterpreter(fx.Interpreter):
         if needs:
             most = max(needs, key=needs.__getitem__)
             self._budget.check(needs[most], self._what(most, x))
+        self.env = {}  # which would hold values beside those that are kept
         return value
 
     def rerun(self, site: str, *, remember: bool = False) -> Any:
@@ -150,10 +151,12 @@ class IncrementalInterpreter(fx.Interpreter):
         self.env = ChainMap(fresh, self.kept.values, self._given)  # type: ignore[assignment]
         self.changed = set()
         self.tried.clear()
+        output: Any = UNCHANGED
         for node in below.nodes:
             if node in below.starts or not self.changed.isdisjoint(node.all_input_nodes):
                 if node.op == "output":
-                    return fx.node.map_arg(node.args[0], self._changed_value)
+                    output = fx.node.map_arg(node.args[0], self._changed_value)
+                    break
                 self._recompute([source for source in node.all_input_nodes if source not in self.env])
                 value = self.run_node(node)
                 if not (node in self.kept.values and _equal(value, self.kept.values[node])):
@@ -163,7 +166,8 @@ class IncrementalInterpreter(fx.Interpreter):
                         self.tried.offer(node, value)
             for source in below.last_reads[node]:
                 fresh.pop(source, None)
-        return UNCHANGED
+        self.env = {}  # which would hold values beside those that are kept
+        return output
 
     def prepare(self, site: str, x: Tensor) -> None:
         """Have the values at hand that reruns of ``site`` read; it may be changed already, they do not depend on it."""
@@ -174,7 +178,7 @@ class IncrementalInterpreter(fx.Interpreter):
         self.env = ChainMap({}, self.kept.values, self._given)  # type: ignore[assignment]
         self._recompute(missing)
         self.kept.demand({node: self.env[node] for node in reads}, self._what(site, x))
-        self.env = {}  # which would hold what was dropped for them
+        self.env = {}
 
     def accept(self) -> None:
         """Take over the change of the last rerun, made with ``remember``: it is part of the graph from now on."""
