@@ -22,7 +22,7 @@ from fmpq_fx.images import crops
 from fmpq_fx.images.reading import fingerprint, sources
 from fmpq_fx.models.zoo import load_model
 from fmpq_fx.passes.functionalize import functionalize
-from fmpq_fx.passes.measure.incremental import mean_rd
+from fmpq_fx.passes.measure.bench import make_bench, mean_rd
 from fmpq_fx.passes.plan.task import make_plan
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.progress import reported
@@ -62,7 +62,9 @@ def main() -> None:
     path = args.out / f"calibration-{args.model}.json"
     done = json.loads(path.read_text()) if path.exists() else {}
     test = crops.cut(args.images, count=24)
-    float_rd = mean_rd(functionalize(trace(model)), test, args.lmbda)
+    float_model = functionalize(trace(model))
+    bench = make_bench(float_model, test)
+    float_rd = mean_rd(float_model, bench, args.lmbda)
     jobs = [(count, seed) for count in sorted(args.counts) for seed in range(args.seeds)]
     keys = [f"{what}; {count} images, seed {seed}" for count, seed in jobs]
     for (count, seed), key in zip(reported(jobs, "calibrations", "plan", leave=True), keys, strict=True):
@@ -71,7 +73,7 @@ def main() -> None:
         batches = crops.cut(args.calibration, count=count, seed=seed)
         table = analyze(model, calibration=batches, lmbda=args.lmbda)
         plan = make_plan(table, args.target_cr, planner=args.planner, activation_bits=None)
-        above = mean_rd(rewrite(model, plan), test, args.lmbda) / float_rd - 1
+        above = mean_rd(rewrite(model, plan), bench, args.lmbda) / float_rd - 1
         done[key] = {"count": count, "bits": plan.bits, "above": above}
         write_text(path, json.dumps(done, indent=1) + "\n")
     _report([done[key] for key in keys], args)

@@ -24,8 +24,9 @@ from torch import fx, nn
 from fmpq_fx import Plan, Sensitivity, analyze, samples
 from fmpq_fx.images import crops
 from fmpq_fx.passes.functionalize import functionalize
+from fmpq_fx.passes.measure.bench import make_bench
 from fmpq_fx.passes.measure.lazy import plan_lazily
-from fmpq_fx.passes.measure.sensitivity import SensitivityMeter
+from fmpq_fx.passes.measure.sensitivity import Measurement, begin
 from fmpq_fx.passes.plan.task import make_plan, make_task
 from fmpq_fx.passes.trace import trace
 
@@ -86,7 +87,7 @@ def lazy_plan(
 ) -> Plan:
     """Return the plan that measures ``gm`` anew, as far as it must; ``table`` tells the sites and candidates."""
     task = make_task(table.sites, table.bits, target, planner=planner)
-    return plan_lazily(task, SensitivityMeter(gm, batches, lmbda=lmbda))
+    return plan_lazily(task, begin(gm, make_bench(gm, batches), Measurement(lmbda)))
 
 
 def _zeta(table: Sensitivity, plan: Plan) -> float:

@@ -32,7 +32,7 @@ from fmpq_fx import FileReport, analyze, file_report, load, load_codec, plan_of,
 from fmpq_fx.images import crops
 from fmpq_fx.models.zoo import load_model, model_of_state, zoo_name
 from fmpq_fx.passes.functionalize import functionalize
-from fmpq_fx.passes.measure.incremental import mean_rd
+from fmpq_fx.passes.measure.bench import make_bench, mean_rd
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.progress import reported
 from fmpq_fx.quant import quantized_layers
@@ -82,7 +82,9 @@ def main() -> None:
     model = load_model(args.model, checkpoint=args.checkpoint)
     calibration, test = crops.batches(args.calibration), crops.cut(args.images, count=24)
     table = analyze(model, calibration=calibration, lmbda=args.lmbda)
-    float_rd = mean_rd(functionalize(trace(model)), test, args.lmbda)
+    float_model = functionalize(trace(model))
+    bench = make_bench(float_model, test)
+    float_rd = mean_rd(float_model, bench, args.lmbda)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         jobs = [(size, cr) for size in ("nominal", "coded") for cr in args.target_cr]
@@ -98,7 +100,7 @@ def main() -> None:
             )
             path = Path(folder) / f"{size}-{cr}.fmpq"
             save(gm, path)
-            rd = mean_rd(gm, test, args.lmbda) / float_rd - 1
+            rd = mean_rd(gm, bench, args.lmbda) / float_rd - 1
             rows.append(_row(size, cr, gm, file_report(path), rd))
         times = _times(model, [Path(folder) / f"coded-{cr}.fmpq" for cr in args.target_cr])
     checkpoint = _float_checkpoint(model)

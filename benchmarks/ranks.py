@@ -36,11 +36,12 @@ def measure(args: argparse.Namespace) -> None:
         model = load_model(args.model, checkpoint=args.checkpoint).to(device)
         calibration = crops.cut(source, count=args.crops)
         (x,) = crops.cut(source, size=Settings.crop, count=args.batch_size)
-        x = x[ranks.rank() :: ranks.count()].to(device)
+        x = x[ranks.current().rank :: ranks.current().count].to(device)
         start = time.perf_counter()
         gm = prepare(model, 0.1875, calibration=calibration, lmbda=0.013, progress=False)
         seconds = {"prepare": [time.perf_counter() - start], "step": []}
-        run = TrainingRun(gm, [], Settings(0.013, batch_size=args.batch_size))
+        run = TrainingRun(gm, [], Settings(0.013, batch_size=args.batch_size), ranks.current())
+        run.join()
         with freed_memory_kept():
             for _ in range(WARM_UP + args.steps):
                 start = time.perf_counter()

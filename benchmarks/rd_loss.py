@@ -12,7 +12,7 @@ from fmpq_fx import analyze, plan_of, prepare, samples
 from fmpq_fx.images import crops
 from fmpq_fx.models.zoo import load_model
 from fmpq_fx.passes.functionalize import functionalize
-from fmpq_fx.passes.measure.incremental import mean_rd
+from fmpq_fx.passes.measure.bench import make_bench, mean_rd
 from fmpq_fx.passes.rewrite import activations_float
 from fmpq_fx.passes.trace import trace
 
@@ -36,7 +36,9 @@ def main() -> None:
     calibration = crops.batches(args.calibration)
     test = crops.cut(args.images or list(samples.held_out_photos().values()), count=args.crops)
     table = analyze(model, calibration=calibration, lmbda=args.lmbda)
-    float_rd = mean_rd(functionalize(trace(model)), test, args.lmbda)
+    float_model = functionalize(trace(model))
+    bench = make_bench(float_model, test)
+    float_rd = mean_rd(float_model, bench, args.lmbda)
     print(f"{args.model}, lambda {args.lmbda}; calibrated on {crops.describe(calibration)} of")
     print(
         f"{args.calibration or 'scikit-image'}; RD loss of float32 on {crops.describe(test)}: {float_rd:.4f}"
@@ -45,9 +47,9 @@ def main() -> None:
     for bits in args.bits:
         for planner in ("uniform", "adaptive", "optimal"):
             gm = prepare(model, bits / 32, calibration=calibration, sensitivity=table, planner=planner)
-            a8 = mean_rd(gm, test, args.lmbda)
+            a8 = mean_rd(gm, bench, args.lmbda)
             with activations_float(gm):
-                a32 = mean_rd(gm, test, args.lmbda)
+                a32 = mean_rd(gm, bench, args.lmbda)
             above = [f"{100 * (rd / float_rd - 1):+.2f} %" for rd in (a32, a8)]
             rows.append([f"{bits:g}", planner, f"{plan_of(gm).average_bits:.2f}", *above])
     headers = ["bits asked", "planner", "average bits", "A32: RD loss above float", "A8: RD loss above float"]

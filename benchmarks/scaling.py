@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fmpq_fx import analyze, plan_of, prepare, samples
 from fmpq_fx.images import crops
 from fmpq_fx.images.reading import evenly_spaced
-from fmpq_fx.memory import bytes_of, words
+from fmpq_fx.memory import bytes_of, spelled
 from fmpq_fx.passes.measure.sensitivity import CANDIDATE_BITS
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.swap import substituted
@@ -41,8 +41,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "cheng2020-anchor 64": lambda: Cheng2020Anchor(64),
 }
 PHASES = {
-    "_traced": "trace",
-    "plan_lazily": "sensitivity",
+    "_measure_and_plan": "sensitivity",
     "choose_scales": "weight scales",
     "calibrate": "activation ranges",
 }
@@ -85,7 +84,7 @@ def analysis(model: nn.Module, x: Tensor, options: argparse.Namespace) -> Row:
 
 def preparation(model: nn.Module, x: Tensor, options: argparse.Namespace) -> Row:
     """Prepare the model; the row has the seconds of each phase."""
-    module, seconds = sys.modules["fmpq_fx.prepare"], dict.fromkeys(PHASES.values(), 0.0)
+    module, seconds = sys.modules["fmpq_fx.pipeline"], dict.fromkeys(PHASES.values(), 0.0)
 
     def timed(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -177,7 +176,7 @@ def main() -> None:
     options = parser.parse_args()
     photos = options.images or list(samples.photos().values())
     x = crops.cut(photos, size=options.size, count=options.crops)[0]
-    limit = words(bytes_of(options.memory, x.device))
+    limit = spelled(bytes_of(options.memory, x.device))
     print(f"{len(x)} crops of {x.size(-1)} x {x.size(-2)}, memory {limit}, {options.threads} threads", end="")
     print(f", torch {torch.__version__}, target CR {options.target}")
     for name in options.models:

@@ -42,7 +42,7 @@ def bytes_of(memory: int | str | None, device: torch.device = _CPU) -> int:
     return found
 
 
-def words(size: int) -> str:
+def spelled(size: int) -> str:
     """Return ``size`` in bytes as a text, rounded up: "1.5 GB"."""
     for power, unit in ((10**9, "GB"), (10**6, "MB")):
         if size >= power:

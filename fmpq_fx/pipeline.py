@@ -1,36 +1,29 @@
-"""The whole pass on one screen: trace, measure, plan, rewrite, calibrate."""
+"""The whole pass on one screen: trace, find sites, measure and plan, quantize, choose scales, calibrate."""
 
-import hashlib
 import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.images import crops
 from fmpq_fx.images.crops import Calibration
-from fmpq_fx.memory import bytes_of
+from fmpq_fx.job import begin_job
 from fmpq_fx.passes.annotation import annotate_graph, plan_of
 from fmpq_fx.passes.clip.ranges import calibrate
 from fmpq_fx.passes.clip.scales import choose_scales
 from fmpq_fx.passes.functionalize import functionalize
+from fmpq_fx.passes.measure.bench import Bench, mean_rd
 from fmpq_fx.passes.measure.coded_sizes import measure_coded_sizes
-from fmpq_fx.passes.measure.incremental import mean_rd, parts_of
 from fmpq_fx.passes.measure.lazy import plan_lazily
-from fmpq_fx.passes.measure.sensitivity import SensitivityMeter, checked_bits, measure_sensitivity
+from fmpq_fx.passes.measure.sensitivity import Measurement, begin, checked_bits, measure_sensitivity
 from fmpq_fx.passes.plan.tables import Measured, Plan, Sensitivity
-from fmpq_fx.passes.plan.task import make_task, widths_by_site
+from fmpq_fx.passes.plan.task import Task, make_task, widths_by_site
 from fmpq_fx.passes.rewrite import activations_float, quantize
 from fmpq_fx.passes.sites import find_sites
-from fmpq_fx.passes.trace import check_trace, trace
-from fmpq_fx.storage import fingerprint
-from fmpq_fx.storage.files import check_folder
+from fmpq_fx.passes.trace import trace
 
 SIZES = ("nominal", "coded")
 
@@ -92,21 +85,18 @@ def prepare(
             the quantized model is not finite, or the table is of another model, or the checkpoint, or a table that
             is to be completed, of other weights or images; the ranks were given different things.
     """
-    bits = None if bits is None else checked_bits(bits)
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; pass one of {', '.join(map(repr, SIZES))}")
-    if sensitivity is not None and checkpoint is not None:
-        raise ValueError("sensitivity and checkpoint both name a table; pass one of them")
-    known = sensitivity or _known(checkpoint)
-    ranks.require_same({"the sensitivity": _version(known)})
-    batches = _batches_for(model, calibration)
-    limit = bytes_of(memory, batches[0].device)
-    gm = _traced(model, batches)
-    sites, measurable = find_sites(gm), checked_bits(bits) if known is None else known.bits
+    bits = None if bits is None else checked_bits(bits)
+    job = begin_job(
+        model, calibration, sensitivity=sensitivity, checkpoint=checkpoint, memory=memory, progress=progress
+    )
+    gm = job.trace()
+    sites, measurable = find_sites(gm), checked_bits(bits) if job.known is None else job.known.bits
     coded = None
     if size == "coded":
         given = widths_by_site(fixed, sites)
-        coded = measure_coded_sizes(gm, bits or measurable, given, progress=progress)
+        coded = measure_coded_sizes(gm, bits or measurable, given, ranks=job.ranks, progress=job.progress)
     task = make_task(  # tells of mistakes before the long measurement
         sites,
         measurable,
@@ -117,28 +107,39 @@ def prepare(
         activation_bits=activation_bits,
         coded=coded,
     )
-    settings = _settings(model, batches, limit, known, checkpoint)
-    widths = bits if known is None else None  # else those of the table, all of them
-    meter = SensitivityMeter(gm, batches, lmbda=lmbda, bits=widths, progress=progress, **settings)
-    plan = ranks.from_first(plan_lazily(task, meter))
-    float_rd = meter.float_rd
-    del meter  # and the activations that it keeps
-
+    bench = job.make_bench(gm)
+    plan, float_rd = _measure_and_plan(gm, bench, job.measurement(lmbda, measurable), task)
     quantized = quantize(gm, plan)
     if size == "nominal":
-        weights_rd = choose_scales(quantized, batches, memory=limit, progress=progress)
+        weights_rd = choose_scales(quantized, bench)
     else:
         with activations_float(quantized):
-            weights_rd = mean_rd(quantized, batches, plan.lmbda)
-    rd = calibrate(quantized, batches, memory=limit, progress=progress)
-    measured = Measured(float_rd, weights_rd, rd)
-    if not (math.isfinite(weights_rd) and math.isfinite(rd)):
+            weights_rd = mean_rd(quantized, bench, plan.lmbda)
+    rd = calibrate(quantized, bench)
+    return _finished(quantized, Measured(float_rd, weights_rd, rd)).train(model.training)
+
+
+def _measure_and_plan(
+    gm: fx.GraphModule, bench: Bench, measurement: Measurement, task: Task
+) -> tuple[Plan, float]:
+    """Return the plan and the RD loss of the float model, and let go of the activations that measuring keeps."""
+    meter = begin(gm, bench, measurement)
+    return plan_lazily(task, meter), meter.measure_float_rd()
+
+
+def _finished(gm: fx.GraphModule, measured: Measured) -> fx.GraphModule:
+    """Write what was ``measured`` into the plan of ``gm``.
+
+    Raises:
+        FmpqError: an RD loss is not finite.
+    """
+    if not (math.isfinite(measured.weights_rd) and math.isfinite(measured.rd)):
         raise FmpqError(
             f"the RD loss of the quantized model is not finite ({measured}); allow more bits, or prepare the model "
             "in float32"
         )
-    annotate_graph(quantized, plan=replace(plan_of(quantized), measured=measured))
-    return quantized.train(model.training)
+    annotate_graph(gm, plan=replace(plan_of(gm), measured=measured))
+    return gm
 
 
 def analyze(
@@ -162,13 +163,10 @@ def analyze(
         FmpqError: the model cannot be traced or run on the images, there are no usable images, or the checkpoint is of
             another model, other weights or other images.
     """
-    known = _known(checkpoint)
-    ranks.require_same({"the sensitivity": _version(known)})
-    batches = _batches_for(model, calibration)
-    limit = bytes_of(memory, batches[0].device)
-    gm = _traced(model, batches)
-    settings = _settings(model, batches, limit, known, checkpoint)
-    return measure_sensitivity(gm, batches, lmbda=lmbda, bits=bits, progress=progress, **settings)
+    bits = None if bits is None else checked_bits(bits)
+    job = begin_job(model, calibration, checkpoint=checkpoint, memory=memory, progress=progress)
+    gm = job.trace()
+    return measure_sensitivity(gm, job.make_bench(gm), job.measurement(lmbda, bits))
 
 
 @torch.inference_mode(False)
@@ -189,67 +187,3 @@ def rewrite(model: nn.Module, plan: Plan) -> fx.GraphModule:
             "prepare() returned, or a plan with activation_bits=None"
         )
     return quantize(functionalize(trace(model)), plan).train(model.training)
-
-
-def _batches_for(model: nn.Module, calibration: Calibration) -> list[Tensor]:
-    """Return the calibration batches, (B, 3, H, W) each, on the device and in the dtype of ``model``.
-
-    Raises:
-        FmpqError: the model has no parameters, there are no usable images, or ranks have others.
-    """
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if parameter is None:
-        raise FmpqError(f"{type(model).__name__} has no parameters, so there is nothing to quantize")
-    given = crops.batches(calibration)
-    if ranks.count() > 1:
-        pixels = fingerprint.of_images(given)[:12]
-        weights = fingerprint.of_model(model)[:12]
-        ranks.require_same(
-            {
-                "the calibration": f"{crops.describe(given)}, {pixels}",
-                "the model": f"{type(model).__name__}, weights {weights}",
-            }
-        )
-    return [x.to(parameter.device, parameter.dtype) for x in given]
-
-
-def _version(sensitivity: Sensitivity | None) -> str:
-    if sensitivity is None:
-        return "to be measured"
-    return f"a table, {hashlib.sha256(sensitivity.to_json().encode()).hexdigest()[:12]}"
-
-
-def _traced(model: nn.Module, batches: list[Tensor]) -> fx.GraphModule:
-    gm = functionalize(trace(model))
-    find_sites(gm)  # refuses weights that are not finite, which nothing can be compared with
-    # What is measured is run in such parts; a decision on the size would show at another one.
-    for x in {x.shape: x for x in parts_of(batches)}.values():
-        check_trace(model, gm, x)
-    return gm
-
-
-def _known(checkpoint: str | os.PathLike[str] | None) -> Sensitivity | None:
-    """Return the table in the file ``checkpoint``, None where there is none yet."""
-    if checkpoint is None:
-        return None
-    check_folder(checkpoint)
-    return Sensitivity.load(checkpoint) if Path(checkpoint).exists() else None
-
-
-def _settings(
-    model: nn.Module,
-    batches: list[Tensor],
-    memory: int,
-    known: Sensitivity | None,
-    checkpoint: str | os.PathLike[str] | None,
-) -> dict[str, Any]:
-    """Return the arguments of a measurement that tell what it is of, and how it goes on."""
-    identity = {"weights": fingerprint.of_model(model), "images": fingerprint.of_images(batches)}
-    words = crops.describe(batches)
-    return {
-        "images": words,
-        "identity": identity,
-        "memory": memory,
-        "known": known,
-        "checkpoint": checkpoint,
-    }

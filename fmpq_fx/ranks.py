@@ -1,13 +1,15 @@
 """The processes that share a job, its ranks, and what they tell each other.
 
 Within :func:`joined`, ``prepare``, ``analyze`` and ``finetune`` divide their work among the ranks, each of which must
-make the same calls. Everywhere else a process is alone: rank 0 of 1, and what is here hands its argument through.
+make the same calls. They ask for :func:`current` once and hand that on to whatever talks to the other ranks. Outside of
+such a block a process is :data:`ALONE`, and what it would tell others it tells itself.
 """
 
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -69,7 +71,7 @@ def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) 
             if not is_first():
                 warnings.simplefilter("ignore")
             yield own
-        gathered(None)
+        current().gather(None)
     finally:
         _sharing = False
 
@@ -113,75 +115,85 @@ def who() -> str:
     return f"rank {os.environ['RANK']} of {started()}: " if started() > 1 else ""
 
 
-def count() -> int:
-    """Return the number of ranks that share the work."""
-    return dist.get_world_size() if _sharing else 1
-
-
-def rank() -> int:
-    """Return the number of this process among them, from 0."""
-    return dist.get_rank() if _sharing else 0
+def current() -> "Ranks":
+    """Return the ranks that share the work now."""
+    return Ranks(dist.get_rank(), dist.get_world_size()) if _sharing else ALONE
 
 
 def is_first() -> bool:
     """Return whether this is the process that prints and writes."""
-    return rank() == 0
+    return current().is_first
 
 
-def gathered(value: T) -> list[T]:
-    """Return the ``value`` of every rank, in their order."""
-    if count() == 1:
-        return [value]
-    values = [value] * count()
-    with _in_touch():
-        dist.all_gather_object(values, value)
-    return values
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share a job, seen by one of them.
 
-
-def from_first(value: T) -> T:
-    """Return the ``value`` of rank 0, for what may differ in its last bits where machines differ."""
-    return gathered(value)[0]
-
-
-def share(items: Sequence[T]) -> Sequence[T]:
-    """Return those of ``items`` that fall to this rank. Neighbours, which often cost alike, go to different ones."""
-    return items[rank() :: count()]
-
-
-def merged(results: Sequence[T]) -> list[T]:
-    """Return what all ranks made of their :func:`share`, in the order of the items."""
-    shares = gathered(results)
-    return [shares[i % count()][i // count()] for i in range(sum(map(len, shares)))]
-
-
-def mean(x: Tensor) -> Tensor:
-    """Return the mean of ``x``, of equal shape on every rank; in place."""
-    if count() > 1:
-        with _in_touch():
-            dist.all_reduce(x)
-        x /= count()
-    return x
-
-
-def replicated(module: nn.Module) -> nn.Module:
-    """Return ``module``, with gradients that are the means over all ranks; it need not use all its parameters."""
-    return DistributedDataParallel(module, find_unused_parameters=True) if count() > 1 else module
-
-
-def require_same(about: Mapping[str, str]) -> None:
-    """Check that all ranks have the same texts ``about`` what they were given, by its name.
-
-    Raises:
-        FmpqError: they have not; the message names what differs.
+    All methods but :meth:`share` talk to the others: every rank must call them, in the same order, or those that do
+    wait for those that do not.
     """
-    first, *others = gathered(dict(about))
-    for number, other in enumerate(others, start=1):
-        for name, text in first.items():
-            if other.get(name) != text:
-                raise FmpqError(
-                    f"the ranks were given different things: {name} is {text!r} for rank 0 and {other.get(name)!r} for "
-                    f"rank {number}; start all of them with the same options, files and weights"
-                )
+
+    rank: int = 0  # the number of this process, from 0
+    count: int = 1  # how many there are
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return this rank's part of ``items``. Neighbours, which often cost alike, go to different ranks."""
+        return items[self.rank :: self.count]
+
+    def gather(self, value: T) -> list[T]:
+        """Return the ``value`` of every rank, in their order."""
+        if self.count == 1:
+            return [value]
+        values = [value] * self.count
+        with _in_touch():
+            dist.all_gather_object(values, value)
+        return values
+
+    def take_first(self, value: T) -> T:
+        """Return the ``value`` of rank 0, for what may differ in its last bits where machines differ."""
+        return self.gather(value)[0]
+
+    def merge(self, results: Sequence[T]) -> list[T]:
+        """Return what all ranks made of their :meth:`share`, in the order of the items."""
+        shares = self.gather(results)
+        return [shares[i % self.count][i // self.count] for i in range(sum(map(len, shares)))]
+
+    def average(self, x: Tensor) -> Tensor:
+        """Return the mean of ``x``, of equal shape on every rank; in place."""
+        if self.count > 1:
+            with _in_touch():
+                dist.all_reduce(x)
+            x /= self.count
+        return x
+
+    def replicate(self, module: nn.Module) -> nn.Module:
+        """Return ``module``, with gradients that are the means over all ranks; it need not use all its parameters."""
+        return DistributedDataParallel(module, find_unused_parameters=True) if self.count > 1 else module
+
+    def require_same(self, about: Mapping[str, str]) -> None:
+        """Check that all ranks have the same texts ``about`` what they were given, by its name.
+
+        Raises:
+            FmpqError: they have not; the message names what differs.
+        """
+        first, *others = self.gather(dict(about))
+        for number, other in enumerate(others, start=1):
+            for name, text in first.items():
+                if other.get(name) != text:
+                    raise FmpqError(
+                        f"the ranks were given different things: {name} is {text!r} for rank 0 and "
+                        f"{other.get(name)!r} for rank {number}; start all of them with the same options, files and "
+                        "weights"
+                    )
+
+
+ALONE = Ranks()
+"""The ranks of a process that shares its work with no other."""
 
 
 @contextmanager

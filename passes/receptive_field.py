@@ -90,7 +90,7 @@ def receptive_field(gm: fx.GraphModule) -> Reaches:
         elif reads := [known[read] for read in node.all_input_nodes if read in known]:
             _check_constants(gm, node, known, of_sizes)
             if any(read[axis].stride != reads[0][axis].stride for read in reads for axis in (0, 1)):
-                raise FmpqError(f"{_words(gm, node)} reads values of several sizes")
+                raise FmpqError(f"{_named(gm, node)} reads values of several sizes")
             rows, columns = reads[0]
             for other in reads[1:]:
                 rows, columns = rows.joined(other[0]), columns.joined(other[1])
@@ -124,10 +124,10 @@ def _seen(gm: fx.GraphModule, node: fx.Node, reads: Reaches) -> Reaches:
             return reads
         if places is Places.SHUFFLED and isinstance(node.args[-1], int):
             return _shuffled(node.args[-1])(reads)
-    raise FmpqError(f"{_words(gm, node)} sees more than a neighbourhood, or what it sees is not known")
+    raise FmpqError(f"{_named(gm, node)} sees more than a neighbourhood, or what it sees is not known")
 
 
-def _words(gm: fx.GraphModule, node: fx.Node) -> str:
+def _named(gm: fx.GraphModule, node: fx.Node) -> str:
     if node.op == "call_module":
         return f"{str(node.target)!r} ({type(gm.get_submodule(str(node.target))).__name__})"
     return f"{node.name!r} ({getattr(node.target, '__name__', node.target)})"
@@ -141,12 +141,12 @@ def _check_constants(
         if read not in known:
             if read in of_sizes:
                 raise FmpqError(
-                    f"{_words(gm, node)} reads {read.name!r}, a size, which is another one in a part"
+                    f"{_named(gm, node)} reads {read.name!r}, a size, which is another one in a part"
                 )
             value = attrgetter(str(read.target))(gm) if read.op == "get_attr" else None
             if not isinstance(value, Tensor) or any(side != 1 for side in value.shape[-2:]):
                 raise FmpqError(
-                    f"{_words(gm, node)} reads {read.name!r}, which may differ from place to place"
+                    f"{_named(gm, node)} reads {read.name!r}, which may differ from place to place"
                 )
 
 

@@ -14,7 +14,7 @@ LEVELS = [
     *("errors", "memory", "rd", "ranks", "progress", "samples"),
     *("quant", "exact", "storage", "history", "models", "images"),
     *("passes.plan", "passes", "passes.measure", "passes.clip", "passes.lower"),
-    *("pipeline", "training", "coding", "onnx", "formats", "report", "cli"),
+    *("job", "pipeline", "training", "coding", "onnx", "formats", "report", "cli"),
 ]
 FILES = {
     ".".join(("fmpq_fx", *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__"): path

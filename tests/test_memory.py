@@ -3,7 +3,7 @@
 import pytest
 
 from fmpq_fx import memory
-from fmpq_fx.memory import bytes_of, words
+from fmpq_fx.memory import bytes_of, spelled
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_a_quarter_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_words_are_never_too_little() -> None:
-    assert [words(size) for size in (10, 1000, 1_500_000, 1_510_000, 12 * 10**9 + 1)] == [
+    assert [spelled(size) for size in (10, 1000, 1_500_000, 1_510_000, 12 * 10**9 + 1)] == [
         *("1 kB", "1 kB", "1.5 MB", "1.6 MB", "12.1 GB")
     ]
-    assert all(bytes_of(words(size)) >= size for size in (1, 999_999, 10**9 - 1, 123_456_789_123))
+    assert all(bytes_of(spelled(size)) >= size for size in (1, 999_999, 10**9 - 1, 123_456_789_123))

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from fmpq_fx import FmpqError, History, plan_of, ranks
 from fmpq_fx.cli.main import main
 from fmpq_fx.images.reading import sources, write
+from fmpq_fx.ranks import Ranks
 from fmpq_fx.training.data import RandomCrops, batches
 from fmpq_fx.training.run import TrainingRun
 from support import TESTS
@@ -38,7 +39,7 @@ def torchrun(job: str, folder: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=1500,  # against a hang alone; ranks that wait for one that is gone wait longer
+        timeout=2 * ranks.TIMEOUT.total_seconds(),  # a rank that waits for another ends by itself before that
     )
 
 
@@ -117,6 +118,7 @@ def test_rank_0_prints_and_writes_what_one_process_does_and_a_failing_rank_ends_
 ) -> None:
     job = torchrun("command_line", folder)
     assert job.returncode != 0
+    assert "imed out" not in job.stderr, "it waited for a rank that was gone"
     assert "fmpq-fx: error: rank 1 of 2: its disk is full" in job.stderr
     assert "rank 0 of 2: this command runs in one process" in job.stderr
     alone = folder / "alone"
@@ -135,27 +137,25 @@ def test_a_rank_that_is_gone_is_an_error_that_says_so(monkeypatch: pytest.Monkey
     def closed(*_: object) -> None:
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr(ranks, "count", lambda: 2)
     monkeypatch.setattr(dist, "all_gather_object", closed)
     with pytest.raises(FmpqError, match=r"the other ranks cannot be reached .*\(Connection closed by peer\)"):
-        ranks.gathered(1)
+        Ranks(0, 2).gather(1)
 
 
 def test_alone_nothing_is_shared() -> None:
     with ranks.joined() as device:
         assert device == torch.device("cpu")
         assert not dist.is_initialized()
-        assert (ranks.rank(), ranks.count(), ranks.is_first()) == (0, 1, True)
-        assert ranks.merged(ranks.share([3, 1, 2])) == [3, 1, 2]
+        alone = ranks.current()
+        assert (alone.rank, alone.count, ranks.is_first()) == (0, 1, True)
+        assert alone.merge(alone.share([3, 1, 2])) == [3, 1, 2]
 
 
-def test_the_crops_of_a_step_are_dealt_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_crops_of_a_step_are_dealt_to_the_ranks() -> None:
     crops = RandomCrops(sources(photos(5)), 64, seed=3)
     (whole,) = batches(crops, 4, range(2, 3), workers=0)
-    monkeypatch.setattr(ranks, "count", lambda: 2)
     for rank in range(2):
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        (own,) = batches(crops, 4, range(2, 3), workers=0)
+        (own,) = batches(crops, 4, range(2, 3), Ranks(rank, 2), workers=0)
         assert torch.equal(own, whole[rank::2])
 
 

@@ -13,7 +13,7 @@ from fmpq_fx.formats.model_file import load_codec, save
 from fmpq_fx.images import crops, reading
 from fmpq_fx.passes.annotation import plan_of
 from fmpq_fx.passes.functionalize import functionalize
-from fmpq_fx.passes.measure.incremental import mean_rd
+from fmpq_fx.passes.measure.bench import make_bench, mean_rd
 from fmpq_fx.passes.rewrite import activations_float
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.pipeline import analyze, prepare
@@ -59,16 +59,18 @@ def demo(out: Path) -> None:
 
     held_out = samples.held_out_photos()
     batches = crops.cut(list(held_out.values()))
-    float_rd = mean_rd(functionalize(trace(model)), batches, LMBDA)
+    float_model = functionalize(trace(model))
+    bench = make_bench(float_model, batches)
+    float_rd = mean_rd(float_model, bench, LMBDA)
     print(
         f"\nOn photographs that were not calibrated on ({crops.describe(batches)} of {', '.join(held_out)}):\n"
     )
     rows: list[list[str]] = [["float32", "32", "1.000", f"{float_rd:.4f}", "", ""]]
     for name, gm in (("FMPQ", by_fmpq), ("uniform", uniform)):
         plan = plan_of(gm)
-        rd = mean_rd(gm, batches, LMBDA)
+        rd = mean_rd(gm, bench, LMBDA)
         with activations_float(gm):
-            weights_rd = mean_rd(gm, batches, LMBDA)
+            weights_rd = mean_rd(gm, bench, LMBDA)
         changes = [f"{100 * (value / float_rd - 1):+.2f} %" for value in (weights_rd, rd)]
         rows.append([name, f"{plan.average_bits:.2f}", f"{plan.cr:.3f}", f"{rd:.4f}", *changes])
     headers = ["model", "bits", "CR", "RD loss", "weights only (A32)", "with 8-bit activations (A8)"]

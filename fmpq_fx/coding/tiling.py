@@ -11,7 +11,7 @@ from fmpq_fx.coding.codec import Codec, with_settings
 from fmpq_fx.coding.tiles import Size, Transform
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.exact import ExactLayer
-from fmpq_fx.memory import bytes_of, words
+from fmpq_fx.memory import bytes_of, spelled
 
 LATENT_BYTES = 100
 """What entropy coding takes for each latent: tensors, the parameters of its CDF, lists of the coder (measured)."""
@@ -50,7 +50,7 @@ def within(codec: Codec, size: Size, memory: int | str | None, *, images: int) -
     need = fixed + max(end.least(room) for end in ends)
     if need > budget:
         whole = [f"{e.name!r} runs as a whole: {e.transform.obstacle}" for e in ends if e.transform.obstacle]
-        _complain(codec, size, f"about {words(need)} of memory", budget, "; ".join(whole), memory)
+        _complain(codec, size, f"about {spelled(need)} of memory", budget, "; ".join(whole), memory)
         room = max(room, budget // 8)  # more than there is, but no tiles so small that they take forever
     transforms = {end.name: end.transform for end in ends}
     transforms |= {name: Transform(m) for name, m in codec.named_modules() if isinstance(m, ExactLayer)}
@@ -138,7 +138,7 @@ def _complain(codec: Codec, size: Size, need: str, budget: int, why: str, memory
     """Raise an error that says what is needed, or only warn where no memory was given."""
     text = (
         f"to code {size[1]} x {size[0]} pixels, this {type(codec).__name__} needs {need}, and may take "
-        f"{words(budget)}{f' ({why})' if why else ''}"
+        f"{spelled(budget)}{f' ({why})' if why else ''}"
     )
     if memory is not None:
         raise FmpqError(f"{text}; give it more with the option memory, or a smaller image")

@@ -153,16 +153,24 @@ class WeightFakeQuant(_Quantizer):
         super().__init__()
         self.bits = bits
         self.low, self.high = integer_range(bits, signed)
-        self.leak = leak
-        weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        peak = weight.abs().amax(dims, keepdim=True) * clip
-        # A channel of zeros is represented by any step; 1 keeps its logarithm finite.
-        scale = torch.where(peak > 0, peak / self.high, torch.ones_like(peak))
+        self.leak, self.dims = leak, dims
+        scale = self._fitted(weight, clip)
         self.log_scale = nn.Parameter(scale.log().flatten())
-        self.broadcast = peak.shape
+        self.broadcast = scale.shape
         # LSQ's gradient scale, per channel: the elements that share a step are those of one channel.
-        self.grad_scale = 1 / math.sqrt(weight.numel() / peak.numel() * self.high)
-        self.register_buffer("zero_point", peak.new_zeros(1), persistent=False)
+        self.grad_scale = 1 / math.sqrt(weight.numel() / scale.numel() * self.high)
+        self.register_buffer("zero_point", scale.new_zeros(1), persistent=False)
+
+    @torch.no_grad()
+    def fit(self, weight: Tensor, clip: float = 1.0) -> None:
+        """Set the steps as if this was made for ``weight`` and ``clip``."""
+        self.log_scale.copy_(self._fitted(weight, clip).log().flatten())
+
+    def _fitted(self, weight: Tensor, clip: float) -> Tensor:
+        weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        peak = weight.abs().amax(self.dims, keepdim=True) * clip
+        # A channel of zeros is represented by any step; 1 keeps its logarithm finite.
+        return torch.where(peak > 0, peak / self.high, torch.ones_like(peak))
 
     @property
     def scale(self) -> Tensor:

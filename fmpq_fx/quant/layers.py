@@ -100,6 +100,13 @@ class QuantizedLayer(nn.Module):
         weight = integers.view(self.float_weight().shape) * self.weight_quantizer.scale
         self.set_weight(weight)
 
+    @torch.no_grad()
+    def set_clip(self, clip: float) -> None:
+        """Clip the weight at the part ``clip`` of each channel's largest magnitude; 1 is min-max."""
+        self.weight_quantizer.fit(self.float_weight(), clip)
+        if self.kept_weight is not None:
+            self.kept_weight = self.dequantized_weight()
+
     def set_weight(self, weight: Tensor) -> None:
         """Make ``weight``, of the shape of :attr:`weight`, the float layer's."""
         self.layer.get_parameter(self.weight_name).copy_(self.parameter_of(weight))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images.reading import Source, evenly_spaced, in_short
+from fmpq_fx.ranks import ALONE, Ranks
 
 HELD_OUT = 8
 """At most so many images are held out where no validation images are given; a tenth of fewer than 80."""
@@ -100,7 +100,13 @@ class RandomCrops(Dataset[Tensor]):
 
 
 def batches(
-    crops: RandomCrops, batch_size: int, steps: range, *, workers: int | None = None, pin_memory: bool = False
+    crops: RandomCrops,
+    batch_size: int,
+    steps: range,
+    ranks: Ranks = ALONE,
+    *,
+    workers: int | None = None,
+    pin_memory: bool = False,
 ) -> DataLoader[Tensor]:
     """Return the batches of ``steps``, (batch_size / ranks, 3, size, size) each, read ahead by ``workers`` processes.
 
@@ -108,11 +114,12 @@ def batches(
         crops: what they consist of: batch ``i`` holds crops ``i * batch_size`` and on, or this rank's share of them.
         batch_size: crops in a batch of all ranks together.
         steps: numbers of the batches.
+        ranks: among whom the crops are divided.
         workers: processes that read for this rank; 0 reads in this one, None chooses.
         pin_memory: for a faster way to a GPU.
     """
     if workers is None:
-        workers = min(4, max(1, (os.cpu_count() or 1) // (2 * ranks.count())))
+        workers = min(4, max(1, (os.cpu_count() or 1) // (2 * ranks.count)))
     numbers = [list(ranks.share(range(step * batch_size, (step + 1) * batch_size))) for step in steps]
     # The workers' own seed, which nothing here uses, is not to be drawn from the caller's random numbers.
     generator = torch.Generator().manual_seed(crops.seed)

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.history import History, Settings
 from fmpq_fx.images.crops import cut, describe
 from fmpq_fx.images.reading import Source, fingerprint, sources
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.progress import reported
+from fmpq_fx.ranks import Ranks, current
 from fmpq_fx.storage.files import check_folder
 from fmpq_fx.training import data
 from fmpq_fx.training.data import RandomCrops
@@ -66,7 +66,8 @@ def train(
         KeyboardInterrupt: an interruption, after the best state so far was restored.
     """
     parameter = next(model.parameters())
-    _check(model, settings)
+    ranks = current()
+    _check(model, settings, ranks)
     if checkpoint is not None:
         check_folder(checkpoint)
     to_train_on, to_validate_on = _split(images, validation, settings.crop)
@@ -81,7 +82,8 @@ def train(
     mode = model.training
     # One image at a time, so that ranks can share them, and the result is the same for any number of ranks.
     held_out = [image for x in to_validate_on for image in x.to(parameter).split(1)]
-    run = TrainingRun(model, held_out, settings)
+    run = TrainingRun(model, held_out, settings, ranks)
+    run.join()
     devices = [parameter.device] if parameter.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), freed_memory_kept():
@@ -93,6 +95,7 @@ def train(
                 RandomCrops(to_train_on, settings.crop, settings.seed),
                 settings.batch_size,
                 range(len(run.losses), settings.steps),
+                ranks,
                 workers=workers,
                 pin_memory=bool(devices),
             )
@@ -112,7 +115,7 @@ def train(
                         break
                     if run.due:
                         run.validate()
-                        if checkpoint is not None and ranks.is_first():
+                        if checkpoint is not None and ranks.is_first:
                             run.save(Path(checkpoint), about)
                     validated = f"{run.validation[-1].loss(settings.loss):.4g}"
                     steps.set_postfix({**figures, "validation": validated}, refresh=False)
@@ -130,12 +133,12 @@ def train(
     )
 
 
-def _check(model: nn.Module, settings: Settings) -> None:
+def _check(model: nn.Module, settings: Settings, ranks: Ranks) -> None:
     """Refuse what would fail, or train badly, after the long work has begun."""
-    if settings.batch_size % ranks.count():
+    if settings.batch_size % ranks.count:
         raise ValueError(
             f"batch_size counts the crops of all ranks: {settings.batch_size} cannot be shared evenly by "
-            f"{ranks.count()}; pass a multiple of {ranks.count()}"
+            f"{ranks.count}; pass a multiple of {ranks.count}"
         )
     narrow = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
     if narrow:

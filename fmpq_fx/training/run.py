@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
-from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.history import Settings, Validation, best_of
 from fmpq_fx.models.checkpoint import read_tensors
-from fmpq_fx.passes.measure.incremental import total_of_ranks
 from fmpq_fx.quant import ActivationFakeQuant, WeightFakeQuant
-from fmpq_fx.rd import PEAK, psnr, rate_and_distortion, rd_sums
+from fmpq_fx.ranks import ALONE, Ranks
+from fmpq_fx.rd import PEAK, RDSums, psnr, rate_and_distortion, rd_sums
 from fmpq_fx.storage.files import replacing
 from fmpq_fx.storage.fingerprint import digest
 from fmpq_fx.training.bfloat16 import transforms_in_bfloat16
@@ -40,13 +39,11 @@ class TrainingRun:
         model: to train.
         batches: (B, 3, H, W) images each, to validate on.
         settings: how to train.
-
-    Raises:
-        FmpqError: ranks have other weights.
+        ranks: that train it together, once each of them called :meth:`join`.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Tensor], settings: Settings):
-        self.model, self.batches, self.settings = model, batches, settings
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor], settings: Settings, ranks: Ranks = ALONE):
+        self.model, self.batches, self.settings, self.ranks = model, batches, settings, ranks
         self.bottlenecks = [m for m in model.modules() if isinstance(m, EntropyBottleneck)]
         groups = parameter_groups(model, settings)
         self.parameters = [p for group in groups for p in group["params"]]
@@ -59,8 +56,16 @@ class TrainingRun:
         self.diverged = False
         self.best = _copied(model.state_dict())
         self.start = digest(self.best)
-        ranks.require_same({"the model": f"{type(model).__name__}, weights {self.start[:12]}"})
-        self.objective = ranks.replicated(_Objective(model, settings))
+        self.objective: nn.Module = _Objective(model, settings)
+
+    def join(self) -> None:
+        """Train together with the other ranks from now on.
+
+        Raises:
+            FmpqError: they have other weights.
+        """
+        self.ranks.require_same({"the model": f"{type(self.model).__name__}, weights {self.start[:12]}"})
+        self.objective = self.ranks.replicate(self.objective)
 
     @property
     def due(self) -> bool:
@@ -76,7 +81,7 @@ class TrainingRun:
         rate, distortion = self.objective(x)
         (rate + distortion if settings.loss == "rd" else distortion).backward()
         norm = clip_grad_norm_(self.parameters, settings.max_norm)
-        bpp, weighted = ranks.mean(torch.stack([rate, distortion]).detach()).tolist()
+        bpp, weighted = self.ranks.average(torch.stack([rate, distortion]).detach()).tolist()
         self.losses.append(bpp + weighted if settings.loss == "rd" else weighted)
         if not (math.isfinite(self.losses[-1]) and math.isfinite(norm)):
             self.diverged = True
@@ -89,7 +94,7 @@ class TrainingRun:
 
     def _seed(self, device: torch.device) -> None:
         """Make the noise of this step a function of seed, step's number and rank, on ``device`` alone."""
-        source = np.random.SeedSequence([self.settings.seed, len(self.losses), ranks.rank()])
+        source = np.random.SeedSequence([self.settings.seed, len(self.losses), self.ranks.rank])
         (seed,) = source.generate_state(1).tolist()
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
@@ -107,7 +112,8 @@ class TrainingRun:
     def validate(self) -> None:
         """Measure the model as it is, in evaluation mode and full precision, and keep it if it is the best."""
         self.model.eval()
-        sums = total_of_ranks([rd_sums(self.model(x), x) for x in ranks.share(self.batches)])
+        own = [rd_sums(self.model(x), x) for x in self.ranks.share(self.batches)]
+        sums = sum(self.ranks.merge(own), RDSums())
         result = Validation(len(self.losses), sums.rate, sums.mse, sums.rd(self.settings.lmbda))
         self.validation.append(result)
         if best_of(self.validation, self.settings.loss) is result:
@@ -178,7 +184,7 @@ class TrainingRun:
         self.start, self.best = state["start"], state["best"]
         self.losses = state["losses"]
         self.validation = [Validation(**v) for v in state["validation"]]
-        ranks.require_same(
+        self.ranks.require_same(
             {"the checkpoint": f"of step {len(self.losses)}, weights {digest(state['model'])[:12]}"}
         )
 

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import fx, nn
 
-from fmpq_fx import ranks
 from fmpq_fx.passes.plan.tables import Table
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.progress import reported
 from fmpq_fx.quant import quantize_layer
+from fmpq_fx.ranks import ALONE, Ranks
 from fmpq_fx.storage.weight_coder import coded_bytes
 
 
@@ -17,6 +17,7 @@ def measure_coded_sizes(
     bits: Iterable[int],
     given: Mapping[str, int | None],
     *,
+    ranks: Ranks = ALONE,
     progress: bool | None = None,
 ) -> Table:
     """Return the bytes of each site of ``gm`` at each of ``bits``, with min-max scales.
@@ -26,6 +27,7 @@ def measure_coded_sizes(
         bits: candidate widths.
         given: sites whose width is fixed, to what; those are coded at that width alone, or not at all where it
             is None.
+        ranks: that share the work.
         progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
     """
     candidates = tuple(bits)
@@ -37,7 +39,7 @@ def measure_coded_sizes(
         if b is not None
     ]
     bar = reported(ranks.share(jobs), "coded sizes", "width", show=progress)
-    sizes = ranks.merged([_coded_size(gm.get_submodule(site), b) for site, b in bar])
+    sizes = ranks.merge([_coded_size(gm.get_submodule(site), b) for site, b in bar])
     for (site, b), size in zip(jobs, sizes, strict=True):
         table[site][b] = size
     return table

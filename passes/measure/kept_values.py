@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fmpq_fx.memory import words
+from fmpq_fx.memory import spelled
 
 
 class Budget:
@@ -34,8 +34,8 @@ class Budget:
         """
         if needed > self.limit:
             raise ValueError(
-                f"memory={self.limit} ({words(self.limit)}) is too little: {what} takes {needed} bytes; pass "
-                f"memory={needed} ({words(needed)}) or more, or smaller images"
+                f"memory={self.limit} ({spelled(self.limit)}) is too little: {what} takes {needed} bytes; pass "
+                f"memory={needed} ({spelled(needed)}) or more, or smaller images"
             )
 
 

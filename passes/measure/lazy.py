@@ -1,14 +1,24 @@
 """Plan with the fewest measurements: of nine widths per site, two to six decide the plan.
 
-Each round measures all the points that the plan may hang on, given what is known, for all sites at once.
-Values that were not measured are bounded by their neighbours (:mod:`fmpq_fx.passes.plan.interpolation`). The plan is
-that of the full table as long as no value is outside of its bounds; where noise decides, that can happen.
+A plan rests on few values of zeta: which side of beta they lie on, or whether a site at other bits could be part of a
+cheaper plan. Values that were not measured are bounded by their neighbours
+(:mod:`fmpq_fx.passes.plan.interpolation`)::
+
+    zeta   high ·.                    likely: on a line through what was measured (x), in the logarithm
+      │          x'·.                 low, high: how far off it may be, further away from what was measured
+    beta ── ── ── ── `x ── ── ──
+      │    low   .`    `·.            Here low and high pass beta between the same two widths: nothing is open.
+      │               .`   `x         Where they do not, a width between these passages is measured next.
+      └──────────────────────── bits
+
+Each round measures, for all sites at once, what the plan may hang on by what is known (:func:`unsettled`), until that
+is nothing. The plan is that of the full table as long as no value is outside of its bounds; where noise decides, that
+can happen.
 """
 
 import math
 from collections.abc import Iterator
 
-from fmpq_fx import ranks
 from fmpq_fx.passes.annotation import annotate_sites
 from fmpq_fx.passes.measure.sensitivity import Point, SensitivityMeter
 from fmpq_fx.passes.plan.interpolation import noise_of
@@ -27,12 +37,13 @@ def plan_lazily(task: Task, meter: SensitivityMeter) -> Plan:
     The plan's own bits are always among it, so that what the plan says of itself was measured. Zeta is noted on
     the nodes of the meter's graph.
     """
-    points = set(_first_points(task, meter.table)) or ranks.from_first(unsettled(task, meter.table))
+    ranks = meter.changes.bench.ranks
+    points = set(_first_points(task, meter.table)) or ranks.take_first(unsettled(task, meter.table))
     while points:
         meter.measure(points)
-        points = ranks.from_first(unsettled(task, meter.table))
-    annotate_sites(meter.gm, zeta=meter.table.zeta)
-    return task.plan(meter.table)
+        points = ranks.take_first(unsettled(task, meter.table))
+    annotate_sites(meter.changes.gm, zeta=meter.table.zeta)
+    return ranks.take_first(task.plan(meter.table))
 
 
 def _first_points(task: Task, table: Sensitivity) -> Iterator[Point]:
@@ -45,19 +56,29 @@ def _first_points(task: Task, table: Sensitivity) -> Iterator[Point]:
 
 
 def unsettled(task: Task, table: Sensitivity) -> set[Point]:
-    """Return what to measure next, nothing if the plan is settled."""
+    """Return what to measure next, nothing if the plan is settled.
+
+    There are three questions, and one is asked only once those before it are answered:
+
+    1. Which way does the search for beta take? ("adaptive" only.) And are there sites whose zeta is not regular, of
+       which a line through a few values says little? Those are measured at all widths.
+    2. What else could be better than the plan that is likely now? "adaptive" fills up what is left of the budget by all
+       wider values; "optimal" may have rivals.
+    3. Were the plan's own bits measured? What it says of itself is not to be guessed.
+    """
     missing = set(table.missing)
     if not missing:
         return set()
     likely, low, high = (task.choices(table.expected(bound)) for bound in (0, -1, 1))
-    points: set[Point] = set()
+    points = {(site, b) for site, b in missing if b in likely[site] and noise_of(table.raw[site]) > REGULAR}
     if task.planner == "adaptive":
-        points = _unsettled_search(task, likely, low, high, missing)
-    points |= {(site, b) for site, b in missing if b in likely[site] and noise_of(table.raw[site]) > REGULAR}
+        points |= _unsettled_search(task, likely, low, high, missing)
     if points:
         return points
     found = task.assign(likely)
-    if task.planner == "adaptive" and found.remarks:  # what it is filled up with hangs on every wider value
+    if (
+        task.planner == "adaptive" and found.remarks
+    ):  # the search ended off the target, and what is left is filled up
         start = dict.fromkeys(likely, 0) if found.beta is None else bits_at(likely, found.beta)
         points = {(site, b) for site, b in missing if b in likely[site] and b >= start[site]}
     elif task.planner == "optimal":
@@ -67,9 +88,10 @@ def unsettled(task: Task, table: Sensitivity) -> set[Point]:
 
 
 def _unsettled_search(task: Task, likely: Table, low: Table, high: Table, missing: set[Point]) -> set[Point]:
-    """Return what decides the search for beta: a point of each site that beta may pass or not.
+    """Return what decides the search for beta: of each site whose bits at beta are open, one point.
 
-    What counts is the first step after which the searches by the bounds take another way, or else the last.
+    The search is made three times, by the likely values and by either bound. At the first beta after which the three
+    go different ways, or at the last if they never do, the sites' bits are what the way hangs on.
     """
     floor = task.budget - task.window
     ways = [[beta for beta, _ in search(zeta, task.cost, floor, task.budget)] for zeta in (likely, low, high)]

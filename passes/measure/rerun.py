@@ -1,7 +1,28 @@
-"""Run a graph once, and afterwards only what a changed layer reaches.
+"""Run a graph once, and afterwards only what is computed from a changed layer.
 
-An evaluation ends where a value comes out equal to the kept one, which after rounding happens often: in a scale
-hyperprior the hyper decoder does not touch the image at all. The values are those of full runs, bit for bit.
+::
+
+    x ── g_a.0 ── g_a.1 ── y ── round ── y_hat ── g_s.0 ── x_hat
+                           │               │
+                           └─ h_a.0 ── … ──┴── likelihoods
+
+Let ``g_a.1`` be changed. Downstream of it lies all to its right. What these nodes read from elsewhere, the output of
+``g_a.0``, was kept by the first run, or is computed again from what was kept (:meth:`IncrementalInterpreter.prepare`).
+A rerun goes through the nodes in order. A node runs if one of its inputs changed. Its value is then compared with the
+kept one, and where it is equal, as rounded latents often are, it counts as unchanged: with ``h_a.0`` changed, ``y_hat``
+is the same, so the image is not computed. The values are those of full runs, bit for bit.
+
+Between two calls an interpreter is in one of two states::
+
+                 rerun(site, remember=True)
+      settled ──────────────────────────────> tried
+         ^                                      │
+         └── accept(): the change stays ────────┤
+         └── any other rerun: it was dropped ───┘
+
+- *settled*: ``kept`` has values of the graph as it is, with all accepted changes.
+- *tried*: ``kept`` still has those; ``changed`` names the nodes whose values are others after the change, and ``tried``
+  has the small ones among these. Accepting drops what is no longer true from ``kept`` and adds what ``tried`` has.
 """
 
 from collections import ChainMap
@@ -19,8 +40,8 @@ UNCHANGED = object()
 
 
 @dataclass(frozen=True)
-class Reach:
-    """What a change of a site reaches."""
+class Downstream:
+    """What is computed from a site, and what that needs besides."""
 
     starts: frozenset[fx.Node]  # the nodes that run the site
     nodes: tuple[fx.Node, ...]  # these and all that is computed from them, in order
@@ -28,24 +49,24 @@ class Reach:
     last_reads: Mapping[fx.Node, tuple[fx.Node, ...]]  # by node: what no later one of ``nodes`` reads
 
 
-def find_reach(gm: fx.GraphModule) -> dict[str, Reach]:
-    """Return what each site of ``gm`` reaches; :func:`fmpq_fx.passes.sites.find_sites` marked them."""
+def find_downstream(gm: fx.GraphModule) -> dict[str, Downstream]:
+    """Return what lies downstream of each site of ``gm``; :func:`fmpq_fx.passes.sites.find_sites` marked them."""
     starts: dict[str, set[fx.Node]] = {}
     for node in gm.graph.nodes:
         for site in note_of(node).sites:
             starts.setdefault(site, set()).add(node)
-    return {site: _reach(gm, nodes) for site, nodes in starts.items()}
+    return {site: _downstream(gm, nodes) for site, nodes in starts.items()}
 
 
-def _reach(gm: fx.GraphModule, starts: set[fx.Node]) -> Reach:
-    reached: dict[fx.Node, None] = {}  # in order
+def _downstream(gm: fx.GraphModule, starts: set[fx.Node]) -> Downstream:
+    below: dict[fx.Node, None] = {}  # in order
     reads: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        if node in starts or any(source in reached for source in node.all_input_nodes):
-            reached[node] = None
+        if node in starts or any(source in below for source in node.all_input_nodes):
+            below[node] = None
             reads.update(source for source in node.all_input_nodes if not _is_given(source))
-    nodes = tuple(reached)
-    return Reach(frozenset(starts), nodes, frozenset(reads.difference(reached)), _last_reads(nodes))
+    nodes = tuple(below)
+    return Downstream(frozenset(starts), nodes, frozenset(reads.difference(below)), _last_reads(nodes))
 
 
 def _last_reads(nodes: Sequence[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
@@ -58,11 +79,11 @@ def _is_given(node: fx.Node) -> bool:
 
 
 class IncrementalInterpreter(fx.Interpreter):
-    """Runs a graph once, keeping values of nodes, and then only what a change reaches.
+    """Runs a graph once, keeping values of nodes, and then only what is computed from a change.
 
     Example::
 
-        interpreter = IncrementalInterpreter(gm, find_reach(gm), Budget(2**30))
+        interpreter = IncrementalInterpreter(gm, find_downstream(gm), Budget(2**30))
         before = interpreter.run_once(x)
         with substituted(gm, "g_a.0", quantized):
             after = interpreter.rerun("g_a.0")
@@ -72,13 +93,13 @@ class IncrementalInterpreter(fx.Interpreter):
 
     Args:
         gm: free of in-place operations (:func:`fmpq_fx.passes.functionalize.functionalize`).
-        reach: of the sites that may be changed.
+        downstream: of the sites that may be changed.
         budget: for the values.
     """
 
-    def __init__(self, gm: fx.GraphModule, reach: Mapping[str, Reach], budget: Budget):
+    def __init__(self, gm: fx.GraphModule, downstream: Mapping[str, Downstream], budget: Budget):
         super().__init__(gm, garbage_collect_values=False)
-        self.reach = dict(reach)
+        self.downstream = dict(downstream)
         self.kept = KeptValues(budget)  # of the graph as it is
         self.tried = KeptValues(budget)  # small ones, of the last rerun that may be accepted
         self.changed: set[fx.Node] = set()  # by the last rerun
@@ -100,7 +121,7 @@ class IncrementalInterpreter(fx.Interpreter):
         self.env = ChainMap(fresh, self._given)  # type: ignore[assignment]
         nodes = list(self.graph.nodes)
         last_reads = _last_reads(nodes)
-        read = frozenset[fx.Node]().union(*(reach.reads for reach in self.reach.values()))
+        read = frozenset[fx.Node]().union(*(below.reads for below in self.downstream.values()))
         sizes: dict[fx.Node, int] = {}
         for node in nodes:
             value = self.run_node(node)
@@ -111,28 +132,31 @@ class IncrementalInterpreter(fx.Interpreter):
                     self.kept.offer(node, value)
             for source in last_reads[node]:
                 fresh.pop(source, None)
-        needs = {site: sum(sizes[node] for node in reach.reads) for site, reach in self.reach.items()}
+        needs = {site: sum(sizes[node] for node in below.reads) for site, below in self.downstream.items()}
         if needs:
             most = max(needs, key=needs.__getitem__)
             self._budget.check(needs[most], self._what(most, x))
+        self.env = {}  # which would hold values beside those that are kept
         return value
 
     def rerun(self, site: str, *, remember: bool = False) -> Any:
-        """Return the output now that ``site`` is another module, :data:`UNCHANGED` in place of what is as before.
+        """Return the output now that ``site`` is changed, with :data:`UNCHANGED` in place of what is as before.
 
         Args:
             site: its name.
             remember: the change may be accepted (:meth:`accept`) afterwards.
         """
-        reach = self.reach[site]
+        below = self.downstream[site]
         fresh: dict[fx.Node, Any] = {}
         self.env = ChainMap(fresh, self.kept.values, self._given)  # type: ignore[assignment]
         self.changed = set()
         self.tried.clear()
-        for node in reach.nodes:
-            if node in reach.starts or not self.changed.isdisjoint(node.all_input_nodes):
+        output: Any = UNCHANGED
+        for node in below.nodes:
+            if node in below.starts or not self.changed.isdisjoint(node.all_input_nodes):
                 if node.op == "output":
-                    return fx.node.map_arg(node.args[0], self._changed_value)
+                    output = fx.node.map_arg(node.args[0], self._changed_value)
+                    break
                 self._recompute([source for source in node.all_input_nodes if source not in self.env])
                 value = self.run_node(node)
                 if not (node in self.kept.values and _equal(value, self.kept.values[node])):
@@ -140,20 +164,21 @@ class IncrementalInterpreter(fx.Interpreter):
                     fresh[node] = value
                     if remember and self._is_small(value):
                         self.tried.offer(node, value)
-            for source in reach.last_reads[node]:
+            for source in below.last_reads[node]:
                 fresh.pop(source, None)
-        return UNCHANGED
+        self.env = {}  # which would hold values beside those that are kept
+        return output
 
     def prepare(self, site: str, x: Tensor) -> None:
-        """Have the values at hand that evaluations of ``site`` read; the graph must be as it was run."""
-        reads = self.reach[site].reads
+        """Have the values at hand that reruns of ``site`` read; it may be changed already, they do not depend on it."""
+        reads = self.downstream[site].reads
         missing = [node for node in reads if node not in self.kept.values]
         if not missing:
             return
         self.env = ChainMap({}, self.kept.values, self._given)  # type: ignore[assignment]
         self._recompute(missing)
         self.kept.demand({node: self.env[node] for node in reads}, self._what(site, x))
-        self.env = {}  # which would hold what was dropped for them
+        self.env = {}
 
     def accept(self) -> None:
         """Take over the change of the last rerun, made with ``remember``: it is part of the graph from now on."""
@@ -165,9 +190,9 @@ class IncrementalInterpreter(fx.Interpreter):
             self.kept.offer(node, value)
 
     def forget(self, site: str) -> None:
-        """Let go of what is kept for changes of ``site`` alone: it will not be changed again."""
-        del self.reach[site]
-        useful = {node for reach in self.reach.values() for node in (*reach.nodes, *reach.reads)}
+        """Let go of what is kept for reruns of ``site`` alone: it will not be changed again."""
+        del self.downstream[site]
+        useful = {node for below in self.downstream.values() for node in (*below.nodes, *below.reads)}
         for node in self.kept.values.keys() - useful:
             self.kept.drop(node)
 

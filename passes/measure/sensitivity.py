@@ -5,19 +5,18 @@ Gradients are no substitute: the rounding of the latents makes them zero for the
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property, partial
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from numbers import Integral, Real
-from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
-from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import annotate_sites
-from fmpq_fx.passes.measure.incremental import ChangeMeter, mean_rd
+from fmpq_fx.passes.measure.bench import Bench, mean_rd
+from fmpq_fx.passes.measure.changes import ChangeMeter
 from fmpq_fx.passes.plan.tables import Sensitivity, Site, Table
 from fmpq_fx.passes.sites import find_sites, float_remainder
 from fmpq_fx.quant import quantize_layer
@@ -33,86 +32,42 @@ UNBOUNDED = 1e6
 """What a part of zeta that is infinite or undefined counts as: bits that a site must not have."""
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What is to be measured, and what is known of it already."""
+
+    lmbda: float | None = (
+        None  # the Lagrangian; None makes rate and distortion of the float model weigh the same
+    )
+    bits: tuple[int, ...] | None = None  # candidates; None is those of ``known``, or else 2 … 10
+    images: str = ""  # what the images are, for the table
+    identity: Mapping[str, str] = field(default_factory=dict)  # digests of the "weights" and of the "images"
+    known: Sensitivity | None = None  # only what it lacks is measured
+    checkpoint: str | os.PathLike[str] | None = (
+        None  # the table is written there as it grows; ``known`` was there
+    )
+
+
 class SensitivityMeter:
     """Measures zeta where it is asked for (min-max scales, activations float), and keeps :attr:`table`.
 
     Args:
-        gm: a traced and functionalized model in evaluation mode. It is left as it was.
-        batches: calibration images, (B, 3, H, W) each, in [0, 1].
-        lmbda: the Lagrangian; None makes rate and distortion of the float model weigh the same.
-        bits: candidate bit-widths, each 2 … 16; None is 2 … 10.
-        images: what the batches are, in words, for the table.
-        identity: digests of the model's "weights" and of the "images", by which measuring can go on from the table.
-        memory: bytes of activations to keep at most; see :class:`ChangeMeter`.
-        known: what was measured already, of the same model; only what it lacks is measured. ``lmbda`` and ``bits``
-            are then left out, or those of that table.
-        checkpoint: a file to write the table to whenever something was measured; ``known`` is what it held.
-        progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
-
-    Raises:
-        ValueError: ``bits`` or ``lmbda`` is out of its range, or not that of ``known``.
-        FmpqError: the model has nothing to quantize, cannot run on the images, or its RD loss is not finite;
-            ``known`` is of another model, or, incomplete or a checkpoint, of other weights or images.
+        changes: what measures, of a traced and functionalized model in evaluation mode. It is left as it was.
+        table: what is known.
+        checkpoint: a file to write the table to whenever something was measured.
     """
 
     def __init__(
-        self,
-        gm: fx.GraphModule,
-        batches: Sequence[Tensor],
-        *,
-        lmbda: float | None = None,
-        bits: Iterable[int] | None = None,
-        images: str = "",
-        identity: Mapping[str, str] | None = None,
-        memory: int | None = None,
-        known: Sensitivity | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        progress: bool | None = None,
+        self, changes: ChangeMeter, table: Sensitivity, checkpoint: str | os.PathLike[str] | None = None
     ):
-        self.gm, self.batches, self.memory = gm, batches, memory
-        self.checkpoint, self.progress = checkpoint, progress
-        sites = find_sites(gm)
-        candidates = checked_bits(bits)
-        _check_lmbda(lmbda)
-        if known is not None:
-            _check_same(known, sites, lmbda, None if bits is None else candidates)
-            if checkpoint is not None or not known.complete:
-                _check_identity(known, identity or {})
-            self.table = known
-            return
-        base = self._meter.base
-        lmbda = _balanced(base) if lmbda is None else lmbda
-        nothing: Table = {site.name: {} for site in sites}
-        self.table = Sensitivity(
-            sites=sites,
-            lmbda=lmbda,
-            float_rate=base.rate,
-            float_distortion=base.rd(lmbda) - base.rate,
-            rate=nothing,
-            distortion=nothing,
-            float_remainder=float_remainder(gm, sites),
-            images=images,
-            candidates=candidates,
-            identity=dict(identity or {}),
-        )
+        self.changes, self.table, self.checkpoint = changes, table, checkpoint
 
-    @cached_property
-    def _meter(self) -> ChangeMeter:
-        """What measures; it runs the float model, so it is made when something is to be measured."""
-        meter = ChangeMeter(self.gm, self.batches, memory=self.memory)
-        if not (math.isfinite(meter.base.rate) and math.isfinite(meter.base.mse)):
-            raise FmpqError(
-                f"the model's RD loss on the calibration images is not finite (rate {meter.base.rate} bpp, MSE "
-                f"{meter.base.mse}); check the checkpoint, and that the images lie in [0, 1]"
-            )
-        return meter
-
-    @property
-    def float_rd(self) -> float:
-        """The RD loss of the float model on the batches."""
-        if "_meter" not in vars(self):  # nothing was measured, so there is no need for what measuring keeps
-            return mean_rd(self.gm, self.batches, self.table.lmbda)
-        return self._meter.base.rd(self.table.lmbda)
+    def measure_float_rd(self) -> float:
+        """Return the RD loss of the float model."""
+        changes, lmbda = self.changes, self.table.lmbda
+        if changes.base is None:  # nothing was measured, so there is no need for what measuring keeps
+            return mean_rd(changes.gm, changes.bench, lmbda)
+        return changes.base.rd(lmbda)
 
     def measure(self, points: Iterable[Point]) -> None:
         """Measure zeta at ``points``, put it into :attr:`table`, and write that to the checkpoint."""
@@ -122,12 +77,12 @@ class SensitivityMeter:
             for site, b in self.table.missing
             if (site, b) in wanted
         }
-        self._add(self._meter.sums_of(changes, description="sensitivity", progress=self.progress))
-        if self.checkpoint is not None and ranks.is_first():
+        self._add(self.changes.measure(changes, "sensitivity"))
+        if self.checkpoint is not None and self.changes.bench.ranks.is_first:
             self.table.save(self.checkpoint)
 
     def _add(self, measured: Mapping[Point, RDSums]) -> None:
-        base, lmbda = self._meter.base, self.table.lmbda
+        base, lmbda = self.changes.measure_base(), self.table.lmbda
         rd = base.rd(lmbda)
         rate = {point: (sums.rate - base.rate) / rd for point, sums in measured.items()}
         distortion = {point: lmbda * PEAK**2 * (s.mse - base.mse) / rd for point, s in measured.items()}
@@ -138,17 +93,55 @@ class SensitivityMeter:
         )
 
 
-def measure_sensitivity(gm: fx.GraphModule, batches: Sequence[Tensor], **options: Any) -> Sensitivity:
-    """Measure zeta of every site of ``gm`` at every bit-width.
+def begin(gm: fx.GraphModule, bench: Bench, measurement: Measurement) -> SensitivityMeter:
+    """Check the ``measurement``, and measure the float model where nothing is known.
 
-    The arguments, and what is raised, are those of :class:`SensitivityMeter`. Zeta is noted on the nodes of
-    ``gm``.
+    Args:
+        gm: a traced and functionalized model in evaluation mode. It is left as it was.
+        bench: what it is measured on.
+        measurement: what is to be measured.
+
+    Raises:
+        ValueError: ``bits`` or ``lmbda`` is out of its range, or not that of ``known``.
+        FmpqError: the model has nothing to quantize, cannot run on the images, or its RD loss is not finite;
+            ``known`` is of another model, or, incomplete or a checkpoint, of other weights or images.
     """
-    meter = SensitivityMeter(gm, batches, **options)
-    missing = meter.table.missing
+    sites, known, lmbda = find_sites(gm), measurement.known, measurement.lmbda
+    candidates = checked_bits(measurement.bits)
+    _check_lmbda(lmbda)
+    changes = ChangeMeter(gm, bench)
+    if known is not None:
+        _check_same(known, sites, lmbda, None if measurement.bits is None else candidates)
+        if measurement.checkpoint is not None or not known.complete:
+            _check_identity(known, measurement.identity)
+        return SensitivityMeter(changes, known, measurement.checkpoint)
+    base = changes.measure_base()
+    lmbda = _balanced(base) if lmbda is None else lmbda
+    nothing: Table = {site.name: {} for site in sites}
+    table = Sensitivity(
+        sites=sites,
+        lmbda=lmbda,
+        float_rate=base.rate,
+        float_distortion=base.rd(lmbda) - base.rate,
+        rate=nothing,
+        distortion=nothing,
+        float_remainder=float_remainder(gm, sites),
+        images=measurement.images,
+        candidates=candidates,
+        identity=dict(measurement.identity),
+    )
+    return SensitivityMeter(changes, table, measurement.checkpoint)
+
+
+def measure_sensitivity(gm: fx.GraphModule, bench: Bench, measurement: Measurement) -> Sensitivity:
+    """Measure zeta of every site of ``gm`` at every bit-width, and note it on the nodes of ``gm``.
+
+    The arguments, and what is raised, are those of :func:`begin`.
+    """
+    meter = begin(gm, bench, measurement)
     # All at once saves work, but a checkpoint is to be written after each site.
     whole = meter.checkpoint is None
-    for _, points in groupby(missing, key=lambda point: whole or point[0]):
+    for _, points in groupby(meter.table.missing, key=lambda point: whole or point[0]):
         meter.measure(points)
     annotate_sites(gm, zeta=meter.table.zeta)
     return meter.table

@@ -20,6 +20,7 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import NodeNote, annotate_sites, note_of, plan_of
 from fmpq_fx.passes.clip.ranges import calibrate
 from fmpq_fx.passes.functionalize import functionalize
+from fmpq_fx.passes.measure.bench import make_bench
 from fmpq_fx.passes.plan.tables import Plan, Sensitivity
 from fmpq_fx.passes.rewrite import quantize
 from fmpq_fx.passes.sites import find_sites, float_remainder
@@ -63,7 +64,7 @@ def gm(model: nn.Module, x: Tensor) -> fx.GraphModule:
     """Each small model quantized to mixed bits with 8-bit activations, calibrated, g_a.0 left float."""
     float_gm = traced(model)
     rewritten = quantize(float_gm, plan_for(float_gm, 8, g_a__0=None))
-    calibrate(rewritten, [x])
+    calibrate(rewritten, make_bench(rewritten, [x]))
     return rewritten
 
 
@@ -261,7 +262,7 @@ def test_sites_inside_an_opaque_codec_are_really_replaced(make: Callable[[], nn.
         rewritten = quantize(gm, plan_for(gm, 8, **{**dict.fromkeys(names), name: 2}))
         assert list(quantized_layers(rewritten)) == [name.replace("__", ".")]
         assert not same(outputs(rewritten, x), before), name
-    calibrate(rewritten, [x])
+    calibrate(rewritten, make_bench(rewritten, [x]))
     twin = copy.deepcopy(rewritten)
     assert same(outputs(twin, x), outputs(rewritten, x))
     note = dict(notes(twin))["latent_codec"]

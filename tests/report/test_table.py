@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import annotate_graph
 from fmpq_fx.passes.functionalize import functionalize
-from fmpq_fx.passes.measure.sensitivity import measure_sensitivity
+from fmpq_fx.passes.measure.bench import make_bench
+from fmpq_fx.passes.measure.sensitivity import Measurement, measure_sensitivity
 from fmpq_fx.passes.plan.tables import Measured, Plan, Site
 from fmpq_fx.passes.rewrite import quantize
 from fmpq_fx.passes.trace import trace
@@ -45,7 +46,9 @@ def plan(model: ScaleHyperprior) -> Plan:
     """Give the sites 2, 5, 8, 2, 5, ... bits."""
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     gm = functionalize(trace(model))
-    table = measure_sensitivity(gm, [x], bits=WIDTHS, images="1 crop of 64 x 64", progress=False)
+    table = measure_sensitivity(
+        gm, make_bench(gm, [x]), Measurement(bits=tuple(WIDTHS), images="1 crop of 64 x 64")
+    )
     return Plan(
         sites=table.sites,
         bits={site.name: WIDTHS[i % 3] for i, site in enumerate(table.sites)},
@@ -214,7 +217,7 @@ class WithCodec(nn.Sequential):
 
 def test_sites_inside_an_opaque_module_are_marked(plan: Plan) -> None:
     gm = trace(WithCodec(nn.Conv2d(3, 4, 1), Codec(), nn.Conv2d(4, 3, 1)))
-    table = measure_sensitivity(gm, [torch.rand(1, 3, 8, 8)], bits=[4], progress=False)
+    table = measure_sensitivity(gm, make_bench(gm, [torch.rand(1, 3, 8, 8)]), Measurement(bits=(4,)))
     bits: dict[str, int | None] = dict.fromkeys(table.zeta, 4)
     text = bit_table(quantize(gm, replace(plan, sites=table.sites, bits=bits, sensitivity=table)))
     assert list(rows_of(text)) == ["0", "1.h *", "2", "sum"]

@@ -7,6 +7,8 @@ from typing import Any
 from torch import fx
 
 from fmpq_fx import Plan, Sensitivity
+from fmpq_fx.passes.measure.bench import Bench
+from fmpq_fx.passes.measure.changes import ChangeMeter
 from fmpq_fx.passes.measure.lazy import plan_lazily
 from fmpq_fx.passes.measure.sensitivity import Point, SensitivityMeter
 from fmpq_fx.passes.plan.tables import Table
@@ -17,9 +19,10 @@ class CountedMeter(SensitivityMeter):
     """Takes what it measures from ``full``; what a model would have to run is counted."""
 
     def __init__(self, full: Sensitivity, known: Sensitivity | None = None):
-        self.full, self.gm = full, fx.GraphModule({}, fx.Graph())
+        self.full = full
         nothing: Table = {site.name: {} for site in full.sites}
-        self.table = known or replace(full, rate=nothing, distortion=nothing, candidates=full.bits)
+        table = known or replace(full, rate=nothing, distortion=nothing, candidates=full.bits)
+        super().__init__(ChangeMeter(fx.GraphModule({}, fx.Graph()), Bench((), 0)), table)
         self.rounds: list[int] = []  # points in each
 
     def measure(self, points: Iterable[Point]) -> None:

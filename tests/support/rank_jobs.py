@@ -52,7 +52,7 @@ def without_noise(gm: fx.GraphModule, **options: Any) -> History:
 def share_work(folder: Path) -> None:
     """Prepare, fine-tune and go on from a checkpoint; every rank saves what it has. Then rank 1 is killed."""
     with ranks.joined() as device:
-        assert (device.type, ranks.count()) == ("cpu", 2)
+        assert (device.type, ranks.current().count) == ("cpu", 2)
         found: dict[str, Any] = {}
         for name, gm in both_sizes().items():
             found[name] = {"state": gm.state_dict(), "plan": plan_of(gm).to_json()}
@@ -68,14 +68,16 @@ def share_work(folder: Path) -> None:
             trained = copy.deepcopy(gm)
             history = without_noise(trained, **options)
             found[name] = {"state": trained.state_dict(), "history": history.to_json()}
-        torch.save(found, folder / f"rank{ranks.rank()}.pt")
-        if ranks.gathered(True) and ranks.rank() == 1:  # as by the kernel when memory is short
+        torch.save(found, folder / f"rank{ranks.current().rank}.pt")
+        if (
+            ranks.current().gather(True) and ranks.current().rank == 1
+        ):  # as by the kernel when memory is short
             os.kill(os.getpid(), signal.SIGKILL)
         without_noise(gm)
 
 
 def refuse_what_differs(gm: fx.GraphModule) -> None:
-    more = 2 * ranks.rank()
+    more = 2 * ranks.current().rank
     with pytest.raises(
         FmpqError, match=r"different things: the calibration is '5 crops .*for rank 1; start all"
     ):
@@ -104,7 +106,7 @@ def command_line(folder: Path) -> None:
     step = TrainingRun.step
 
     def failing(self: TrainingRun, x: Tensor) -> dict[str, str]:
-        if ranks.rank() == 1 and len(self.losses) == 2:
+        if ranks.current().rank == 1 and len(self.losses) == 2:
             raise FmpqError("its disk is full")
         return step(self, x)
 

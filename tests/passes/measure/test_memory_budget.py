@@ -1,57 +1,41 @@
 """Measurements within a budget: never more is kept, and nothing of the result depends on it."""
 
+import gc
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fmpq_fx
 from conftest import small_model
-from fmpq_fx.passes.clip.descent import RDDescent
+from fmpq_fx.passes.clip.descent import choose_clips
 from fmpq_fx.passes.functionalize import functionalize
-from fmpq_fx.passes.measure import incremental
-from fmpq_fx.passes.measure.incremental import Change, ChangeMeter, mean_rd
+from fmpq_fx.passes.measure import bench
+from fmpq_fx.passes.measure.bench import make_bench, mean_rd
+from fmpq_fx.passes.measure.changes import Change, ChangeMeter
 from fmpq_fx.passes.measure.kept_values import Budget, KeptValues
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.trace import trace
-from fmpq_fx.quant import QuantizedLayer, quantize_layer, quantized_layers
-
-CPU = torch.device("cpu")
+from fmpq_fx.quant import quantize_layer, quantized_layers
+from fmpq_fx.rd import rd_sums
 
 
 @pytest.fixture
 def images(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Five images in two batches, which are run in parts of two, one, and two."""
-    monkeypatch.setattr(incremental, "PART_PIXELS", {"cpu": 2 * 64 * 64})
+    """Five images in two batches, which are run in pieces of two, one, and two."""
+    monkeypatch.setattr(bench, "PIECE_PIXELS", {"cpu": 2 * 64 * 64})
     return [torch.cat((x, x[:1].flip(-1))), x.flip(-2)]
 
 
-class Peak:
-    """The most bytes that were kept at once, counted on the tensors themselves whenever one is added."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.bytes = 0
-        put = KeptValues._put
-
-        def counting(store: KeptValues, node: fx.Node, value: object, size: int) -> None:
-            put(store, node, value, size)
-            storages: dict[int, int] = {}
-            for each in store._budget.stores:
-                fx.node.map_aggregate(list(each.values.values()), partial(note, storages))
-            self.bytes = max(self.bytes, sum(storages.values()))
-
-        def note(storages: dict[int, int], leaf: object) -> None:
-            if isinstance(leaf, Tensor):
-                storages[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage().nbytes()
-
-        monkeypatch.setattr(KeptValues, "_put", counting)
-
-
-@pytest.fixture
-def peak(monkeypatch: pytest.MonkeyPatch) -> Peak:
-    return Peak(monkeypatch)
+def bytes_of_tensors() -> int:
+    """Return how many bytes the tensors have that are alive."""
+    gc.collect()
+    storages = [t.untyped_storage() for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def traced(model: nn.Module) -> fx.GraphModule:
@@ -69,35 +53,37 @@ def least_memory(gm: fx.GraphModule, images: list[Tensor]) -> int:
     with pytest.raises(
         ValueError, match=r"memory=1 .* is too little: what '.*' reads for \d images"
     ) as error:
-        ChangeMeter(gm, images, memory=1)
+        ChangeMeter(gm, make_bench(gm, images, memory=1)).measure_base()
     words = str(error.value).split()
     return int(words[words.index("bytes;") - 1])
 
 
-def test_every_budget_is_kept_to_and_gives_the_same_bits(
-    model: nn.Module, images: list[Tensor], peak: Peak
-) -> None:
+def test_every_budget_is_kept_to_and_gives_the_same_bits(model: nn.Module, images: list[Tensor]) -> None:
     gm = traced(model)
-    meter = ChangeMeter(gm, images)
-    expected = meter.sums_of(changes_of(gm))
-    everything, least = peak.bytes, least_memory(gm, images)
+    before = bytes_of_tensors()
+    meter = ChangeMeter(gm, make_bench(gm, images))
+    expected = meter.measure(changes_of(gm))
+    everything, least = bytes_of_tensors() - before, least_memory(gm, images)
+    base = meter.measure_base()
+    del meter
     assert least < everything / 3
     for memory in (least, everything // 2):
-        peak.bytes = 0
-        small = ChangeMeter(gm, images, memory=memory)
-        assert small.base == meter.base
-        assert small.sums_of(changes_of(gm)) == expected
-        assert 0 < peak.bytes <= memory
+        before = bytes_of_tensors()
+        small = ChangeMeter(gm, make_bench(gm, images, memory=memory))
+        own = sum(x.nbytes for x in small.bench.pieces)  # copies of the images, in another layout
+        assert small.measure_base() == base
+        assert bytes_of_tensors() - before - own <= memory
+        assert small.measure(changes_of(gm)) == expected
+        assert 0 < bytes_of_tensors() - before - own <= memory
+        del small
     with pytest.raises(ValueError, match="too little"):
-        ChangeMeter(gm, images, memory=least - 1)
+        ChangeMeter(gm, make_bench(gm, images, memory=least - 1)).measure_base()
 
 
-def test_prepare_chooses_the_same_within_the_least_memory(images: list[Tensor], peak: Peak) -> None:
+def test_prepare_chooses_the_same_within_the_least_memory(images: list[Tensor]) -> None:
     model = small_model("bmshj2018-hyperprior")
     least = least_memory(traced(model), images)
-    peak.bytes = 0
     small = fmpq_fx.prepare(model, 0.15, calibration=images, bits=(3, 6), memory=least)
-    assert 0 < peak.bytes <= least
     large = fmpq_fx.prepare(model, 0.15, calibration=images, bits=(3, 6), memory="1GB")
     assert fmpq_fx.plan_of(small) == fmpq_fx.plan_of(large)
 
@@ -105,24 +91,24 @@ def test_prepare_chooses_the_same_within_the_least_memory(images: list[Tensor], 
 def test_a_result_does_not_depend_on_what_else_is_asked_for(images: list[Tensor]) -> None:
     gm = traced(small_model("mbt2018-mean"))
     changes = changes_of(gm)
-    together = ChangeMeter(gm, images).sums_of(changes)
+    together = ChangeMeter(gm, make_bench(gm, images)).measure(changes)
     assert list(together) == list(changes)
-    meter = ChangeMeter(gm, images, memory=2 * least_memory(gm, images))
+    meter = ChangeMeter(gm, make_bench(gm, images, memory=2 * least_memory(gm, images)))
     for key in reversed(changes):  # against the order of the graph, one at a time
-        assert meter.sums_of({key: changes[key]}) == {key: together[key]}
+        assert meter.measure({key: changes[key]}) == {key: together[key]}
 
 
-def test_parts_of_a_batch_add_up_to_it(model: nn.Module, images: list[Tensor]) -> None:
+def test_pieces_of_a_batch_add_up_to_it(model: nn.Module, images: list[Tensor]) -> None:
     gm = traced(model)
-    assert [len(part) for part in incremental.parts_of(images)] == [2, 1, 2]
+    assert [len(piece) for piece in bench.cut_into_pieces(images)] == [2, 1, 2]
     with torch.no_grad():
-        sums = [incremental.rd_sums(gm(x), x) for x in images]
-    meter = ChangeMeter(gm, images)
+        sums = [rd_sums(gm(x), x) for x in images]
+    base = ChangeMeter(gm, make_bench(gm, images)).measure_base()
     total = sums[0] + sums[1]
-    assert (meter.base.pixels, meter.base.elements) == (total.pixels, total.elements)
+    assert (base.pixels, base.elements) == (total.pixels, total.elements)
     # Kernels for fewer images round otherwise.
-    assert meter.base.bits == pytest.approx(total.bits, rel=1e-6)
-    assert meter.base.squared_error == pytest.approx(total.squared_error, rel=1e-6)
+    assert base.bits == pytest.approx(total.bits, rel=1e-6)
+    assert base.squared_error == pytest.approx(total.squared_error, rel=1e-6)
 
 
 def test_what_was_chosen_is_what_was_measured(images: list[Tensor]) -> None:
@@ -131,16 +117,19 @@ def test_what_was_chosen_is_what_was_measured(images: list[Tensor]) -> None:
     gm = fmpq_fx.prepare(
         model, 3 / 32, calibration=images, bits=[3], planner="uniform", lmbda=0.01, activation_bits=None
     )
-    layers = quantized_layers(gm)
-
-    def clipped(layer: QuantizedLayer, clip: float) -> QuantizedLayer:
-        return quantize_layer(layer.layer, 3, clip=clip)
-
-    with RDDescent(gm, images, 0.01, list(layers)) as descent:
+    layers, own = quantized_layers(gm), make_bench(gm, images)
+    for layer in layers.values():
+        layer.set_clip(1.0)
+    for clips in ((0.9,), (0.9, 0.8, 0.7)):
+        set_clip = {site: layer.set_clip for site, layer in layers.items()}
+        chosen, rd = choose_clips(gm, own, 0.01, set_clip, clips, "clips")
+        assert len(set(chosen.values())) > 1, "some are clipped, and some are not"
+        assert rd == pytest.approx(mean_rd(gm, own, 0.01), rel=1e-12)
         for site, layer in layers.items():
-            descent.best_clip(site, partial(clipped, layer), (0.9, 0.8, 0.7))
-            assert descent.rd == pytest.approx(mean_rd(gm, images, 0.01), rel=1e-12)
-    assert all(layer.kept_weight is None for layer in quantized_layers(gm).values())
+            alike = quantize_layer(layer.layer, 3, clip=chosen[site])
+            assert torch.equal(layer.weight_quantizer.log_scale, alike.weight_quantizer.log_scale)
+            assert layer.kept_weight is None
+            layer.set_clip(1.0)
 
 
 def test_a_model_that_cannot_run_with_channels_last(x: Tensor) -> None:
@@ -163,6 +152,32 @@ def test_a_model_that_cannot_run_with_channels_last(x: Tensor) -> None:
         model(x.contiguous(memory_format=torch.channels_last))
     table = fmpq_fx.analyze(model, calibration=x, bits=[4])
     assert any(values[4] for values in table.raw.values())
+
+
+def test_too_little_memory_while_the_layout_is_tried_says_nothing_of_the_layout(x: Tensor) -> None:
+    def hungry(x: Tensor) -> None:
+        torch.empty(2**58)
+
+    with pytest.raises(RuntimeError, match="allocate"):
+        make_bench(hungry, [x])  # type: ignore[arg-type]
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 1), st.integers(0, 5), st.integers(1, 20)), max_size=30)
+)
+def test_no_more_is_kept_than_the_budget_allows(steps: list[tuple[bool, int, int, int]]) -> None:
+    graph, budget = fx.Graph(), Budget(160, shares=2)
+    nodes = [graph.placeholder(f"x{i}") for i in range(6)]
+    stores = [KeptValues(budget), KeptValues(budget)]
+    for demanded, store, node, size in steps:
+        value = torch.zeros(size)  # 4 bytes each
+        if demanded:
+            stores[store].demand({nodes[node]: value}, "a value")
+            assert stores[store].values[nodes[node]] is value
+        else:
+            stores[store].offer(nodes[node], value)
+        kept = [value for each in stores for value in each.values.values()]
+        assert sum(value.nbytes for value in kept) == budget.held <= 160
 
 
 def test_small_values_stay_and_large_ones_make_room() -> None:

@@ -14,7 +14,7 @@ from conftest import small_model
 from fmpq_fx import FmpqError, Sensitivity
 from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.kept_values import Budget
-from fmpq_fx.passes.measure.rerun import UNCHANGED, IncrementalInterpreter, find_reach
+from fmpq_fx.passes.measure.rerun import UNCHANGED, IncrementalInterpreter, find_downstream
 from fmpq_fx.passes.plan.tables import monotone
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.swap import substituted
@@ -100,7 +100,7 @@ def test_an_evaluation_runs_only_what_is_downstream(x: Tensor) -> None:
             runs.append(n.name)
             return super().run_node(n)
 
-    interpreter = Counting(gm, find_reach(gm), Budget(2**30))
+    interpreter = Counting(gm, find_downstream(gm), Budget(2**30))
     with torch.no_grad():
         before = interpreter.run_once(x)
         runs.clear()

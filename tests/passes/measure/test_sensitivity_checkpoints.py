@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fmpq_fx
 from conftest import small_model
 from fmpq_fx import FmpqError, Sensitivity
-from fmpq_fx.passes.measure.incremental import ChangeMeter
+from fmpq_fx.passes.measure.changes import ChangeMeter
 from fmpq_fx.rd import RDSums
 
 BITS = (2, 4, 6, 8)
@@ -24,15 +24,15 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, interrupt_at: int | None = None):
         self.calls, self.points, self.interrupt_at = 0, 0, interrupt_at
-        self.measure: Callable[..., dict[Any, RDSums]] = ChangeMeter.sums_of
-        monkeypatch.setattr(ChangeMeter, "sums_of", lambda *args, **options: self.count(*args, **options))
+        self.measure: Callable[..., dict[Any, RDSums]] = ChangeMeter.measure
+        monkeypatch.setattr(ChangeMeter, "measure", lambda *args: self.count(*args))
 
-    def count(self, meter: ChangeMeter, changes: Mapping[Any, Any], **options: Any) -> dict[Any, RDSums]:
+    def count(self, meter: ChangeMeter, changes: Mapping[Any, Any], title: str) -> dict[Any, RDSums]:
         self.calls += 1
         if self.calls == self.interrupt_at:
             raise KeyboardInterrupt
         self.points += len(changes)
-        return self.measure(meter, changes, **options)
+        return self.measure(meter, changes, title)
 
 
 def killed(path: Path, x: Tensor, monkeypatch: pytest.MonkeyPatch, at: int, **options: Any) -> Sensitivity:

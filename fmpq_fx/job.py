@@ -1,0 +1,120 @@
+"""What ``prepare`` and ``analyze`` are given: checked, equal on all ranks, and traced, before the long work."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, fx, nn
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.images import crops
+from fmpq_fx.images.crops import Calibration
+from fmpq_fx.memory import bytes_of
+from fmpq_fx.passes.functionalize import functionalize
+from fmpq_fx.passes.measure.bench import Bench, cut_into_pieces, make_bench
+from fmpq_fx.passes.measure.sensitivity import Measurement
+from fmpq_fx.passes.plan.tables import Sensitivity
+from fmpq_fx.passes.sites import find_sites
+from fmpq_fx.passes.trace import check_trace, trace
+from fmpq_fx.ranks import Ranks, current
+from fmpq_fx.storage import fingerprint
+from fmpq_fx.storage.files import check_folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, the images to measure it on, and how."""
+
+    model: nn.Module  # as it was given; it is not modified
+    batches: list[Tensor]  # (B, C, H, W) each, in [0, 1], on the model's device and in its dtype
+    memory: int  # bytes of activations that may be kept
+    known: Sensitivity | None  # what was measured already, by the caller's table or the checkpoint
+    checkpoint: str | os.PathLike[str] | None  # the file of the table
+    ranks: Ranks  # that share the work
+    progress: bool | None  # False shows nothing; see :func:`fmpq_fx.progress.reported`
+
+    def trace(self) -> fx.GraphModule:
+        """Return the graph of the model, which computes the same on the images, out-of-place and with its sites marked.
+
+        Raises:
+            FmpqError: the model cannot be traced, has nothing to quantize, or cannot run on the images.
+        """
+        gm = functionalize(trace(self.model))
+        find_sites(gm)  # refuses weights that are not finite, which nothing can be compared with
+        # What is measured is run in such pieces; a decision on the size would show at another one.
+        for x in {x.shape: x for x in cut_into_pieces(self.batches)}.values():
+            check_trace(self.model, gm, x)
+        return gm
+
+    def make_bench(self, gm: fx.GraphModule) -> Bench:
+        """Return what ``gm`` is measured on."""
+        return make_bench(gm, self.batches, memory=self.memory, ranks=self.ranks, progress=self.progress)
+
+    def measurement(self, lmbda: float | None, bits: tuple[int, ...] | None) -> Measurement:
+        """Return what is to be measured, by the Lagrangian and the candidate widths."""
+        identity = {
+            "weights": fingerprint.of_model(self.model),
+            "images": fingerprint.of_images(self.batches),
+        }
+        return Measurement(
+            lmbda, bits, crops.describe(self.batches), identity, known=self.known, checkpoint=self.checkpoint
+        )
+
+
+def begin_job(
+    model: nn.Module,
+    calibration: Calibration,
+    *,
+    sensitivity: Sensitivity | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    memory: int | str | None = None,
+    progress: bool | None = None,
+) -> Job:
+    """Check the arguments of :func:`fmpq_fx.prepare` of the same names; all ranks that share the work must call it.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        FmpqError: the model has no parameters, there are no usable images, the checkpoint is no table, or the ranks
+            were given different things.
+    """
+    ranks = current()
+    if sensitivity is not None and checkpoint is not None:
+        raise ValueError("sensitivity and checkpoint both name a table; pass one of them")
+    known = sensitivity or _read(checkpoint)
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        raise FmpqError(f"{type(model).__name__} has no parameters, so there is nothing to quantize")
+    given = crops.batches(calibration)
+    if ranks.count > 1:
+        pixels, weights = fingerprint.of_images(given)[:12], fingerprint.of_model(model)[:12]
+        ranks.require_same(
+            {
+                "the sensitivity": _version(known),
+                "the calibration": f"{crops.describe(given)}, {pixels}",
+                "the model": f"{type(model).__name__}, weights {weights}",
+            }
+        )
+    return Job(
+        model,
+        [x.to(parameter.device, parameter.dtype) for x in given],
+        bytes_of(memory, parameter.device),
+        known,
+        checkpoint,
+        ranks,
+        progress,
+    )
+
+
+def _read(checkpoint: str | os.PathLike[str] | None) -> Sensitivity | None:
+    """Return the table in the file ``checkpoint``, None where there is none yet."""
+    if checkpoint is None:
+        return None
+    check_folder(checkpoint)
+    return Sensitivity.load(checkpoint) if Path(checkpoint).exists() else None
+
+
+def _version(sensitivity: Sensitivity | None) -> str:
+    if sensitivity is None:
+        return "to be measured"
+    return f"a table, {hashlib.sha256(sensitivity.to_json().encode()).hexdigest()[:12]}"

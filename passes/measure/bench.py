@@ -1,0 +1,83 @@
+"""Run a model on images in pieces that fit into a processor's caches, in the memory layout that suits the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fmpq_fx.memory import bytes_of
+from fmpq_fx.passes.forward import output_of, ran_out_of_memory
+from fmpq_fx.passes.measure.allocator import freed_memory_kept
+from fmpq_fx.ranks import ALONE, Ranks
+from fmpq_fx.rd import RDSums, rd_sums
+
+PIECE_PIXELS = {"cpu": 2 * 256 * 256, "gpu": 16 * 256 * 256}
+"""How many pixels are run at once: what suits a processor's caches, and what keeps a GPU busy."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What losses are measured on, and what measuring them may take. :func:`make_bench` sets one up."""
+
+    pieces: tuple[
+        Tensor, ...
+    ]  # (B, C, H, W) each, in [0, 1]: images that are run at once, in a layout for the model
+    memory: int  # bytes of activations that may be kept; a forward pass of one piece takes memory besides
+    ranks: Ranks = ALONE  # that share the work
+    progress: bool | None = False  # False shows nothing; see :func:`fmpq_fx.progress.reported`
+
+
+def make_bench(
+    gm: fx.GraphModule,
+    batches: Sequence[Tensor],
+    *,
+    memory: int | None = None,
+    ranks: Ranks = ALONE,
+    progress: bool | None = False,
+) -> Bench:
+    """Return ``batches``, (B, C, H, W) each, as what ``gm``, and what it is rewritten to, is measured on.
+
+    On a CPU models run faster with channels last. Some have a view of their activations that this layout does not
+    allow; so one piece is tried.
+
+    Args:
+        gm: a graph in evaluation mode.
+        batches: images in [0, 1], on the device of ``gm``; at least one batch.
+        memory: bytes of activations that may be kept; None is what :func:`fmpq_fx.memory.bytes_of` says.
+        ranks: that share the work.
+        progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
+    """
+    pieces = cut_into_pieces(batches)
+    if pieces[0].device.type == "cpu":
+        fast = [x.contiguous(memory_format=torch.channels_last) for x in pieces]
+        pieces = fast if _runs(gm, fast[0]) else pieces
+    return Bench(tuple(pieces), bytes_of(memory, pieces[0].device), ranks, progress)
+
+
+def cut_into_pieces(batches: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``batches`` (B, C, H, W) in pieces of as many images as are run at once, at least one."""
+    pieces: list[Tensor] = []
+    for x in batches:
+        pixels = PIECE_PIXELS["cpu" if x.device.type == "cpu" else "gpu"]
+        pieces += x.split(max(1, pixels // (x.size(-2) * x.size(-1))))
+    return pieces
+
+
+def mean_rd(gm: fx.GraphModule, bench: Bench, lmbda: float) -> float:
+    """Return the RD loss of ``gm``, a model in evaluation mode, over all images of ``bench``."""
+    with torch.no_grad(), freed_memory_kept():
+        own = [rd_sums(output_of(gm, x), x) for x in bench.ranks.share(bench.pieces)]
+    return sum(bench.ranks.merge(own), RDSums()).rd(lmbda)
+
+
+@torch.no_grad()
+def _runs(gm: fx.GraphModule, x: Tensor) -> bool:
+    """Say whether ``gm`` runs on ``x``. Too little memory says nothing of that, and is an error."""
+    try:
+        gm(x)
+    except RuntimeError as error:
+        if ran_out_of_memory(error):
+            raise
+        return False
+    return True

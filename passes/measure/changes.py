@@ -1,0 +1,158 @@
+"""Measure what the RD loss of a graph becomes when one of its layers is changed, without running all of it again."""
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.forward import output_of
+from fmpq_fx.passes.measure.allocator import freed_memory_kept
+from fmpq_fx.passes.measure.bench import Bench
+from fmpq_fx.passes.measure.kept_values import Budget
+from fmpq_fx.passes.measure.rerun import UNCHANGED, Downstream, IncrementalInterpreter, find_downstream
+from fmpq_fx.passes.swap import substituted
+from fmpq_fx.progress import reported
+from fmpq_fx.quant import weights_kept
+from fmpq_fx.rd import RDSums, squared_error, total_bits
+
+K = TypeVar("K", bound=Hashable)
+
+Change = tuple[str, Callable[[nn.Module], nn.Module]]
+"""A site's name, and what makes the module that takes its place from the one that is there."""
+
+
+class PieceMeter:
+    """The RD sums of a graph on one piece of the images, and what they become with a layer changed.
+
+    Args:
+        gm: a functionalized graph in evaluation mode.
+        x: images (B, C, H, W) in [0, 1].
+        downstream: of the sites that may be changed.
+        budget: for the values that are kept.
+
+    Raises:
+        FmpqError: the model cannot run on images of that size, or its output is not CompressAI's.
+        ValueError: the budget is too small.
+    """
+
+    def __init__(self, gm: fx.GraphModule, x: Tensor, downstream: Mapping[str, Downstream], budget: Budget):
+        self.x = x
+        self._interpreter = IncrementalInterpreter(gm, downstream, budget)
+        output = output_of(self._interpreter.run_once, x)
+        self._bits = {name: total_bits(p).item() for name, p in output["likelihoods"].items()}
+        self._error = squared_error(output["x_hat"], x).item()
+        self._tried = self._bits, self._error
+
+    @property
+    def sums(self) -> RDSums:
+        """The RD sums of the graph as it was run first, with the changes that were accepted since."""
+        return self._sums(self._bits, self._error)
+
+    def measure(self, site: str, *, remember: bool = False) -> RDSums:
+        """Return the RD sums now that ``site`` alone is changed.
+
+        Args:
+            site: its name.
+            remember: the change may be accepted afterwards.
+        """
+        self._interpreter.prepare(site, self.x)
+        self._tried = self._measured(self._interpreter.rerun(site, remember=remember))
+        return self._sums(*self._tried)
+
+    def accept(self) -> None:
+        """Take over the change that was measured last: it stays in the graph."""
+        self._interpreter.accept()
+        self._bits, self._error = self._tried
+
+    def forget(self, site: str) -> None:
+        """Let go of what is kept for changes of ``site``: it will not be changed again."""
+        self._interpreter.forget(site)
+
+    def _measured(self, output: Any) -> tuple[dict[str, float], float]:
+        """Return bits by latent and squared error of an output in which only what changed is there."""
+        if output is UNCHANGED:
+            return self._bits, self._error
+        bits, error, likelihoods = self._bits, self._error, output["likelihoods"]
+        if likelihoods is not UNCHANGED:
+            bits = {
+                name: self._bits[name] if p is UNCHANGED else total_bits(p).item()
+                for name, p in likelihoods.items()
+            }
+        if output["x_hat"] is not UNCHANGED:
+            error = squared_error(output["x_hat"], self.x).item()
+        return bits, error
+
+    def _sums(self, bits: Mapping[str, float], error: float) -> RDSums:
+        pixels = self.x.size(0) * self.x.size(-2) * self.x.size(-1)
+        return RDSums(sum(bits.values()), error, pixels, self.x.numel())
+
+
+class ChangeMeter:
+    """Measures the RD sums of a graph with one of its layers exchanged, for any number of layers and exchanges.
+
+    Example::
+
+        meter = ChangeMeter(gm, make_bench(gm, batches))
+        six_bits = {"g_a.0": ("g_a.0", partial(quantize_layer, bits=6))}
+        rise = meter.measure(six_bits)["g_a.0"].rd(lmbda) - meter.measure_base().rd(lmbda)
+
+    What a change gives does not depend, bit for bit, on what else is measured, on the memory or on the number of ranks.
+    Each rank measures its share of the changes, on all the images. An evaluation takes what a plain run of one piece
+    takes, besides the memory of the bench.
+
+    Args:
+        gm: a functionalized graph in evaluation mode whose sites are marked. It is left as it was.
+        bench: what it is measured on.
+    """
+
+    def __init__(self, gm: fx.GraphModule, bench: Bench):
+        self.gm, self.bench = gm, bench
+        self.base: RDSums | None = None  # of the graph as it is; None: it was not run yet
+        self._downstream = find_downstream(gm)
+        self._pieces: list[PieceMeter] = []
+
+    def measure_base(self) -> RDSums:
+        """Return the RD sums of the graph as it is. The first call runs it, and keeps what measuring changes needs.
+
+        Raises:
+            FmpqError, ValueError: see :class:`PieceMeter`; or the sums are not finite.
+        """
+        if self.base is None:
+            budget = Budget(self.bench.memory, shares=len(self.bench.pieces))
+            with torch.no_grad(), freed_memory_kept():
+                self._pieces = [PieceMeter(self.gm, x, self._downstream, budget) for x in self.bench.pieces]
+            self.base = self.bench.ranks.take_first(sum((piece.sums for piece in self._pieces), RDSums()))
+            if not (math.isfinite(self.base.rate) and math.isfinite(self.base.mse)):
+                raise FmpqError(
+                    f"the model's RD loss on the calibration images is not finite (rate {self.base.rate} bpp, MSE "
+                    f"{self.base.mse}); check the checkpoint, and that the images lie in [0, 1]"
+                )
+        return self.base
+
+    @torch.no_grad()
+    def measure(self, changes: Mapping[K, Change], title: str = "changes") -> dict[K, RDSums]:
+        """Return the RD sums with each of ``changes`` made alone, in their order; ``title`` is the progress bar's."""
+        self.measure_base()
+        own = dict(self.bench.ranks.share(list(changes.items())))
+        keys: dict[str, list[K]] = {site: [] for site in self._downstream}  # in the order of the graph
+        for key, (site, _) in own.items():
+            keys[site].append(key)
+        sums = dict.fromkeys(own, RDSums())
+        bar = reported(range(len(self._pieces) * len(own)), title, "run", show=self.bench.progress)
+        with bar, freed_memory_kept():
+            for site, its_keys in keys.items():
+                layer = self.gm.get_submodule(site)
+                modules = {key: changes[key][1](layer) for key in its_keys}
+                with ExitStack() as stack:
+                    for module in modules.values():
+                        stack.enter_context(weights_kept(module))
+                    for piece in self._pieces:
+                        for key, module in modules.items():
+                            with substituted(self.gm, site, module):
+                                sums[key] += piece.measure(site)
+                            bar.update()
+        return dict(self.bench.ranks.merge(list(sums.items())))
