@@ -3,8 +3,8 @@
 On the path from the coded latents to the entropy coder every number is an integer below 2^24 times 2^-12, which
 float32 holds exactly, and every operation on them is one on integers below 2^53, which float64 holds exactly. So
 results depend neither on the order of a sum nor on the device, the library, the memory layout or the type of the
-tensors. The real numbers that the integers are made from, steps above all, are computed without the platform's
-``exp``, whose last bit differs from one to the next: by :mod:`decimal`, whose results are specified to the digit.
+tensors. The real numbers that the integers are made from, steps above all, are computed by :mod:`decimal`, whose
+results are specified to the digit. The last bit of the platform's own ``exp`` differs between platforms.
 """
 
 import math
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from fmpq_fx.errors import FmpqError
 
 FRACTION_BITS = 12
-"""Numbers on the path are multiples of 2^-12; the first two scales of CompressAI's table are 59 of them apart."""
+"""Numbers on the path are multiples of 2^-12. The first two scales of CompressAI's table are 59 such steps apart."""
 
 MOST = 2**24 - 1
-"""The largest integer that stands for a number on the path, which is then just below 4096; there it saturates."""
+"""Integers on the path saturate at this magnitude, which stands for a number just below 4096."""
 
 WIDEST = 2**48
 """Sums of products stay below this."""
@@ -33,14 +33,14 @@ _DECIMAL = Context(prec=40, rounding=ROUND_HALF_EVEN)
 
 
 def to_integers(x: Tensor) -> Tensor:
-    """Return the integers, float64, that stand for ``x``, rounded where it is no fixed-point number."""
+    """Return the integers, float64, that stand for ``x``; numbers that are not fixed-point are rounded."""
     return (x.double() * 2.0**FRACTION_BITS).round_().clamp_(-MOST, MOST)
 
 
 def from_integers(integers: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the numbers that ``integers``, float64, stand for, saturated, in ``dtype``.
 
-    Types smaller than float32 hold less of them: everywhere the same, but not what the others hold.
+    A type smaller than float32 rounds them further, in the same way on every machine.
     """
     return integers.clamp(-MOST, MOST).mul_(2.0**-FRACTION_BITS).to(dtype)
 
@@ -97,7 +97,7 @@ class Rescaling(IntegerModule):
         assert bound < WIDEST
         self.wide = bound >= _NARROW
         piece = _PIECE if self.wide else 0
-        # What an offset may have without a bias, half a unit, leaves more room than one with a bias of 24 bits.
+        # Without a bias the offset is half a unit, which leaves more room than a bias of 24 bits does.
         most = 50 if biases is None else 28
         columns: list[tuple[int, int, float]] = []
         for factor, bias in zip(factors, biases or [Fraction(0)] * len(factors), strict=True):

@@ -2,8 +2,8 @@
 
 They take and return ordinary float tensors, which hold fixed-point numbers (:mod:`fmpq_fx.exact.fixed_point`), so
 that they can stand in a model of any class, between its own concatenations, chunks and coding loops. Sums of
-products are matrix products, never a library's convolution: one by Winograd or FFT, which a library is free to
-choose, multiplies numbers that are no integers.
+products are matrix products, never a library's convolution: a library may convolve by Winograd or FFT, which multiply
+numbers that are no integers.
 """
 
 import math
@@ -29,8 +29,10 @@ from fmpq_fx.quant.fake_quant import ActivationFakeQuant
 from fmpq_fx.quant.layers import QuantizedLayer, quantize_layer
 
 _FLOAT32_SUMS = 2**24  # float32 holds all integers up to here
-_FLOAT32_OPERANDS = 2**8  # and so does bfloat16 up to here, which a library may multiply float32 as
-_FLOAT_WEIGHT_BITS = 16  # of the weights that the plan leaves float
+_FLOAT32_OPERANDS = (
+    2**8
+)  # bfloat16 holds all integers up to here; a library may multiply float32 numbers in it
+_FLOAT_WEIGHT_BITS = 16  # of the integers for weights that the plan leaves float
 
 
 class ExactLayer(IntegerModule):
@@ -43,8 +45,8 @@ class ExactLayer(IntegerModule):
 
     Args:
         layer: a quantized layer, or a float one.
-        most: the largest magnitude of the integers that stand for outputs, where they saturate: less than what there
-            is room for where outputs are added up.
+        most: the integers that stand for outputs saturate at this magnitude. It is smaller where outputs are added up
+            later, so that their sum has room.
 
     Raises:
         FmpqError: the layer cannot be computed exactly.
@@ -95,7 +97,7 @@ class ExactLayer(IntegerModule):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output, fixed-point numbers, for ``x``, which is rounded to such if it is none.
+        """Return the layer's output for ``x``, in fixed-point numbers; an ``x`` that has others is rounded to such.
 
         The shapes are those of the float layer. There are no gradients.
         """
@@ -162,7 +164,7 @@ def _integers_of_float(rows: Tensor) -> tuple[Tensor, list[Fraction]]:
     scaled = []
     for row, shift in zip(rows, shifts, strict=True):
         integers = (row * math.ldexp(1.0, shift)).round().long()
-        excess = max(0, int(integers.abs().sum()).bit_length() - 24)  # of the room for sums that MOST leaves
+        excess = max(0, int(integers.abs().sum()).bit_length() - 24)  # sums have room for 24 bits beside MOST
         scaled.append((row * math.ldexp(1.0, shift - excess)).round().long())
         shifts[len(scaled) - 1] -= excess
     return torch.stack(scaled), [Fraction(2) ** -shift for shift in shifts]

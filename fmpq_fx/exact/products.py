@@ -1,8 +1,8 @@
-"""Convolutions as products of one matrix with another: sums of products in any order, and nothing else.
+"""Convolutions as products of two matrices, which do nothing but add up products, in any order.
 
-A convolution of a library may be one by Winograd or FFT, which multiplies sums and fractions of what it is given.
-With a matrix product, every number between is a sum of some of the products, so integers are summed exactly as
-long as the sum of all magnitudes can be represented.
+A library may compute a convolution by Winograd or FFT, which multiply sums and fractions of its inputs. In a matrix
+product every intermediate number is a sum of some of the products. So integers are summed exactly as long as the sum
+of all magnitudes can be represented.
 """
 
 import torch
@@ -19,7 +19,7 @@ class ConvProduct:
         self.groups = layer.groups
         self.kernel = layer.kernel_size
         self.stride, self.dilation = layer.stride, layer.dilation
-        # Left, right, top, bottom; torch keeps them for every way of padding, those that it is told by name too.
+        # Left, right, top, bottom. torch keeps these numbers for a padding that was given by name, too.
         self.padding = list(layer._reversed_padding_repeated_twice)
         self.padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
 
@@ -87,7 +87,7 @@ class LinearProduct:
     pointwise = False
 
     def __init__(self, layer: nn.Linear):
-        del layer  # the matrix is all there is
+        del layer  # the matrix says it all
 
     def matrix(self, integers: Tensor) -> Tensor:
         """Return the matrix of ``integers`` (out, in, 1)."""
@@ -102,7 +102,7 @@ Product = ConvProduct | ConvTransposeProduct | LinearProduct
 
 
 def product_of(layer: nn.Module) -> Product | None:
-    """Return how the float ``layer`` multiplies, or None where it is none of these."""
+    """Return how the float ``layer`` multiplies, or None for a layer of another kind."""
     if isinstance(layer, nn.Conv2d):
         return ConvProduct(layer)
     if isinstance(layer, nn.ConvTranspose2d):

@@ -1,5 +1,5 @@
-"""The files that models live in: ``.fmpq``, which ships, and state files, which are trained on.
+"""The files that hold models: ``.fmpq``, which ships, and state files, from which training goes on.
 
-In comes a quantized graph; out comes a file, and from the file the same graph again, bit for bit, or its codec. What
-any file is built of lies in ``storage``. It may import ``onnx``, ``coding`` and what lies below them.
+In comes a quantized graph; out comes a file, and from the file the same graph again, bit for bit, or its codec. The
+parts that files are built of lie in ``storage``. It may import ``onnx``, ``coding`` and what lies below them.
 """

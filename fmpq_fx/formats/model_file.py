@@ -8,10 +8,10 @@ It is a safetensors file (see :mod:`fmpq_fx.storage.container` for its version a
 ``model``           packed: what stays float, biases, GDN's betas, the entropy models, as in the state dict
 ``tables``          packed: the CDF tables of the entropy models
 ``words``           packed JSON: the plan, the history of fine-tuning, names, types and shapes of all tensors, and
-                    which modules choose the CDFs (what these compute with follows from the rest, exactly)
+                    which modules choose the CDFs (their exact arithmetic follows from the rest)
 ==================  =============================================================================================
 
-Its metadata say which model it is: the class, and its name in CompressAI's zoo where that makes it again.
+Its metadata say which model it is: the class, and its name in CompressAI's zoo if the zoo can make it again.
 """
 
 import json
@@ -40,9 +40,7 @@ from fmpq_fx.pipeline import rewrite
 from fmpq_fx.quant import QUANTIZERS, QuantizedLayer, quantized_layers
 from fmpq_fx.storage import container, fingerprint, tensor_packing, weight_coder
 
-_WEIGHTS_PER_BYTE = (
-    256  # that a file may claim to have: what makes a small file ask for all memory is a fraud
-)
+_WEIGHTS_PER_BYTE = 256  # most that are believed: a small forged file could ask for all memory
 
 
 def save(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
@@ -97,8 +95,8 @@ def load(path: str | os.PathLike[str], *, model: Model | None = None) -> fx.Grap
 
     Args:
         path: the file.
-        model: for models that are not of CompressAI's zoo: one like it, whatever its weights, or what makes one.
-            It is not modified.
+        model: for a file whose model is not of CompressAI's zoo: a model of that class and size, with any weights,
+            or a callable that makes one. It is not modified.
 
     Raises:
         FmpqError: the file is damaged, of a newer version or something else, or its model cannot be made.
@@ -155,7 +153,7 @@ def load_codec(
 
 @contextmanager
 def blaming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Name ``path`` in whatever goes wrong in the block, since a forged file may make anything go wrong."""
+    """Name ``path`` in every error of the block. A forged file may cause an error of any type."""
     try:
         yield
     except FmpqError as error:

@@ -1,13 +1,14 @@
-"""The file that a rewritten graph passes between commands in: everything that training needs, without pickle.
+"""The file in which commands hand on a rewritten graph: everything that training needs, without pickle.
 
 It is a safetensors file. Its tensors are ``model.NAME``, the state dict of the float model (weights as trained so
 far), and ``quantizers.SITE.NAME``, the steps and zero points of every site. Its metadata have one entry, ``state``
 (several would be written in an order that changes from run to run), a JSON object of texts:
 
 - ``format``: "fmpq_fx state 1";
-- ``model``: how :func:`fmpq_fx.models.zoo.load_model` is told the model ("mbt2018-mean", "package.module:callable");
+- ``model``: the name by which :func:`fmpq_fx.models.zoo.load_model` makes the model ("mbt2018-mean",
+  "package.module:callable");
 - ``plan``: the plan, as :meth:`fmpq_fx.Plan.to_json` writes it;
-- ``history``: of fine-tuning, as :meth:`fmpq_fx.History.to_json` writes it; left out before.
+- ``history``: the history of fine-tuning, as :meth:`fmpq_fx.History.to_json` writes it; only after fine-tuning.
 """
 
 import json
@@ -40,7 +41,7 @@ def save_state(gm: fx.GraphModule, path: str | os.PathLike[str], *, model: str) 
     Args:
         gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned, trained further or not.
         path: the file.
-        model: how :func:`fmpq_fx.models.zoo.load_model` is told the model that ``gm`` was made from.
+        model: the name by which :func:`fmpq_fx.models.zoo.load_model` makes the model that ``gm`` was made from.
 
     Raises:
         FmpqError: ``gm`` carries no plan.
@@ -89,7 +90,7 @@ def load_state(path: str | os.PathLike[str]) -> fx.GraphModule:
 
 
 def spec_of(path: str | os.PathLike[str]) -> str:
-    """Return how the model in the state file ``path`` was named to :func:`save_state`.
+    """Return the name of the model in the state file ``path``, as :func:`save_state` was given it.
 
     Raises:
         FmpqError: the file holds something else.

@@ -1,4 +1,4 @@
-"""What a file has to say of a model so that it can be made again, without pickle."""
+"""What a file says of a model, so that the model can be made again without pickle."""
 
 import copy
 import os
@@ -19,11 +19,11 @@ Model = nn.Module | Callable[[], nn.Module]
 
 
 def identity_of(model: nn.Module) -> dict[str, Any]:
-    """Return what :func:`made` needs to make ``model`` again, besides its state dict; JSON can say it."""
+    """Return what :func:`made` needs, besides the state dict, to make ``model`` again, as JSON can hold it."""
     state = model.state_dict()
     name = zoo_name(model)
     if name is not None and _shapes(_imagined(name, state)) != _shapes(state):
-        name = None  # its constructor was given more than the shapes of the weights tell
+        name = None  # the shapes of the weights do not tell all that its constructor was given
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     cls = type(model)
     made = {"class": f"{cls.__module__}.{cls.__qualname__}", "zoo": name}
@@ -37,7 +37,7 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def _imagined(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the state dict of the model ``name`` of the zoo with the shapes of ``state``; it takes no memory.
 
-    Empty, where there is none.
+    It is empty where the zoo cannot make such a model.
     """
     with FakeTensorMode(), torch.no_grad():
         fakes = {key: torch.empty(value.shape, dtype=value.dtype) for key, value in state.items()}
@@ -92,7 +92,7 @@ def made(identity: dict[str, Any], state: dict[str, Tensor], own: nn.Module | No
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load ``state`` into ``model``, whose CDF tables may have any size yet, and whose numbers any type.
+    """Load ``state`` into ``model``; its CDF tables may have other sizes before, and its numbers other types.
 
     Raises:
         FmpqError: the names or shapes are others.

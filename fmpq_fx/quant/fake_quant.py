@@ -84,7 +84,7 @@ def _integers(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 def _fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, leak: float, grad_scale: float
 ) -> Tensor:
-    """Apply :class:`_FakeQuantize`; without gradients, what only its backward needs is left out."""
+    """Apply :class:`_FakeQuantize`; where no gradient is needed, nothing is kept for one."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, scale, zero_point)):
         return _FakeQuantize.apply(  # type: ignore[no-any-return]
             x, scale, zero_point, low, high, leak, grad_scale
@@ -106,7 +106,7 @@ class _ToInteger(torch.autograd.Function):
 
 
 class _Quantizer(nn.Module):
-    """Keeps its parameters in float32 at least, wherever and to whatever dtype the model goes.
+    """Keeps its parameters in float32 or wider, whatever dtype the model is moved to.
 
     ``half()`` of a step's logarithm would change the step by per cents, and ``bfloat16()`` of a zero point above
     256 would make it another one. What is quantized may have any dtype.
@@ -200,11 +200,11 @@ class ActivationFakeQuant(_Quantizer):
     padded convolution are represented exactly.
 
     Where every value seen was a whole number and the range fits, the step is 1 for good: rounded latents then pass
-    unchanged, which no other step of that range would let them. In training mode, where latents carry noise that
-    stands for their rounding, they pass as they are: rounding them as well would double the error.
+    unchanged, and with no other step of that range they would. In training mode latents carry noise, which stands for
+    their rounding. They pass as they are then: rounding them as well would double the error.
 
-    Step and zero point are parameters as long as they are trained, and buffers of the same names once they are fixed:
-    a training loop takes every parameter for one of its own.
+    Step and zero point are parameters as long as they are trained. Once they are fixed, they are buffers of the same
+    names, since a training loop trains every parameter that it finds.
     """
 
     log_scale: Tensor  # (1,)
@@ -235,7 +235,7 @@ class ActivationFakeQuant(_Quantizer):
     def observe(self) -> None:
         """Forget the range and watch the input from now on, unquantized."""
         self.observing = True
-        self.integral = True  # so far: what is seen can only disprove it
+        self.integral = True  # until a value is seen that is no whole number
         self.range = (0.0, 0.0)
 
     def _widen(self, x: Tensor) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from fmpq_fx.quant.fake_quant import LEAK, ActivationFakeQuant, WeightFakeQuant
 
 QUANTIZERS = ("weight_quantizer.", "input_quantizer.")
-"""How the names of what belongs to the quantizers start in the state dict of a :class:`QuantizedLayer`."""
+"""In the state dict of a :class:`QuantizedLayer`, the names of its quantizers' tensors start with these."""
 
 
 class QuantizedLayer(nn.Module):
-    """A layer whose weight, and whose input where ``activation_bits`` is given, lie on a grid of integers.
+    """A layer whose weight lies on a grid of integers, and its input, too, if ``activation_bits`` is given.
 
     Args:
         layer: the float layer; it becomes a part of this one.
@@ -213,10 +213,10 @@ class QuantizedLinear(QuantizedLayer):
 
 
 class QuantizedGDN(QuantizedLayer):
-    """GDN with a quantized gamma: the gamma that multiplies, i.e. after its reparametrization, unsigned.
+    """GDN with a quantized gamma: unsigned, and after its reparametrization, since that gamma multiplies.
 
-    What is quantized of the input is what gamma multiplies, in the norm. The input that the norm then divides stays
-    as it is: no weight multiplies it, and its rounding would cost as much RD as that of a convolution's input.
+    The input is quantized where gamma multiplies it, in the norm. Where the norm divides it, it stays as it is: no
+    weight multiplies it there, and its rounding would cost as much RD as that of a convolution's input.
     """
 
     layer: GDN
@@ -301,5 +301,5 @@ def quantize_layer(
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Return the quantized layers of a rewritten graph, or of the model it was made into, by site."""
+    """Return the quantized layers of a rewritten graph, or of a model that was converted from one, by site."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}

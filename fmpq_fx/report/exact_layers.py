@@ -1,4 +1,4 @@
-"""A table of the layers that compute in integers: in which arithmetic, and why that is exact."""
+"""A table of the layers that compute in integers. It shows their arithmetic, and why that is exact."""
 
 import torch
 from tabulate import tabulate
@@ -14,10 +14,10 @@ def exact_table(codec: nn.Module) -> str:
         codec: what :func:`fmpq_fx.convert` or :func:`fmpq_fx.load_codec` returned.
 
     Returns:
-        per layer the integers that come in, and the largest sum of the magnitudes of all products of an output:
-        whatever the inputs, and in whatever order they are summed, nothing is larger. Below 2^24 float32 holds every
-        integer, and does where also no factor is above 2^8; float64 holds those below 2^53, and sums stay below 2^48.
-        "No layer" where all CDFs are fixed, or none is exact.
+        per layer the range of its input integers, and a bound of its sums: no input and no order of adding up exceeds
+        it. Sums below 2^24 are taken in float32, which holds them exactly, if also no factor is above 2^8; the others
+        in float64, which holds integers below 2^53, while sums stay below 2^48. If all CDFs are fixed, or none is
+        exact, a sentence says that no layer computes so.
     """
     rows = [
         (

@@ -1,4 +1,4 @@
-"""Where the bytes of a model file are."""
+"""A table of what the bytes of a model file hold."""
 
 import json
 import os

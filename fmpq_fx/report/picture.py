@@ -22,7 +22,7 @@ from fmpq_fx.report.table import factor, percent, short_bits, sizes
 from fmpq_fx.storage.files import WRITER, check_folder, replacing
 
 PICTURE_FORMATS = ("png", "svg", "pdf")  # what plot_plan writes, by the suffix of the file
-ZETA_SHOWN = (1e-3, 1e2)  # in %, where the colours of the picture begin and end: the same for all models
+ZETA_SHOWN = (1e-3, 1e2)  # in %: the ends of the colour scale, the same for all models
 
 
 def plot_plan(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:

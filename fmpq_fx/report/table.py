@@ -12,7 +12,7 @@ from fmpq_fx.passes.annotation import graph_note, plan_of
 from fmpq_fx.passes.plan.tables import FLOAT_BITS, Plan
 
 WIDTH = 96  # columns that the lines below the table are wrapped to
-GROUPS = 4  # kinds of float parameters that are told apart; what is left is summed up
+GROUPS = 4  # kinds of float parameters that are listed; the others are added up
 
 
 def bit_table(gm: fx.GraphModule) -> str:
@@ -59,7 +59,7 @@ def _opaque_modules(gm: fx.GraphModule, plan: Plan) -> dict[str, str]:
 
 
 def _footer(gm: fx.GraphModule, plan: Plan) -> str:
-    """Return what holds for the plan as a whole, a name and a text each, aligned."""
+    """Return the lines below the table, about the plan as a whole: a name and a text each, aligned."""
     search = plan.planner
     if plan.beta is not None:
         search += f", beta {plan.beta:.3g} (zeta < {100 * plan.beta:.3g} %)"
@@ -107,7 +107,7 @@ def _kind_of(parameter: str, gm: fx.GraphModule, plan: Plan) -> str:
     modules: dict[str, Any] = dict(gm.named_modules())
     while isinstance(modules.get(owner), nn.ParameterList | nn.ParameterDict):
         owner, _, name = owner.rpartition(".")
-    # fx leaves a plain Module where it traced into one, and the GraphModule itself in place of the model.
+    # Where fx traced into a module, a plain Module stands there, and the GraphModule stands for the model itself.
     holder = type(modules.get(owner, gm))
     return name if holder in (type(gm), nn.Module) else holder.__name__
 
