@@ -29,9 +29,7 @@ from fmpq_fx.quant.fake_quant import ActivationFakeQuant
 from fmpq_fx.quant.layers import QuantizedLayer, quantize_layer
 
 _FLOAT32_SUMS = 2**24  # float32 holds all integers up to here
-_FLOAT32_OPERANDS = (
-    2**8
-)  # bfloat16 holds all integers up to here; a library may multiply float32 numbers in it
+_FLOAT32_OPERANDS = 2**8  # and bfloat16 up to here; a library may multiply float32 numbers in it
 _FLOAT_WEIGHT_BITS = 16  # of the integers for weights that the plan leaves float
 
 
