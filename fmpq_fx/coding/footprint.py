@@ -1,11 +1,11 @@
 """How much memory a module takes for an input of a given size, without running it."""
 
+import copy
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -59,8 +59,9 @@ def peak_bytes(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) ->
         shape: of the input, (B, C, H, W).
         dtype: of the input.
     """
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    without_data = {name: value.detach().to("meta") for name, value in state.items()}
+    # A copy, since another thread may run the module meanwhile.
+    tensors = [*module.parameters(), *module.buffers()]
+    without_data = copy.deepcopy(module, {id(tensor): tensor.detach().to("meta") for tensor in tensors})
     with _Allocations() as allocations:
-        out = functional_call(module, without_data, (torch.empty(shape, dtype=dtype, device="meta"),))
+        out = without_data(torch.empty(shape, dtype=dtype, device="meta"))
     return allocations.peak, tuple(out.shape)

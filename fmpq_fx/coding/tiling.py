@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -52,8 +53,7 @@ def within(codec: Codec, size: Size, memory: int | str | None, *, images: int) -
         whole = [f"{e.name!r} runs as a whole: {e.transform.obstacle}" for e in ends if e.transform.obstacle]
         _complain(codec, size, f"about {spelled(need)} of memory", budget, "; ".join(whole), memory)
         room = max(room, budget // 8)  # more than there is, but no tiles so small that they take forever
-    transforms = {end.name: end.transform for end in ends}
-    transforms |= {name: Transform(m) for name, m in codec.named_modules() if isinstance(m, ExactLayer)}
+    transforms = {end.name: end.transform for end in ends} | _found(codec).exact
     tiles = {name: transform for name, transform in transforms.items() if not transform.obstacle}
     return with_settings(codec, tiles=tiles, budget=room)
 
@@ -86,14 +86,52 @@ class _End:
 def _ends(codec: Codec, size: Size) -> list[_End]:
     """Return the analysis and the synthesis of ``codec`` for images of ``size``.
 
-    They are found by what goes in and comes out when a small image is coded, not by their names: an image and
+    Raises:
+        FmpqError: there are none.
+    """
+    ends = []
+    for end in _found(codec).ends:
+        sides = [-(-side * n // _SIDE) for side, n in zip(end.like.shape[2:], size, strict=True)]
+        ends.append(replace(end, like=end.like.new_empty((*end.like.shape[:2], *sides))))
+    return ends
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What can run in tiles in a codec, as long as it has these modules."""
+
+    state: tuple[object, ...]
+    ends: tuple[_End, _End]  # for an image of _SIDE x _SIDE
+    exact: dict[str, Transform]  # layers in exact arithmetic
+
+
+_FOUND: "WeakKeyDictionary[Codec, _Found]" = WeakKeyDictionary()
+
+
+def _found(codec: Codec) -> _Found:
+    """Return what can run in tiles in ``codec``; it is looked for once, and again where its modules are others.
+
+    The ends are found by what goes in and comes out when a small image is coded, not by their names: an image and
     less than that, and the other way round.
 
     Raises:
         FmpqError: there are none.
     """
     parameter = next(codec.parameters())
-    image = torch.zeros(1, 3, _SIDE, _SIDE, device=parameter.device, dtype=parameter.dtype)
+    state = (parameter.dtype, parameter.device, *list(codec.modules())[1:])
+    known = _FOUND.get(codec)
+    if known is None or known.state != state:
+        image = torch.zeros(1, 3, _SIDE, _SIDE, device=parameter.device, dtype=parameter.dtype)
+        ends = tuple(
+            _End(name, Transform(codec.get_submodule(name)), x.to("meta")) for name, x in _shown(codec, image)
+        )
+        exact = {name: Transform(m) for name, m in codec.named_modules() if isinstance(m, ExactLayer)}
+        _FOUND[codec] = known = _Found(state, (ends[0], ends[1]), exact)
+    return known
+
+
+def _shown(codec: Codec, image: Tensor) -> list[tuple[str, Tensor]]:
+    """Return the names of the analysis and the synthesis, and what each reads when ``image`` goes through ``codec``."""
     shown = _twin(with_settings(codec, backend={})).eval()
     found: dict[bool, tuple[str, Tensor]] = {}  # by whether it is the synthesis; the outermost modules
 
@@ -115,17 +153,7 @@ def _ends(codec: Codec, size: Size) -> list[_End]:
             "it has no module that takes an image and returns latents, or none that returns the reconstruction; make "
             "its analysis and its synthesis modules (nn.Sequential, say)"
         )
-    ends = []
-    for name, like in (found[False], found[True]):
-        sides = [-(-side * n // _SIDE) for side, n in zip(like.shape[2:], size, strict=True)]
-        ends.append(
-            _End(
-                name,
-                Transform(codec.get_submodule(name)),
-                like.new_empty((*like.shape[:2], *sides), device="meta"),
-            )
-        )
-    return ends
+    return [found[False], found[True]]
 
 
 def _twin(codec: Codec) -> Codec:

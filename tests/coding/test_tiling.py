@@ -179,3 +179,13 @@ def test_latents_of_another_size_than_the_image_are_refused() -> None:
     forged = large[:5] + zlib.crc32(body).to_bytes(4, "big") + body
     with pytest.raises(FmpqError, match="not those of an image of 64 x 64 pixels"):
         decode(codec, forged)
+
+
+def test_a_transform_that_was_exchanged_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "LATENT_BYTES", 0)
+    model: Any = ready(small_model("bmshj2018-hyperprior"))
+    codec: Any = codec_of(model)
+    encode(codec, picture(), memory=least(codec))
+    codec.g_s[1] = Excited()
+    with pytest.raises(FmpqError, match="'g_s' runs as a whole"):
+        encode(codec, picture(), memory="1MB")
