@@ -29,9 +29,9 @@ def test_the_rd_loss_on_other_images_falls_and_the_best_state_is_what_is_left(gm
     history = tuned(gm, steps=40, validation=[image[:, 16:80, 16:80] for image in held_out])
     after = loss_of(gm, [image[:, 16:80, 16:80] for image in held_out])
     assert after < before
-    assert history.validation[0].rd_loss == pytest.approx(before, rel=1e-6)
-    assert history.best.rd_loss == pytest.approx(after, rel=1e-6)
-    assert history.gain == pytest.approx(1 - after / before, rel=1e-4)
+    assert history.validation[0].rd_loss == pytest.approx(before, rel=1e-4)
+    assert history.best.rd_loss == pytest.approx(after, rel=1e-4)
+    assert history.gain == pytest.approx(1 - after / before, abs=3e-4)
     assert len(history.losses) == 40
     assert [v.step for v in history.validation] == list(range(0, 41, 4))
     assert graph_note(gm).history is history

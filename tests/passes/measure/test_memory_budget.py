@@ -99,16 +99,16 @@ def test_a_result_does_not_depend_on_what_else_is_asked_for(images: list[Tensor]
 
 
 def test_pieces_of_a_batch_add_up_to_it(model: nn.Module, images: list[Tensor]) -> None:
-    gm = traced(model)
+    # Kernels for fewer images round otherwise; in double precision, no latent is close enough to a tie for that.
+    gm, images = traced(model.double()), [image.double() for image in images]
     assert [len(piece) for piece in bench.cut_into_pieces(images)] == [2, 1, 2]
     with torch.no_grad():
         sums = [rd_sums(gm(x), x) for x in images]
     base = ChangeMeter(gm, make_bench(gm, images)).measure_base()
     total = sums[0] + sums[1]
     assert (base.pixels, base.elements) == (total.pixels, total.elements)
-    # Kernels for fewer images round otherwise.
-    assert base.bits == pytest.approx(total.bits, rel=1e-6)
-    assert base.squared_error == pytest.approx(total.squared_error, rel=1e-6)
+    assert base.bits == pytest.approx(total.bits, rel=1e-9)
+    assert base.squared_error == pytest.approx(total.squared_error, rel=1e-9)
 
 
 def test_what_was_chosen_is_what_was_measured(images: list[Tensor]) -> None:
