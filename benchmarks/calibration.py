@@ -21,7 +21,6 @@ from fmpq_fx import analyze, rewrite, samples
 from fmpq_fx.images import crops
 from fmpq_fx.images.reading import fingerprint, sources
 from fmpq_fx.models.zoo import load_model
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.incremental import mean_rd
 from fmpq_fx.passes.plan.task import make_plan
 from fmpq_fx.passes.trace import trace
@@ -62,7 +61,7 @@ def main() -> None:
     path = args.out / f"calibration-{args.model}.json"
     done = json.loads(path.read_text()) if path.exists() else {}
     test = crops.cut(args.images, count=24)
-    float_rd = mean_rd(functionalize(trace(model)), test, args.lmbda)
+    float_rd = mean_rd(trace(model), test, args.lmbda)
     jobs = [(count, seed) for count in sorted(args.counts) for seed in range(args.seeds)]
     keys = [f"{what}; {count} images, seed {seed}" for count, seed in jobs]
     for (count, seed), key in zip(reported(jobs, "calibrations", "plan", leave=True), keys, strict=True):

@@ -31,7 +31,6 @@ from torch import fx, nn
 from fmpq_fx import FileReport, analyze, file_report, load, load_codec, plan_of, prepare, save
 from fmpq_fx.images import crops
 from fmpq_fx.models.zoo import load_model, model_of_state, zoo_name
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.incremental import mean_rd
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.progress import reported
@@ -82,7 +81,7 @@ def main() -> None:
     model = load_model(args.model, checkpoint=args.checkpoint)
     calibration, test = crops.batches(args.calibration), crops.cut(args.images, count=24)
     table = analyze(model, calibration=calibration, lmbda=args.lmbda)
-    float_rd = mean_rd(functionalize(trace(model)), test, args.lmbda)
+    float_rd = mean_rd(trace(model), test, args.lmbda)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         jobs = [(size, cr) for size in ("nominal", "coded") for cr in args.target_cr]

@@ -17,9 +17,9 @@ from fmpq_fx.images import crops
 from fmpq_fx.images.crops import Calibration
 from fmpq_fx.memory import bytes_of
 from fmpq_fx.passes.annotation import annotate_graph, plan_of
+from fmpq_fx.passes.check_trace import check_trace
 from fmpq_fx.passes.clip.ranges import calibrate
 from fmpq_fx.passes.clip.scales import choose_scales
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.coded_sizes import measure_coded_sizes
 from fmpq_fx.passes.measure.incremental import mean_rd, parts_of
 from fmpq_fx.passes.measure.lazy import plan_lazily
@@ -28,7 +28,9 @@ from fmpq_fx.passes.plan.tables import Measured, Plan, Sensitivity
 from fmpq_fx.passes.plan.task import make_task, widths_by_site
 from fmpq_fx.passes.rewrite import activations_float, quantize
 from fmpq_fx.passes.sites import find_sites
-from fmpq_fx.passes.trace import check_trace, trace
+from fmpq_fx.passes.trace import trace
+from fmpq_fx.passes.tracing.examples import synthetic
+from fmpq_fx.passes.tracing.wrappers import unwrapped
 from fmpq_fx.storage import fingerprint
 from fmpq_fx.storage.files import check_folder
 
@@ -97,6 +99,7 @@ def prepare(
         raise ValueError(f"size is {size!r}; pass one of {', '.join(map(repr, SIZES))}")
     if sensitivity is not None and checkpoint is not None:
         raise ValueError("sensitivity and checkpoint both name a table; pass one of them")
+    model = unwrapped(model)
     known = sensitivity or _known(checkpoint)
     ranks.require_same({"the sensitivity": _version(known)})
     batches = _batches_for(model, calibration)
@@ -120,7 +123,8 @@ def prepare(
     settings = _settings(model, batches, limit, known, checkpoint)
     widths = bits if known is None else None  # else those of the table, all of them
     meter = SensitivityMeter(gm, batches, lmbda=lmbda, bits=widths, progress=progress, **settings)
-    plan = ranks.from_first(plan_lazily(task, meter))
+    _, channels, height, width = batches[0].shape
+    plan = replace(ranks.from_first(plan_lazily(task, meter)), example=(channels, height, width))
     float_rd = meter.float_rd
     del meter  # and the activations that it keeps
 
@@ -162,6 +166,7 @@ def analyze(
         FmpqError: the model cannot be traced or run on the images, there are no usable images, or the checkpoint is of
             another model, other weights or other images.
     """
+    model = unwrapped(model)
     known = _known(checkpoint)
     ranks.require_same({"the sensitivity": _version(known)})
     batches = _batches_for(model, calibration)
@@ -188,7 +193,8 @@ def rewrite(model: nn.Module, plan: Plan) -> fx.GraphModule:
             "the plan has no activation ranges, which come from calibration images; pass the plan of a graph that "
             "prepare() returned, or a plan with activation_bits=None"
         )
-    return quantize(functionalize(trace(model)), plan).train(model.training)
+    model = unwrapped(model)
+    return quantize(trace(model, synthetic(model, plan.example)), plan).train(model.training)
 
 
 def _batches_for(model: nn.Module, calibration: Calibration) -> list[Tensor]:
@@ -220,7 +226,7 @@ def _version(sensitivity: Sensitivity | None) -> str:
 
 
 def _traced(model: nn.Module, batches: list[Tensor]) -> fx.GraphModule:
-    gm = functionalize(trace(model))
+    gm = trace(model, batches[0])
     find_sites(gm)  # refuses weights that are not finite, which nothing can be compared with
     # What is measured is run in such parts; a decision on the size would show at another one.
     for x in {x.shape: x for x in parts_of(batches)}.values():

@@ -12,7 +12,6 @@ from fmpq_fx.coding import fmi
 from fmpq_fx.formats.model_file import load_codec, save
 from fmpq_fx.images import crops, reading
 from fmpq_fx.passes.annotation import plan_of
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.incremental import mean_rd
 from fmpq_fx.passes.rewrite import activations_float
 from fmpq_fx.passes.trace import trace
@@ -59,7 +58,7 @@ def demo(out: Path) -> None:
 
     held_out = samples.held_out_photos()
     batches = crops.cut(list(held_out.values()))
-    float_rd = mean_rd(functionalize(trace(model)), batches, LMBDA)
+    float_rd = mean_rd(trace(model), batches, LMBDA)
     print(
         f"\nOn photographs that were not calibrated on ({crops.describe(batches)} of {', '.join(held_out)}):\n"
     )

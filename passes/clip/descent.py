@@ -28,7 +28,7 @@ class RDDescent:
     and each keeps the values of its own.
 
     Args:
-        gm: a functionalized graph in evaluation mode; it is changed.
+        gm: a traced graph in evaluation mode; it is changed.
         batches: images, (B, 3, H, W) each, in [0, 1].
         lmbda: the Lagrangian of the RD loss.
         sites: what will be exchanged, in that order.

@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 from fmpq_fx import ranks
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.memory import bytes_of
-from fmpq_fx.passes.forward import output_of
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.measure.kept_values import Budget
 from fmpq_fx.passes.measure.rerun import UNCHANGED, IncrementalInterpreter, Reach, find_reach
 from fmpq_fx.passes.swap import substituted
+from fmpq_fx.passes.tracing.model_outputs import output_of
 from fmpq_fx.progress import reported
 from fmpq_fx.quant import weights_kept
 from fmpq_fx.rd import RDSums, rd_sums, squared_error, total_bits
@@ -32,7 +32,7 @@ class IncrementalRD:
     """The RD sums of a graph on some images, and what they become with a layer exchanged.
 
     Args:
-        gm: a functionalized graph in evaluation mode.
+        gm: a traced graph in evaluation mode.
         x: images (B, 3, H, W) in [0, 1].
         reach: of the sites that may be exchanged.
         budget: for the values that are kept.
@@ -108,7 +108,7 @@ def run_part(model: Callable[[Tensor], Any], x: Tensor) -> dict[str, Any]:
     On a CPU that is channels last, unless the model has a view of its activations that this layout does not allow.
 
     Raises:
-        FmpqError: see :func:`fmpq_fx.passes.forward.output_of`.
+        FmpqError: see :func:`fmpq_fx.passes.tracing.model_outputs.output_of`.
     """
     if x.device.type == "cpu":
         with suppress(FmpqError):
@@ -139,7 +139,7 @@ class ChangeMeter:
     parts of :data:`PART_PIXELS`.
 
     Args:
-        gm: a functionalized graph in evaluation mode whose sites are marked. It is left as it was.
+        gm: a traced graph in evaluation mode whose sites are marked. It is left as it was.
         batches: images, (B, 3, H, W) each, in [0, 1].
         memory: bytes of activations to keep at most; see :func:`fmpq_fx.memory.bytes_of`. An evaluation
             takes besides what a plain run of one part takes.

@@ -37,7 +37,7 @@ class SensitivityMeter:
     """Measures zeta where it is asked for (min-max scales, activations float), and keeps :attr:`table`.
 
     Args:
-        gm: a traced and functionalized model in evaluation mode. It is left as it was.
+        gm: a traced model in evaluation mode. It is left as it was.
         batches: calibration images, (B, 3, H, W) each, in [0, 1].
         lmbda: the Lagrangian; None makes rate and distortion of the float model weigh the same.
         bits: candidate bit-widths, each 2 … 16; None is 2 … 10.

@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 import fmpq_fx
 from conftest import small_model
 from fmpq_fx.passes.clip.descent import RDDescent
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure import incremental
 from fmpq_fx.passes.measure.incremental import Change, ChangeMeter, mean_rd
 from fmpq_fx.passes.measure.kept_values import Budget, KeptValues
@@ -55,7 +54,7 @@ def peak(monkeypatch: pytest.MonkeyPatch) -> Peak:
 
 
 def traced(model: nn.Module) -> fx.GraphModule:
-    gm = functionalize(trace(model))
+    gm = trace(model)
     find_sites(gm)
     return gm
 
