@@ -11,12 +11,12 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.images import crops
 from fmpq_fx.images.crops import Calibration
 from fmpq_fx.memory import bytes_of
-from fmpq_fx.passes.functionalize import functionalize
+from fmpq_fx.passes.check_trace import check_trace
 from fmpq_fx.passes.measure.bench import Bench, cut_into_pieces, make_bench
 from fmpq_fx.passes.measure.sensitivity import Measurement
 from fmpq_fx.passes.plan.tables import Sensitivity
 from fmpq_fx.passes.sites import find_sites
-from fmpq_fx.passes.trace import check_trace, trace
+from fmpq_fx.passes.trace import trace
 from fmpq_fx.ranks import Ranks, current
 from fmpq_fx.storage import fingerprint
 from fmpq_fx.storage.files import check_folder
@@ -40,12 +40,18 @@ class Job:
         Raises:
             FmpqError: the model cannot be traced, has nothing to quantize, or cannot run on the images.
         """
-        gm = functionalize(trace(self.model))
+        gm = trace(self.model, self.batches[0])
         find_sites(gm)  # refuses weights that are not finite, which nothing can be compared with
         # What is measured is run in such pieces; a decision on the size would show at another one.
         for x in {x.shape: x for x in cut_into_pieces(self.batches)}.values():
             check_trace(self.model, gm, x)
         return gm
+
+    @property
+    def example(self) -> tuple[int, int, int]:
+        """Channels, height and width of the image that the model is traced on."""
+        _, channels, height, width = self.batches[0].shape
+        return channels, height, width
 
     def make_bench(self, gm: fx.GraphModule) -> Bench:
         """Return what ``gm`` is measured on."""
