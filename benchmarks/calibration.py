@@ -21,7 +21,6 @@ from fmpq_fx import analyze, rewrite, samples
 from fmpq_fx.images import crops
 from fmpq_fx.images.reading import fingerprint, sources
 from fmpq_fx.models.zoo import load_model
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.bench import make_bench, mean_rd
 from fmpq_fx.passes.plan.task import make_plan
 from fmpq_fx.passes.trace import trace
@@ -62,7 +61,7 @@ def main() -> None:
     path = args.out / f"calibration-{args.model}.json"
     done = json.loads(path.read_text()) if path.exists() else {}
     test = crops.cut(args.images, count=24)
-    float_model = functionalize(trace(model))
+    float_model = trace(model)
     bench = make_bench(float_model, test)
     float_rd = mean_rd(float_model, bench, args.lmbda)
     jobs = [(count, seed) for count in sorted(args.counts) for seed in range(args.seeds)]

@@ -23,7 +23,6 @@ from torch import fx, nn
 
 from fmpq_fx import Plan, Sensitivity, analyze, samples
 from fmpq_fx.images import crops
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.bench import make_bench
 from fmpq_fx.passes.measure.lazy import plan_lazily
 from fmpq_fx.passes.measure.sensitivity import Measurement, begin
@@ -63,7 +62,7 @@ def measure(name: str, args: argparse.Namespace) -> list[tuple[object, ...]]:
     rows: list[tuple[object, ...]] = [
         (name, "", "", count, (time.perf_counter() - start) / naive, "", ""),
     ]
-    gm = functionalize(trace(model))
+    gm = trace(model)
     for planner in args.planners:
         for target in args.targets:
             start = time.perf_counter()

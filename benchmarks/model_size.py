@@ -31,7 +31,6 @@ from torch import fx, nn
 from fmpq_fx import FileReport, analyze, file_report, load, load_codec, plan_of, prepare, save
 from fmpq_fx.images import crops
 from fmpq_fx.models.zoo import load_model, model_of_state, zoo_name
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.bench import make_bench, mean_rd
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.progress import reported
@@ -82,7 +81,7 @@ def main() -> None:
     model = load_model(args.model, checkpoint=args.checkpoint)
     calibration, test = crops.batches(args.calibration), crops.cut(args.images, count=24)
     table = analyze(model, calibration=calibration, lmbda=args.lmbda)
-    float_model = functionalize(trace(model))
+    float_model = trace(model)
     bench = make_bench(float_model, test)
     float_rd = mean_rd(float_model, bench, args.lmbda)
     rows = []

@@ -11,7 +11,6 @@ from tabulate import tabulate
 from fmpq_fx import analyze, plan_of, prepare, samples
 from fmpq_fx.images import crops
 from fmpq_fx.models.zoo import load_model
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.bench import make_bench, mean_rd
 from fmpq_fx.passes.rewrite import activations_float
 from fmpq_fx.passes.trace import trace
@@ -36,7 +35,7 @@ def main() -> None:
     calibration = crops.batches(args.calibration)
     test = crops.cut(args.images or list(samples.held_out_photos().values()), count=args.crops)
     table = analyze(model, calibration=calibration, lmbda=args.lmbda)
-    float_model = functionalize(trace(model))
+    float_model = trace(model)
     bench = make_bench(float_model, test)
     float_rd = mean_rd(float_model, bench, args.lmbda)
     print(f"{args.model}, lambda {args.lmbda}; calibrated on {crops.describe(calibration)} of")

@@ -14,7 +14,6 @@ from fmpq_fx.job import begin_job
 from fmpq_fx.passes.annotation import annotate_graph, plan_of
 from fmpq_fx.passes.clip.ranges import calibrate
 from fmpq_fx.passes.clip.scales import choose_scales
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.bench import Bench, mean_rd
 from fmpq_fx.passes.measure.coded_sizes import measure_coded_sizes
 from fmpq_fx.passes.measure.lazy import plan_lazily
@@ -24,6 +23,8 @@ from fmpq_fx.passes.plan.task import Task, make_task, widths_by_site
 from fmpq_fx.passes.rewrite import activations_float, quantize
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.trace import trace
+from fmpq_fx.passes.tracing.examples import synthetic
+from fmpq_fx.passes.tracing.wrappers import unwrapped
 
 SIZES = ("nominal", "coded")
 
@@ -109,7 +110,7 @@ def prepare(
     )
     bench = job.make_bench(gm)
     plan, float_rd = _measure_and_plan(gm, bench, job.measurement(lmbda, measurable), task)
-    quantized = quantize(gm, plan)
+    quantized = quantize(gm, replace(plan, example=job.example))
     if size == "nominal":
         weights_rd = choose_scales(quantized, bench)
     else:
@@ -186,4 +187,5 @@ def rewrite(model: nn.Module, plan: Plan) -> fx.GraphModule:
             "the plan has no activation ranges, which come from calibration images; pass the plan of a graph that "
             "prepare() returned, or a plan with activation_bits=None"
         )
-    return quantize(functionalize(trace(model)), plan).train(model.training)
+    model = unwrapped(model)
+    return quantize(trace(model, synthetic(model, plan.example)), plan).train(model.training)

@@ -5,8 +5,8 @@
 ==================  ===========================================  =====================================
 pass                takes and returns                            what it does
 ==================  ===========================================  =====================================
-``trace``           model -> GraphModule                         records the model as a graph
-``functionalize``   GraphModule -> GraphModule                   makes every operation out-of-place
+``trace``           model, image -> GraphModule                  records the model as a graph
+``check_trace``     model, GraphModule, images                   holds that both compute the same
 ``sites``           GraphModule -> sites                         finds what can be quantized, and marks its nodes
 ``sensitivity``     GraphModule, images -> Sensitivity           measures what each bit-width costs
 ``plan``            Sensitivity, target -> Plan                  assigns bits to every site (``planners``)

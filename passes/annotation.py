@@ -64,6 +64,9 @@ class GraphNote:
     plan: Plan | None = None  # of a quantized graph
     history: History | None = None  # of a graph that was fine-tuned
     tables_of: str | None = None  # fingerprint of the entropy models that CDF tables of a file belong to
+    frozen: Mapping[str, str] = field(
+        default_factory=dict
+    )  # what may be bound to the image that was traced: where
 
     def __post_init__(self) -> None:
         for name, kind in (("model", nn.Module), ("plan", Plan), ("history", History), ("tables_of", str)):

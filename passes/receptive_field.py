@@ -69,7 +69,7 @@ def receptive_field(gm: fx.GraphModule) -> Reaches:
 
     Args:
         gm: a graph with one input and one output, both images or feature maps, as
-            :class:`fmpq_fx.passes.trace.LicTracer` records the transforms of a codec.
+            :class:`fmpq_fx.passes.tracing.leaves.NetworkTracer` records the transforms of a codec.
 
     Raises:
         FmpqError: an operation sees more than a neighbourhood, or what it sees is not known; its name is said.

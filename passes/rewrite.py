@@ -8,24 +8,16 @@ from typing import Any, NoReturn
 from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.annotation import KEY, GraphNote, NodeNote, annotate_sites, graph_note, note_of
+from fmpq_fx.passes.annotation import KEY, annotate_sites, graph_note, note_of
 from fmpq_fx.passes.plan.tables import Plan
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.swap import replace_module
+from fmpq_fx.passes.tracing.module import TracedModule
 from fmpq_fx.quant import QuantizedLayer, quantize_layer, quantized_layers
 
 
-class QuantizedGraphModule(fx.GraphModule):
-    """A GraphModule that carries a plan, and fits into training loops that were written for a model of CompressAI.
-
-    The plan survives ``torch.save``: fx pickles the code of a graph, but not its notes.
-    """
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the plan and the notes on the nodes beside what fx pickles."""
-        rebuild, arguments = super().__reduce__()
-        notes = [note_of(node) for node in self.graph.nodes]
-        return _rebuild, (rebuild, arguments, notes, graph_note(self))
+class QuantizedGraphModule(TracedModule):
+    """A graph that carries a plan, and fits into training loops that were written for a model of CompressAI."""
 
     def aux_loss(self) -> Tensor:
         """Return the auxiliary loss of the model, whose entropy models the graph shares, for a training loop."""
@@ -43,27 +35,6 @@ class QuantizedGraphModule(fx.GraphModule):
     compress = decompress = update
 
 
-def _rebuild(
-    rebuild: Any, arguments: tuple[Any, ...], notes: list[NodeNote], note: GraphNote
-) -> fx.GraphModule:
-    plain: fx.GraphModule = rebuild(*arguments)
-    # fx traces the code again, which gives the same nodes in the same order, under names of its own choice.
-    for node, of_node in zip(plain.graph.nodes, notes, strict=True):
-        node.meta[KEY] = of_node
-    return _carrying(plain, note)
-
-
-def _carrying(gm: fx.GraphModule, note: GraphNote) -> fx.GraphModule:
-    """Return ``gm`` as a graph that carries ``note``, and shows the bits of its nodes in ``print_readable``."""
-    result = QuantizedGraphModule(gm, gm.graph, type(gm).__name__)
-    result.train(gm.training)
-    result.meta[KEY] = note
-    for node in result.graph.nodes:
-        if bits := note_of(node).bits:
-            node.meta["custom"] = {"bits": bits if len(bits) > 1 else next(iter(bits.values()))}
-    return result
-
-
 def quantize(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Replace each site of ``gm`` by its quantized layer, in place, and return it as one that carries the plan.
 
@@ -78,7 +49,13 @@ def quantize(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         if bits is not None:
             quantize_site(gm, plan, site, bits)
     annotate_sites(gm, bits=plan.bits)
-    result = _carrying(gm, replace(graph_note(gm), plan=plan))
+    training_graph = gm.training_graph if isinstance(gm, TracedModule) else None
+    result = QuantizedGraphModule(gm, gm.graph, training_graph, type(gm).__name__)
+    result.train(gm.training)
+    result.meta[KEY] = replace(graph_note(gm), plan=plan)
+    for node in result.graph.nodes:
+        if by_site := note_of(node).bits:  # shown by print_readable
+            node.meta["custom"] = {"bits": by_site if len(by_site) > 1 else next(iter(by_site.values()))}
     result.graph.lint()
     return result
 

@@ -13,7 +13,7 @@ from support import REPOSITORY
 LEVELS = [
     *("errors", "memory", "rd", "ranks", "progress", "samples"),
     *("quant", "exact", "storage", "history", "models", "images"),
-    *("passes.plan", "passes", "passes.measure", "passes.clip", "passes.lower"),
+    *("passes.plan", "passes.tracing", "passes", "passes.measure", "passes.clip", "passes.lower"),
     *("job", "pipeline", "training", "coding", "onnx", "formats", "report", "cli"),
 ]
 FILES = {

@@ -15,7 +15,6 @@ from conftest import shared, small_model
 from fmpq_fx import FmpqError, Plan
 from fmpq_fx.images import crops
 from fmpq_fx.passes.annotation import note_of
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.bench import make_bench, mean_rd
 from fmpq_fx.passes.plan.task import make_plan
 from fmpq_fx.passes.rewrite import activations_float
@@ -201,7 +200,7 @@ def test_fmpq_at_6_bits_costs_less_than_half_of_uniform_on_kodak() -> None:
     kodak = crops.cut(shared("data", "kodak"), count=8)
     val = crops.cut(shared("data", "bsds500", "val"), count=4)
     model = fmpq_fx.samples.model()
-    gm = functionalize(trace(model))
+    gm = trace(model)
     bench = make_bench(gm, kodak)
     float_rd = mean_rd(gm, bench, 0.013)
     above = {}

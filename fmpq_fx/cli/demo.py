@@ -12,7 +12,6 @@ from fmpq_fx.coding import fmi
 from fmpq_fx.formats.model_file import load_codec, save
 from fmpq_fx.images import crops, reading
 from fmpq_fx.passes.annotation import plan_of
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.bench import make_bench, mean_rd
 from fmpq_fx.passes.rewrite import activations_float
 from fmpq_fx.passes.trace import trace
@@ -59,7 +58,7 @@ def demo(out: Path) -> None:
 
     held_out = samples.held_out_photos()
     batches = crops.cut(list(held_out.values()))
-    float_model = functionalize(trace(model))
+    float_model = trace(model)
     bench = make_bench(float_model, batches)
     float_rd = mean_rd(float_model, bench, LMBDA)
     print(

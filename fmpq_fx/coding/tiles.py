@@ -26,7 +26,7 @@ from fmpq_fx.coding.footprint import peak_bytes
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.exact import ExactLayer
 from fmpq_fx.passes.receptive_field import Reach, Reaches, layer_reach, receptive_field
-from fmpq_fx.passes.trace import LicTracer
+from fmpq_fx.passes.tracing.leaves import NetworkTracer
 
 Size = tuple[int, int]  # height and width
 
@@ -77,7 +77,7 @@ class Transform:
             if isinstance(module, ExactLayer):
                 self.reaches = layer_reach(module)
             else:
-                graph = fx.GraphModule(module, LicTracer().trace(module))
+                graph = fx.GraphModule(module, NetworkTracer().trace(module))
                 self.graph = graph
                 self.reaches = receptive_field(graph)
         except FmpqError as error:

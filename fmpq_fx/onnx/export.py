@@ -28,10 +28,10 @@ from fmpq_fx.onnx.ops import emit
 from fmpq_fx.onnx.part_modules import modules_of_parts
 from fmpq_fx.onnx.subpixel import subpixel
 from fmpq_fx.passes.annotation import Arithmetic, graph_note, note_of, plan_of
-from fmpq_fx.passes.forward import output_of
 from fmpq_fx.passes.lower.entropy_path import entropy_path
 from fmpq_fx.passes.parts import Part, cut
 from fmpq_fx.passes.plan.tables import FLOAT_BITS, Plan
+from fmpq_fx.passes.tracing.model_outputs import output_of
 from fmpq_fx.storage import fingerprint
 
 _SIDE = 128  # pixels of the image that the graph runs on once, so that shapes are known

@@ -45,7 +45,7 @@ def choose_clips(
     Ranks share the pieces of the images, and each keeps the values of its own.
 
     Args:
-        gm: a functionalized graph in evaluation mode, with no site clipped.
+        gm: a traced graph in evaluation mode, with no site clipped.
         bench: what it is measured on.
         lmbda: the Lagrangian of the RD loss.
         set_clip: by site, in the order in which they are decided.

@@ -15,9 +15,9 @@ from torch import fx
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import annotate_graph, plan_of
 from fmpq_fx.passes.clip.descent import SetClip, choose_clips
-from fmpq_fx.passes.forward import output_of
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.measure.bench import Bench, mean_rd
+from fmpq_fx.passes.tracing.model_outputs import output_of
 from fmpq_fx.quant import ActivationFakeQuant, quantized_layers, weights_kept
 
 CLIPS = (0.8, 0.6, 0.5, 0.4, 0.3)

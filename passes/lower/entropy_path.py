@@ -33,7 +33,7 @@ from torch import fx, nn
 from fmpq_fx.passes.annotation import graph_note
 from fmpq_fx.passes.lower.extents import float_layer
 from fmpq_fx.passes.lower.walk import Draft, Walk
-from fmpq_fx.passes.trace import LicTracer
+from fmpq_fx.passes.tracing.leaves import NetworkTracer
 
 _NETWORKS: dict[type, tuple[str, ...]] = {
     HyperpriorLatentCodec: (),
@@ -168,7 +168,7 @@ def _networks(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _follow_network(draft: Draft, path: str, network: nn.Module) -> None:
-    tracer = LicTracer()
+    tracer = NetworkTracer()
     if tracer.is_leaf_module(network, path):
         draft.note_module(path, network)
         return

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx
 
 from fmpq_fx.memory import bytes_of
-from fmpq_fx.passes.forward import output_of, ran_out_of_memory
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
+from fmpq_fx.passes.tracing.model_outputs import output_of, ran_out_of_memory
 from fmpq_fx.ranks import ALONE, Ranks
 from fmpq_fx.rd import RDSums, rd_sums
 

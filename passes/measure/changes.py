@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.forward import output_of
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.measure.bench import Bench
 from fmpq_fx.passes.measure.kept_values import Budget
 from fmpq_fx.passes.measure.rerun import UNCHANGED, Downstream, IncrementalInterpreter, find_downstream
 from fmpq_fx.passes.swap import substituted
+from fmpq_fx.passes.tracing.model_outputs import output_of
 from fmpq_fx.progress import reported
 from fmpq_fx.quant import weights_kept
 from fmpq_fx.rd import RDSums, squared_error, total_bits
@@ -29,7 +29,7 @@ class PieceMeter:
     """The RD sums of a graph on one piece of the images, and what they become with a layer changed.
 
     Args:
-        gm: a functionalized graph in evaluation mode.
+        gm: a traced graph in evaluation mode.
         x: images (B, C, H, W) in [0, 1].
         downstream: of the sites that may be changed.
         budget: for the values that are kept.
@@ -105,7 +105,7 @@ class ChangeMeter:
     takes, besides the memory of the bench.
 
     Args:
-        gm: a functionalized graph in evaluation mode whose sites are marked. It is left as it was.
+        gm: a traced graph in evaluation mode whose sites are marked. It is left as it was.
         bench: what it is measured on.
     """
 

@@ -92,7 +92,7 @@ class IncrementalInterpreter(fx.Interpreter):
     the images: latents, which after rounding may be equal. Larger ones never are, in practice.
 
     Args:
-        gm: free of in-place operations (:func:`fmpq_fx.passes.functionalize.functionalize`).
+        gm: free of in-place operations, as :func:`fmpq_fx.passes.trace.trace` records it.
         downstream: of the sites that may be changed.
         budget: for the values.
     """

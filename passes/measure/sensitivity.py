@@ -52,7 +52,7 @@ class SensitivityMeter:
     """Measures zeta where it is asked for (min-max scales, activations float), and keeps :attr:`table`.
 
     Args:
-        changes: what measures, of a traced and functionalized model in evaluation mode. It is left as it was.
+        changes: what measures, of a traced model in evaluation mode. It is left as it was.
         table: what is known.
         checkpoint: a file to write the table to whenever something was measured.
     """
@@ -97,7 +97,7 @@ def begin(gm: fx.GraphModule, bench: Bench, measurement: Measurement) -> Sensiti
     """Check the ``measurement``, and measure the float model where nothing is known.
 
     Args:
-        gm: a traced and functionalized model in evaluation mode. It is left as it was.
+        gm: a traced model in evaluation mode. It is left as it was.
         bench: what it is measured on.
         measurement: what is to be measured.
 

@@ -162,6 +162,9 @@ class Plan(JsonFile):
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # calibrated input range per site
     integral: tuple[str, ...] = ()  # sites whose inputs were whole numbers
     measured: Measured | None = None  # set once the graph has been rewritten and run
+    example: tuple[int, int, int] | None = (
+        None  # channels, height and width of what the model was traced with
+    )
 
     @property
     def lmbda(self) -> float:
@@ -229,6 +232,8 @@ class Plan(JsonFile):
         fields["coded"] = None if fields["coded"] is None else _table(fields["coded"])
         measured = fields["measured"]
         fields["measured"] = None if measured is None else Measured(**measured)
+        example = fields.get("example")  # older plans have none
+        fields["example"] = None if example is None else tuple(map(int, example))
         if set(fields["bits"]) != {site.name for site in fields["sites"]}:
             raise ValueError("its bits are not of its sites")
         return cls(**fields)

@@ -14,8 +14,8 @@ from conftest import small_model
 from fmpq_fx import FmpqError
 from fmpq_fx.onnx.subpixel import subpixel
 from fmpq_fx.passes.annotation import note_of
-from fmpq_fx.passes.functionalize import functionalize
-from fmpq_fx.passes.trace import LicTracer, trace
+from fmpq_fx.passes.trace import trace
+from fmpq_fx.passes.tracing.leaves import NetworkTracer
 from fmpq_fx.quant import quantize_layer, quantized_layers
 from fmpq_fx.quant.layers import QuantizedConvTranspose2d
 from support.traced_models import PLAIN, lively
@@ -25,7 +25,7 @@ Pair = tuple[int, int]
 
 def graph_of(layer: nn.Module) -> fx.GraphModule:
     root = nn.Sequential(layer)
-    return fx.GraphModule(root, LicTracer().trace(root))
+    return fx.GraphModule(root, NetworkTracer().trace(root))
 
 
 def transposed_calls(gm: fx.GraphModule) -> list[nn.Module]:
@@ -107,7 +107,7 @@ def test_a_quantized_layer_keeps_its_integers_and_steps(
 
 @pytest.mark.parametrize("name", ["factorized", "mean-scale hyperprior", "mbt2018"])
 def test_float_models(name: str) -> None:
-    gm = functionalize(trace(lively(PLAIN[name])))
+    gm = trace(lively(PLAIN[name]))
     lowered = subpixel(gm)
     assert transposed_calls(gm)
     assert not transposed_calls(lowered)
@@ -147,7 +147,7 @@ def test_a_layer_that_is_called_twice() -> None:
             return self.up(self.up(x))  # type: ignore[no-any-return]
 
     model = Twice()
-    gm = fx.GraphModule(model, LicTracer().trace(model))
+    gm = fx.GraphModule(model, NetworkTracer().trace(model))
     lowered = subpixel(gm)
     x = torch.rand(1, 2, 3, 4)
     assert not transposed_calls(lowered)
@@ -165,7 +165,7 @@ def test_what_cannot_be_lowered_is_left_as_it_is() -> None:
             return self.wide(self.up(x, [6, 8]))  # type: ignore[no-any-return]
 
     model = Sized()
-    lowered = subpixel(fx.GraphModule(model, LicTracer().trace(model)))
+    lowered = subpixel(fx.GraphModule(model, NetworkTracer().trace(model)))
     assert len(transposed_calls(lowered)) == 2
     x = torch.rand(1, 2, 3, 4)
     assert torch.equal(lowered(x), model(x))

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from fmpq_fx import FmpqError
 from fmpq_fx.exact import ExactLayer
 from fmpq_fx.passes.receptive_field import Reach, layer_reach, receptive_field
-from fmpq_fx.passes.trace import LicTracer
+from fmpq_fx.passes.tracing.leaves import NetworkTracer
 from fmpq_fx.quant import quantize_layer
 from support.random_graphs import random_module
 from support.traced_models import each_model
@@ -20,7 +20,7 @@ SIDE = 31  # of the inputs: an odd number, which strides do not divide
 
 
 def traced(module: nn.Module) -> fx.GraphModule:
-    return fx.GraphModule(module, LicTracer().trace(module))
+    return fx.GraphModule(module, NetworkTracer().trace(module))
 
 
 def seen(module: nn.Module, axis: int) -> list[set[int]]:

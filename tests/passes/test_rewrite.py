@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import NodeNote, annotate_sites, note_of, plan_of
 from fmpq_fx.passes.clip.ranges import calibrate
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.bench import make_bench
 from fmpq_fx.passes.plan.tables import Plan, Sensitivity
 from fmpq_fx.passes.rewrite import quantize
@@ -31,7 +30,7 @@ from support.traced_models import each_codec, lively
 
 
 def traced(model: nn.Module) -> fx.GraphModule:
-    return functionalize(trace(model))
+    return trace(model)
 
 
 def plan_for(gm: fx.GraphModule, activation_bits: int | None = None, **bits: int | None) -> Plan:

@@ -6,19 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import compressai.models as zoo
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from compressai.layers import GDN
-from compressai.models import vbr
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.annotation import note_of
-from fmpq_fx.passes.functionalize import functionalize
+from fmpq_fx.passes.annotation import graph_note, note_of
+from fmpq_fx.passes.check_trace import check_trace
 from fmpq_fx.passes.sites import find_sites, float_remainder
-from fmpq_fx.passes.trace import check_trace, trace
+from fmpq_fx.passes.trace import trace
 from support.traced_models import (
     PLAIN,
     Branch,
@@ -40,9 +40,6 @@ def test_the_graph_computes_what_the_model_computes(make: Make) -> None:
     assert not torch.equal(*expected["x_hat"]), "the latents carry nothing, so equality would show nothing"
     gm = trace(model)
     assert_same(outputs(gm, x), expected)
-    functionalize(gm)
-    gm.graph.lint()
-    assert_same(outputs(gm, x), expected)
     check_trace(model, gm, x)
 
 
@@ -53,7 +50,7 @@ def test_the_model_is_left_as_it_was(make: Make) -> None:
     modes = [m.training for m in model.modules()]
     before = copy.deepcopy(model.state_dict())
     inplace = {name: getattr(m, "inplace", None) for name, m in model.named_modules()}
-    gm = functionalize(trace(model))
+    gm = trace(model)
     check_trace(model, gm, photos(1))
     find_sites(gm)
     assert [m.training for m in model.modules()] == modes
@@ -68,7 +65,7 @@ def test_the_model_is_left_as_it_was(make: Make) -> None:
 @each_model
 def test_every_parameter_is_counted_once(make: Make) -> None:
     model = lively(make)
-    gm = functionalize(trace(model))
+    gm = trace(model)
     sites = find_sites(gm)
     kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, GDN)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
@@ -86,7 +83,7 @@ def test_every_parameter_is_counted_once(make: Make) -> None:
 def test_training_adds_the_very_noise_that_the_model_adds(make: Make) -> None:
     """Tracing in evaluation mode would leave rounding in an autoregressive model's graph, and no gradient."""
     model, x = lively(make), photos(1)
-    gm = functionalize(trace(model))
+    gm = trace(model)
     torch.manual_seed(2)
     expected = outputs(model.train(), x)
     torch.manual_seed(2)
@@ -95,7 +92,7 @@ def test_training_adds_the_very_noise_that_the_model_adds(make: Make) -> None:
 
 @each_codec
 def test_sites_inside_an_opaque_codec_belong_to_its_node(make: Make) -> None:
-    gm = functionalize(trace(lively(make)))
+    gm = trace(lively(make))
     inside = {site.name: site for site in find_sites(gm) if site.name.startswith("latent_codec.")}
     (node,) = [n for n in gm.graph.nodes if n.target == "latent_codec"]
     assert "latent_codec.hyper.h_a.0" in inside
@@ -104,26 +101,32 @@ def test_sites_inside_an_opaque_codec_belong_to_its_node(make: Make) -> None:
     assert note_of(node).sites == tuple(inside)
 
 
-@pytest.mark.parametrize(
-    "kind", ["ScaleHyperprior", "MeanScaleHyperprior", "JointAutoregressiveHierarchicalPriors"]
-)
-def test_a_model_that_cannot_be_traced_gets_module_line_and_remedy(kind: str) -> None:
+class ThroughNumpy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.from_numpy(x.numpy())
+
+
+def test_the_innermost_module_and_the_users_line_are_named(capfd: pytest.CaptureFixture[str]) -> None:
+    model = Codec()
+    model.conv = nn.Sequential(nn.Conv2d(3, 3, 1), ThroughNumpy())  # type: ignore[assignment]
     with pytest.raises(FmpqError) as caught:
-        trace(getattr(vbr, f"{kind}Vbr")(8, 12))
-    message = str(caught.value)
-    assert f"{kind}Vbr cannot be traced: the forward of {kind}Vbr" in message
-    assert re.search(r"vbr\.py:\d+: \S", message), "no source line"
-    assert "torch.where" in message
-    assert "LatentCodec" in message
+        trace(model, photos())
+    assert "module 'conv.1' (ThroughNumpy) takes values out of torch, into NumPy" in str(caught.value)
+    assert re.search(r"test_trace\.py:\d+: return x \* torch\.from_numpy\(x\.numpy\(\)\)", str(caught.value))
+    assert "LatentCodec" in str(caught.value)
+    assert capfd.readouterr().err == ""
 
 
-def test_the_innermost_module_and_the_users_line_are_named() -> None:
+def test_a_decision_on_values_is_kept_and_checked(capfd: pytest.CaptureFixture[str]) -> None:
     model = Codec()
     model.conv = nn.Sequential(nn.Conv2d(3, 3, 1), Branch())  # type: ignore[assignment]
-    with pytest.raises(FmpqError) as caught:
-        trace(model)
-    assert "module 'conv.1' (Branch)" in str(caught.value)
-    assert re.search(r"traced_models\.py:\d+: return x if x\.mean\(\) > 0 else -x", str(caught.value))
+    dark, bright = -10 * torch.ones(1, 3, 64, 64), 10 * torch.ones(1, 3, 64, 64)
+    seen = [outputs(model.eval(), x)["x_hat"] for x in (dark, bright)]
+    gm = trace(model, dark)
+    assert torch.equal(outputs(gm, dark)["x_hat"], seen[0])
+    with pytest.raises(FmpqError, match=r"traced_models\.py:\d+: return x if x\.mean\(\) > 0 else -x"):
+        outputs(gm, bright)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_layer_that_runs_twice_is_one_site_with_two_nodes() -> None:
@@ -135,7 +138,7 @@ def test_a_layer_that_runs_twice_is_one_site_with_two_nodes() -> None:
 
 def test_a_functional_convolution_stays_float_and_is_counted_so() -> None:
     model = Codec(lambda m, x: F.conv2d(x, m.conv.weight, padding=1) + m.shift).eval()
-    gm = functionalize(trace(model))
+    gm = trace(model)
     check_trace(model, gm, photos())
     sites = find_sites(gm)
     assert [site.name for site in sites] == ["last"]
@@ -154,16 +157,15 @@ def test_a_model_without_layers_has_no_sites() -> None:
 def test_a_diverged_model_is_told_so() -> None:
     model = Codec().eval()
     nn.init.constant_(model.last.weight, float("nan"))
-    gm = functionalize(trace(model))
+    gm = trace(model)
     check_trace(model, gm, photos())  # no complaint of the trace, which is right
     with pytest.raises(FmpqError, match=r"9 of 9 values of last\.weight are NaN"):
         find_sites(gm)
 
 
 FROZEN: dict[str, Callable[[Any, Any], Any]] = {
-    "type": lambda m, x: m.conv(x) * (1 if type(x) is Tensor else 2),
-    "constant": lambda m, x: m.conv(x + torch.rand(1)),
-    "view": lambda m, x: [y := m.conv(x), v := y[:, :1].relu_(), y + v][-1],
+    "a size as text": lambda m, x: m.conv(x) * float(str(x.shape[-1])),
+    "a size in an array": lambda m, x: m.conv(x) * torch.from_numpy(np.full(x.shape[-1], 0.5, np.float32)),
 }
 
 
@@ -171,7 +173,21 @@ FROZEN: dict[str, Callable[[Any, Any], Any]] = {
 def test_a_graph_that_computes_something_else_is_refused(analysis: Callable[[Any, Any], Any]) -> None:
     model = Codec(analysis).eval()
     with pytest.raises(FmpqError, match="does not compute what the model computes"):
-        check_trace(model, functionalize(trace(model)), photos())
+        check_trace(model, trace(model, photos()), photos())
+
+
+def test_what_is_frozen_is_named_where_the_graph_is_wrong() -> None:
+    model = Codec(FROZEN["a size in an array"]).eval()
+    with pytest.raises(
+        FmpqError, match=r"a tensor \(64,\) that no recorded operation made: \S*test_trace\.py:\d+"
+    ):
+        check_trace(model, trace(model, photos()), photos())
+
+
+def test_a_random_forward_is_told_from_a_wrong_trace() -> None:
+    model = Codec(lambda m, x: m.conv(x + torch.rand(1))).eval()
+    with pytest.raises(FmpqError, match=r"another output each time(.|\n)*traced_models\.py"):
+        check_trace(model, trace(model, photos()), photos())
 
 
 REFUSED: dict[str, Callable[[Any], Any]] = {
@@ -200,24 +216,34 @@ def test_images_that_do_not_suit_the_stride_are_refused_with_their_size() -> Non
             check_trace(model, trace(model), photos(1, size))
 
 
-def test_a_forward_that_decides_on_training_is_warned_of() -> None:
-    def analysis(m: Any, x: Tensor) -> Tensor:
-        y: Tensor = m.conv(x)
-        return y + torch.rand_like(y) - 0.5 if m.training else torch.round(y)
-
-    with pytest.warns(UserWarning, match=r"Codec does something else in training(.|\n)*traced_models\.py"):
-        trace(Codec(analysis))
-
-
 @pytest.mark.filterwarnings("error")
 @each_model
 def test_compressais_own_models_train_as_graphs_without_a_warning(make: Make) -> None:
     trace(make())
 
 
-def test_what_wraps_a_model_is_told_apart() -> None:
-    with pytest.raises(FmpqError, match=r"DataParallel only hands out copies.*model\.module"):
-        trace(nn.DataParallel(zoo.ScaleHyperprior(8, 12)))
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "torch.compile"])
+def test_what_wraps_a_model_is_taken_off(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = lively(PLAIN["scale hyperprior"])
+    gm = trace(wrap(model), photos())
+    assert type(graph_note(gm).model) is zoo.ScaleHyperprior
+    check_trace(wrap(model), gm, photos())
+
+
+def test_a_scripted_model_is_refused_with_what_to_do() -> None:
+    model = Codec()
+    model.last = torch.jit.trace(model.last, photos())
+    with pytest.raises(FmpqError, match=r"'last' is scripted.*pass the nn\.Module that it was made from"):
+        trace(model)
+
+
+def test_a_model_that_wants_more_than_images_is_refused_with_what_to_do() -> None:
+    class Video(Codec):
+        def forward(self, x: Tensor, before: Tensor, scale: float = 1.0) -> dict[str, Any]:  # type: ignore[override]
+            return super().forward(x - before)
+
+    with pytest.raises(FmpqError, match=r"wants 'before' besides images.*wrap the model"):
+        trace(Video())
 
 
 NORMS: dict[str, tuple[Any, Callable[[nn.Module], Any]]] = {

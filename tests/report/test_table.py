@@ -21,7 +21,6 @@ from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import annotate_graph
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.bench import make_bench
 from fmpq_fx.passes.measure.sensitivity import Measurement, measure_sensitivity
 from fmpq_fx.passes.plan.tables import Measured, Plan, Site
@@ -45,7 +44,7 @@ def model() -> ScaleHyperprior:
 def plan(model: ScaleHyperprior) -> Plan:
     """Give the sites 2, 5, 8, 2, 5, ... bits."""
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    gm = functionalize(trace(model))
+    gm = trace(model)
     table = measure_sensitivity(
         gm, make_bench(gm, [x]), Measurement(bits=tuple(WIDTHS), images="1 crop of 64 x 64")
     )
@@ -63,7 +62,7 @@ def plan(model: ScaleHyperprior) -> Plan:
 
 
 def quantized(model: nn.Module, plan: Plan) -> fx.GraphModule:
-    return quantize(functionalize(trace(model)), plan)
+    return quantize(trace(model), plan)
 
 
 @pytest.fixture(scope="module")

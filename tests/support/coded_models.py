@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 
 import fmpq_fx
 from fmpq_fx.passes.annotation import annotate_graph, plan_of
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.plan.tables import Sensitivity
 from fmpq_fx.passes.plan.task import make_plan
 from fmpq_fx.passes.rewrite import quantize
@@ -61,7 +60,7 @@ def graph_of(
     kept_float: Iterable[str] = (),
 ) -> Any:
     """Return the graph of ``model`` at ``bits``, its activations calibrated on the first image of ``x``."""
-    gm = functionalize(trace(model))
+    gm = trace(model, x)
     sites = find_sites(gm)
     zeros = {site.name: {bits: 0.0} for site in sites}
     table = Sensitivity(sites, 0.01, 0.0, 0.0, zeros, zeros, {}, "")

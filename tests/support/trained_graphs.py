@@ -4,7 +4,6 @@ import torch
 from torch import fx, nn
 
 from fmpq_fx import Plan, Sensitivity
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.rewrite import quantize
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.trace import trace
@@ -15,7 +14,7 @@ def trained(
     model: nn.Module, activation_bits: int | None = 8, *widths: int | None, **fixed: int | None
 ) -> fx.GraphModule:
     """Return a rewritten graph whose weights, steps and zero points are not those of its plan any more."""
-    gm = functionalize(trace(model))
+    gm = trace(model)
     sites = find_sites(gm)
     names = [site.name for site in sites]
     cycle = widths or (3, 4, 5, 8)

@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 import fmpq_fx
 from conftest import small_model
 from fmpq_fx.passes.clip.descent import choose_clips
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure import bench
 from fmpq_fx.passes.measure.bench import make_bench, mean_rd
 from fmpq_fx.passes.measure.changes import Change, ChangeMeter
@@ -39,7 +38,7 @@ def bytes_of_tensors() -> int:
 
 
 def traced(model: nn.Module) -> fx.GraphModule:
-    gm = functionalize(trace(model))
+    gm = trace(model)
     find_sites(gm)
     return gm
 

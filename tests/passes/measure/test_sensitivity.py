@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import fmpq_fx
 from conftest import small_model
 from fmpq_fx import FmpqError, Sensitivity
-from fmpq_fx.passes.functionalize import functionalize
 from fmpq_fx.passes.measure.kept_values import Budget
 from fmpq_fx.passes.measure.rerun import UNCHANGED, IncrementalInterpreter, find_downstream
 from fmpq_fx.passes.plan.tables import monotone
@@ -91,7 +90,7 @@ def test_several_batches_of_different_sizes_count_by_their_pixels(x: Tensor) -> 
 
 
 def test_an_evaluation_runs_only_what_is_downstream(x: Tensor) -> None:
-    gm = functionalize(trace(small_model("bmshj2018-hyperprior")))
+    gm = trace(small_model("bmshj2018-hyperprior"))
     find_sites(gm)
     runs: list[str] = []
 

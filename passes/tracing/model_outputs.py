@@ -20,20 +20,35 @@ def output_of(model: Callable[[Tensor], Any], x: Tensor) -> dict[str, Any]:
     """
     try:
         output: dict[str, Any] = model(x)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, AssertionError) as error:
         raise FmpqError(_failure(error, x)) from error
-    likelihoods = output.get("likelihoods") if isinstance(output, dict) else None
-    if not isinstance(likelihoods, dict) or not likelihoods or "x_hat" not in output:
-        raise FmpqError(
-            "the model's output has no likelihoods; the RD loss needs a dict with 'x_hat' and a dict "
-            "'likelihoods' with those of all latents, as CompressAI's models return it"
-        )
+    check_output(output)
     if output["x_hat"].shape != x.shape:
         raise FmpqError(
             f"the model makes {tuple(output['x_hat'].shape)} from images {tuple(x.shape)}: their height and "
             "width must be multiples of its stride, and at least that large; crop or pad them"
         )
     return output
+
+
+def check_output(output: Any) -> None:
+    """Check that ``output`` is a dict with a reconstruction and likelihoods.
+
+    Raises:
+        FmpqError: it is something else.
+    """
+    likelihoods = output.get("likelihoods") if isinstance(output, dict) else None
+    if isinstance(likelihoods, dict) and likelihoods and "x_hat" in output:
+        return
+    what = (
+        f"a dict with the keys {sorted(map(str, output))}"
+        if isinstance(output, dict)
+        else type(output).__name__
+    )
+    raise FmpqError(
+        f"the model's output has no likelihoods: it is {what}; the RD loss needs a dict with 'x_hat', the "
+        "reconstruction, and 'likelihoods', a dict of the likelihoods of all latents, as CompressAI's models return it"
+    )
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

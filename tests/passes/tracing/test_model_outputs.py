@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fmpq_fx
 from conftest import small_model
 from fmpq_fx import FmpqError
-from fmpq_fx.passes.forward import output_of
+from fmpq_fx.passes.tracing.model_outputs import output_of
 
 
 class OfChannels(ScaleHyperprior):

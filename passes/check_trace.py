@@ -1,0 +1,97 @@
+"""Check that the graph of a model computes what the model computes."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.annotation import graph_note
+from fmpq_fx.passes.tracing.examples import of_other_sizes, run_copy
+from fmpq_fx.passes.tracing.functions import DecisionError
+from fmpq_fx.passes.tracing.model_outputs import output_of
+from fmpq_fx.passes.tracing.operations import RANDOM
+from fmpq_fx.passes.tracing.wrappers import unwrapped
+
+
+@torch.no_grad()
+def check_trace(model: nn.Module, gm: fx.GraphModule, x: Tensor) -> None:
+    """Run both in evaluation mode and compare bit for bit; ``model`` is not touched.
+
+    They run on all of ``x``, the model twice, on one image or two, whichever ``x`` is not, and on one of another size
+    that both can run on.
+
+    Args:
+        model: the model that was traced.
+        gm: its graph.
+        x: images (B, C, H, W).
+
+    Raises:
+        FmpqError: the outputs differ, are not CompressAI's, or not of the size of ``x``; the model is random, or
+            cannot run on images of that size; it decides otherwise on ``x`` than where it was traced.
+    """
+    model = unwrapped(model)
+    expected = _flat(run_copy(model, x))
+    if not _same(expected, _flat(run_copy(model, x))):
+        raise FmpqError(
+            f"{type(model).__name__} gives another output each time for the same images in evaluation: it draws random "
+            f"numbers there{_draws(gm)}. Its RD loss cannot be compared with that of a quantized one; round in "
+            "evaluation, and add noise in training alone"
+        )
+    _compare(gm, x, expected)
+    other_batch = x[:1] if len(x) > 1 else torch.cat((x, x.flip(-1)))
+    _compare(gm, other_batch, _flat(run_copy(model, other_batch)))
+    refused: DecisionError | None = None
+    for image in of_other_sizes(x):
+        try:
+            expected = _flat(run_copy(model, image))
+        except Exception:  # the model is not made for such images
+            continue
+        try:
+            _compare(gm, image, expected)
+        except DecisionError as error:
+            refused = refused or error
+        else:
+            return
+    if refused is not None:
+        size = f"{x.size(-2)} x {x.size(-1)}"
+        warnings.warn(f"the graph may serve images of {size} alone; at another size: {refused}", stacklevel=3)
+
+
+def _compare(gm: fx.GraphModule, x: Tensor, expected: list[Tensor]) -> None:
+    """Run ``gm`` on ``x``, and refuse it where that fails or gives anything else than ``expected``."""
+    try:
+        found, reason = _flat(output_of(gm, x.clone())), ""  # some models write to their input
+    except DecisionError:
+        raise
+    except FmpqError as error:
+        found, reason = [], f"\n  {error}"
+    if _same(expected, found):
+        return
+    frozen = "".join(f"\n  {what}: {where}" for what, where in graph_note(gm).frozen.items())
+    causes = f"\nThese are as they were when it was traced, which may be why:{frozen}" if frozen else ""
+    raise FmpqError(
+        f"the traced graph does not compute what the model computes on images {tuple(x.shape)}.{reason}\nIts forward "
+        "does something that tracing froze, as a value that is stored between calls, a number of NumPy's, or a size "
+        f"that is made into text: use operations of torch, and buffers, instead{causes}"
+    )
+
+
+def _flat(output: dict[str, Any]) -> list[Tensor]:
+    return [output["x_hat"], *output["likelihoods"].values()]
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        v.shape == w.shape and torch.allclose(v, w, rtol=0, atol=0, equal_nan=True)
+        for v, w in zip(a, b, strict=True)
+    )
+
+
+def _draws(gm: fx.GraphModule) -> str:
+    found: Iterator[fx.Node] = (
+        node for node in gm.graph.nodes if getattr(node.target, "__name__", node.target) in RANDOM
+    )
+    return "".join(f"\n  {node.stack_trace or node.format_node()}" for node in found)

@@ -1,0 +1,71 @@
+"""Images to trace with where none are given, and of another size, to check what was traced."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.tracing.model_outputs import output_of
+
+Shape = tuple[int, int, int]
+"""Channels, height and width of an image."""
+
+_SHAPES: tuple[Shape, ...] = tuple(
+    (channels, side, side) for channels in (3, 1, 4) for side in (256, 512, 64)
+)
+_STEPS = (16, 32, 64, 128, 256)  # what a side may have to be a multiple of
+
+
+def synthetic(model: nn.Module, shape: Shape | None = None) -> Tensor:
+    """Return an image (1, C, H, W), always the same, in [0, 1], that ``model`` can run on.
+
+    Args:
+        model: says which device and dtype.
+        shape: of the image. None tries some, 256 x 256 with 3 channels first.
+
+    Raises:
+        FmpqError: the model can run on none of those that are tried.
+    """
+    if shape is not None:
+        return _image(model, shape)
+    failure: Exception | None = None
+    for tried in _SHAPES:
+        image = _image(model, tried)
+        try:
+            run_copy(model, image)
+        except Exception as error:  # the user's code may raise anything
+            failure = failure or error
+        else:
+            return image
+    raise FmpqError(
+        f"the model cannot run on images of 256 x 256, nor of other sizes: {failure}"
+    ) from failure
+
+
+def _image(model: nn.Module, shape: Shape) -> Tensor:
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    coarse = torch.rand(1, shape[0], 8, 8, generator=torch.Generator().manual_seed(0))
+    smooth = nn.functional.interpolate(coarse, size=shape[1:], mode="bicubic", align_corners=False)
+    return smooth.clamp(0, 1).to(like.device, like.dtype)
+
+
+def of_other_sizes(x: Tensor) -> Iterator[Tensor]:
+    """Yield the first image of ``x``, (1, C, H, W), cropped or tiled to other sizes, whose sides differ."""
+    height, width = x.shape[-2:]
+    for step in _STEPS:
+        for more in (-1, 1):
+            size = height + more * step, width + 2 * more * step
+            if min(size) > 0:
+                rows, columns = (
+                    torch.arange(new, device=x.device) % old
+                    for new, old in zip(size, (height, width), strict=True)
+                )
+                yield x[:1, :, rows][..., columns].contiguous()
+
+
+@torch.no_grad()
+def run_copy(model: nn.Module, x: Tensor) -> dict[str, object]:
+    """Return what ``model`` gives for ``x`` in evaluation; neither is touched, though a forward may write to both."""
+    return output_of(copy.deepcopy(model).eval(), x.clone())

@@ -1,0 +1,138 @@
+"""Record one run of a model: what it returns, and why it cannot be recorded, in words for its author."""
+
+import contextlib
+import copy
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.tracing.examples import of_other_sizes, run_copy
+from fmpq_fx.passes.tracing.functions import expect
+from fmpq_fx.passes.tracing.model_outputs import check_output, output_of
+from fmpq_fx.passes.tracing.patches import patched
+from fmpq_fx.passes.tracing.recording import Recording
+from fmpq_fx.passes.tracing.refusals import UnrecordableError
+from fmpq_fx.passes.tracing.wrappers import image_argument
+
+_ADVICE = (
+    "Write that line with operations of torch, or move it into a subclass of compressai.latent_codecs.LatentCodec, "
+    "which is kept whole and whose layers are quantized all the same."
+)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A graph, and what it calls and reads that the model does not have."""
+
+    graph: fx.Graph
+    added: dict[str, nn.Module]  # by the name in the graph
+    constants: dict[str, Tensor]  # by the name in the graph
+    frozen: dict[str, str]  # what may be bound to the size of the example, and where it is read
+
+    def held(self, root: nn.Module) -> dict[str, Any]:
+        """Return all that the graph calls and reads, by name; ``root`` is the model."""
+        own: dict[str, Any] = {**self.added, **self.constants}
+        targets = [str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr")]
+        return {target: own[target] if target in own else attrgetter(target)(root) for target in targets}
+
+    def same(self, other: "Recorded") -> bool:
+        """Say whether ``other`` computes the same."""
+        constants = [recorded.constants.items() for recorded in (self, other)]
+        return (
+            [*map(_operation, self.graph.nodes)] == [*map(_operation, other.graph.nodes)]
+            and len(constants[0]) == len(constants[1])
+            and all(a == b and v.equal(w) for (a, v), (b, w) in zip(*constants, strict=True))
+        )
+
+
+def record(
+    root: nn.Module, example: Tensor, *, training: bool = False, constants: str = "constant"
+) -> Recorded:
+    """Return what the forward of ``root`` does with ``example`` (1, C, H, W).
+
+    Args:
+        root: the model; it is not touched.
+        example: images.
+        training: whether to record what it does in training.
+        constants: how the names of tensors begin that it has from elsewhere.
+
+    Raises:
+        FmpqError: it does something that no graph can do.
+    """
+    recorded = _record(copy.deepcopy(root), example, training, constants)
+    if not recorded.frozen:
+        return recorded
+    # A mask that was kept for images of this size is made anew by a model that has seen others meanwhile.
+    for other in of_other_sizes(example):
+        warm = copy.deepcopy(root).train(training)
+        try:
+            with torch.no_grad():
+                output_of(warm, other)
+            again = _record(warm, example, training, constants)
+        except Exception:  # the user's code may raise anything
+            continue
+        return again if len(again.frozen) < len(recorded.frozen) else recorded
+    return recorded
+
+
+def _record(scratch: nn.Module, example: Tensor, training: bool, constants: str) -> Recorded:
+    scratch.train(training).requires_grad_(False)
+    x = example.clone()
+    recording = Recording(scratch, x, image_argument(scratch), constants)
+    devices = [] if x.device.type == "cpu" else [x.device]
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad(), patched(recording, scratch), recording:
+            output = scratch(x)
+            check_output(output)
+            found = _output(recording, output)
+    except FmpqError:
+        raise
+    except Exception as error:
+        if not isinstance(error, UnrecordableError) and not training:
+            run_copy(
+                scratch, example
+            )  # raises what the model does by itself: it may not be made for such images
+        raise FmpqError(_untraceable(scratch, recording, error)) from error
+    graph = recording.tape.graph
+    graph.output(found)
+    graph.eliminate_dead_code(lambda node: node.target is expect or node.op in ("placeholder", "output"))
+    graph.lint()
+    return Recorded(graph, recording.added, recording.state.constants, recording.state.frozen)
+
+
+def _output(recording: Recording, output: dict[str, Any]) -> dict[str, Any]:
+    """Return ``output`` with nodes in the places of values; what no graph can hold is left out."""
+    found = {}
+    for key, value in output.items():
+        with (
+            contextlib.nullcontext()
+            if key in ("x_hat", "likelihoods")
+            else contextlib.suppress(UnrecordableError)
+        ):
+            found[key] = recording.values.arguments(value)
+    return found
+
+
+def _operation(node: fx.Node) -> tuple[str, str, str, str]:
+    return node.op, str(node.target), str(node.args), str(node.kwargs)
+
+
+def _untraceable(model: nn.Module, recording: Recording, error: Exception) -> str:
+    """Name the module and the line of the user's code at which the trace ended, and what can be done."""
+    names = {id(module): name for name, module in model.named_modules()}
+    module = recording.stack[-1] if recording.stack else model
+    name, cls = names.get(id(module), ""), type(module).__name__
+    where = f"module {name!r} ({cls})" if name else f"the forward of {type(model).__name__}"
+    what, advice, reason = (
+        "does something that cannot be recorded",
+        _ADVICE,
+        f"\n  {type(error).__name__}: {error}",
+    )
+    if isinstance(error, UnrecordableError):
+        what, advice, reason = error.what, f"{error.advice} {_ADVICE}", ""
+    line = recording.lines.of_error(error)
+    return f"{type(model).__name__} cannot be traced: {where} {what}\n  {line}{reason}\n{advice}"

@@ -1,0 +1,48 @@
+"""Which modules are kept whole, and what stands in a graph for a call that is no module's."""
+
+from typing import Any
+
+from compressai.entropy_models import EntropyModel
+from compressai.latent_codecs import LatentCodec
+from torch import fx, nn
+
+from fmpq_fx.quant import QuantizedLayer, QuantizeLatent, quantized_class
+
+
+def kept_whole(module: nn.Module) -> bool:
+    """Say whether a call of ``module`` becomes one node instead of being traced into.
+
+    So are what can be quantized, what codes, and the layers of torch and einops.
+    """
+    if quantized_class(module) is not None:
+        return True
+    if isinstance(module, EntropyModel | LatentCodec | QuantizeLatent | QuantizedLayer):
+        return True
+    package = type(module).__module__
+    # CompressAI's operations are autograd functions in modules.
+    of_library = package.startswith(("torch.nn.", "torch.ao.nn.", "einops.", "compressai.ops."))
+    return of_library and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+
+
+class FunctionCall(nn.Module):
+    """A call of a user's autograd function, with the backward that the user wrote.
+
+    Args:
+        function: a subclass of ``torch.autograd.Function``.
+    """
+
+    def __init__(self, function: Any):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        """Return what the function makes of ``args``."""
+        return self.function.apply(*args)
+
+
+class NetworkTracer(fx.Tracer):
+    """Records a network inside a model symbolically, with the same modules whole; of its input there is no example."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Say whether ``m`` becomes one node."""
+        return kept_whole(m)

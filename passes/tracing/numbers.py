@@ -1,0 +1,122 @@
+"""Numbers that know the node that computes them: sizes, and what a forward computes of sizes.
+
+They are ints and floats to everyone who asks. Their arithmetic is recorded beside its result, and comparing one, or
+asking its truth, is a decision of the forward's that the recorder is told of.
+"""
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from fmpq_fx.passes.tracing.functions import numpy_scalar
+
+
+class Recorder(Protocol):
+    """What is told of the arithmetic."""
+
+    def apply(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return what ``function`` makes of numbers, as a number that knows where it comes from."""
+
+    def decide(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return the answer of ``function``, on which the forward decides something."""
+
+    def pin(self, number: Any) -> Any:
+        """Return ``number`` as a plain one; what is computed of it is bound to it."""
+
+
+class TracedInt(int):
+    """An int with what computes it."""
+
+    source: Any
+    recorder: Recorder
+
+
+class TracedFloat(float):
+    """A float with what computes it."""
+
+    source: Any
+    recorder: Recorder
+
+
+Traced = TracedInt | TracedFloat
+
+
+def traced(value: Any, source: Any, recorder: Recorder) -> Any:
+    """Return ``value`` as a number that ``source`` computes; as it is where it is no int or float."""
+    if type(value) not in (int, float):
+        return value
+    number = TracedInt(value) if type(value) is int else TracedFloat(value)
+    number.source, number.recorder = source, recorder
+    return number
+
+
+def plain(number: Any) -> Any:
+    """Return ``number`` as an int or a float of Python's own."""
+    if isinstance(number, TracedInt):
+        return int.__int__(number)
+    if isinstance(number, TracedFloat):
+        return float.__float__(number)
+    return number.item() if type(number).__module__ == "numpy" and not getattr(number, "ndim", 0) else number
+
+
+def _arithmetic(function: Callable[..., Any], reflected: bool = False) -> Callable[..., Any]:
+    def method(self: Traced, *others: Any) -> Any:
+        if not all(isinstance(other, int | float) for other in others):
+            return NotImplemented
+        return self.recorder.apply(function, *((*others[::-1], self) if reflected else (self, *others)))
+
+    return method
+
+
+def _comparison(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Traced, other: Any) -> Any:
+        if not isinstance(other, int | float):
+            return NotImplemented
+        return self.recorder.decide(function, self, other)
+
+    return method
+
+
+def _of_numpy(self: Traced, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+    """Do what NumPy's functions of single numbers do: np.ceil(height / 8)."""
+    if method != "__call__" or options or any(getattr(value, "ndim", 0) for value in inputs):
+        return getattr(ufunc, method)(*(self.recorder.pin(v) for v in inputs), **options)
+    return self.recorder.apply(numpy_scalar, ufunc.__name__, *inputs)
+
+
+def _divmod(self: Traced, other: Any) -> Any:
+    return self // other, self % other
+
+
+def _rdivmod(self: Traced, other: Any) -> Any:
+    return other // self, other % self
+
+
+_BINARY = ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow")
+_BITWISE = ("and_", "or_", "xor", "lshift", "rshift")
+
+
+def _equip(cls: type, base: type, binary: tuple[str, ...], unary: tuple[str, ...]) -> None:
+    methods: dict[str, Any] = {"__array_ufunc__": _of_numpy, "__divmod__": _divmod, "__rdivmod__": _rdivmod}
+    for name in binary:
+        function, short = getattr(operator, name), name.strip("_")
+        methods[f"__{short}__"], methods[f"__r{short}__"] = _arithmetic(function), _arithmetic(function, True)
+    for name in unary:
+        methods[f"__{name}__"] = _arithmetic(getattr(operator, name))
+    for function in (math.ceil, math.floor, math.trunc, round):
+        methods[f"__{function.__name__}__"] = _arithmetic(function)
+    for name in ("eq", "ne", "lt", "le", "gt", "ge"):
+        methods[f"__{name}__"] = _comparison(getattr(operator, name))
+    methods["__hash__"] = base.__hash__
+    methods["__bool__"] = lambda self: self.recorder.decide(operator.truth, self)
+    methods["__int__"] = lambda self: int(self.recorder.pin(self))
+    methods["__float__"] = lambda self: float(self.recorder.pin(self))
+    methods["__deepcopy__"] = lambda self, memo: plain(self)
+    methods["__reduce__"] = lambda self: (base, (plain(self),))
+    for name, method in methods.items():
+        setattr(cls, name, method)
+
+
+_equip(TracedInt, int, (*_BINARY, *_BITWISE), ("neg", "pos", "abs", "invert"))
+_equip(TracedFloat, float, _BINARY, ("neg", "pos", "abs"))

@@ -1,0 +1,125 @@
+"""Which lines are the user's own, so that errors and guards can show them."""
+
+import functools
+import linecache
+import sys
+import sysconfig
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+_LIBRARIES = ("torch", "torchvision", "einops", "numpy", "scipy", "fmpq_fx", "builtins")
+_PACKAGES = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib")})
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent)
+
+
+def own_modules(model: nn.Module) -> list[types.ModuleType]:
+    """Return the Python modules that the code of ``model`` lies in.
+
+    They are those of its classes, whatever package these come from, those of the functions and objects that its
+    modules keep, and what these import of the same package or of loose files.
+    """
+    found: dict[str, types.ModuleType] = {}
+    kept = [value for module in model.modules() for value in vars(module).values()]
+    names = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
+    names |= {getattr(value, "__module__", None) or "" for value in kept}
+    todo = [name for name in names if not _is_library(name)]
+    while todo:
+        name = todo.pop()
+        module = sys.modules.get(name)
+        if name in found or module is None:
+            continue
+        found[name] = module
+        todo += [other for other in _imported(module) if _belongs(other, name)]
+    return list(found.values())
+
+
+def _imported(module: types.ModuleType) -> set[str]:
+    values = list(vars(module).values())
+    return {
+        v.__name__ if isinstance(v, types.ModuleType) else getattr(v, "__module__", None) or ""
+        for v in values
+    }
+
+
+def _belongs(name: str, importer: str) -> bool:
+    """Say whether the module ``name`` is of the same making as the one that imports it."""
+    if _is_library(name) or name not in sys.modules:
+        return False
+    file = getattr(sys.modules[name], "__file__", None) or ""
+    if name.partition(".")[0] == importer.partition(".")[0]:
+        return bool(file)
+    return bool(file) and not file.startswith((*_PACKAGES, sysconfig.get_path("stdlib")))
+
+
+def _is_library(name: str) -> bool:
+    return name.partition(".")[0] in _LIBRARIES
+
+
+class Lines:
+    """Finds the line of the user's code that is running.
+
+    Args:
+        model: what is traced.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._files = {getattr(module, "__file__", None) for module in own_modules(model)}
+
+    def here(self) -> str:
+        """Return the innermost line of the user's that is running now, "models/codec.py:12: y = x[0]"."""
+        frames = list(_frames(sys._getframe(1)))
+        return self.words([(frame.f_code.co_filename, frame.f_lineno) for frame in frames])
+
+    def code(self) -> types.CodeType | None:
+        """Return the user's function that is running."""
+        frames = _frames(sys._getframe(1))
+        return next((frame.f_code for frame in frames if frame.f_code.co_filename in self._files), None)
+
+    def in_forward(self, code: types.CodeType | None) -> str | None:
+        """Return the line of the function with that ``code`` that is running now, as fx prints it; None outside."""
+        for frame in _frames(sys._getframe(1)):
+            if frame.f_code is code:
+                return _stack_trace(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+        return None
+
+    def of_error(self, error: BaseException) -> str:
+        """Return the innermost line of the user's that ``error`` came out of."""
+        places, trace = [], error.__traceback__
+        while trace is not None:
+            places.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
+            trace = trace.tb_next
+        return self.words(places[::-1])
+
+    def words(self, places: list[tuple[str, int]]) -> str:
+        """Return the first of ``places``, innermost first, that is the user's, or else is not torch's nor ours."""
+        own = [place for place in places if place[0] in self._files]
+        other = [place for place in places if not place[0].startswith((_TORCH, _OURS))]
+        file, line = (own or other or places)[0]
+        return described(file, line)
+
+
+def _frames(frame: types.FrameType | None) -> Iterator[types.FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+@functools.cache
+def described(file: str, line: int) -> str:
+    """Return where a line is, and what it says; of the path, what says nothing of whose machine this is."""
+    return f"{short(file)}:{line}: {linecache.getline(file, line).strip()}"
+
+
+@functools.cache
+def _stack_trace(file: str, line: int, name: str) -> str:
+    return f'File "{short(file)}", line {line}, in {name}\n    {linecache.getline(file, line).strip()}'
+
+
+def short(file: str) -> str:
+    """Return the end of a path, which suffices to find a file."""
+    return "/".join(Path(file).parts[-3:])

@@ -1,0 +1,45 @@
+"""The tensors that a model has before it runs: parameters, buffers, and what else is kept on its modules."""
+
+from torch import Tensor, nn
+
+
+class State:
+    """Knows the tensors of a model by identity, and keeps those that came from nowhere as constants.
+
+    Args:
+        root: the model.
+        prefix: how the names of constants begin.
+    """
+
+    def __init__(self, root: nn.Module, prefix: str):
+        self._prefix = prefix
+        self.constants: dict[str, Tensor] = {}  # by the name that the graph reads them by
+        self.frozen: dict[str, str] = {}  # what may be bound to the example: what it is, and where it is read
+        known = {id(t): (name, t) for name, t in (*root.named_parameters(), *root.named_buffers())}
+        self._parameters = {id(parameter) for parameter in root.parameters()}
+        self._kept: dict[int, tuple[str, Tensor]] = {}  # on modules, and neither parameters nor buffers
+        for path, module in root.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor) and id(value) not in known:
+                    self._kept[id(value)] = (f"{path}.{name}" if path else name, value)
+        self._known = known | self._kept
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """Return the name of a parameter or buffer; None for any other tensor."""
+        return None if id(tensor) in self._kept else self._known.get(id(tensor), (None, None))[0]
+
+    def is_trained(self, name: str) -> bool:
+        """Say whether the tensor that the graph reads by ``name`` is a parameter."""
+        return any(known == name and at in self._parameters for at, (known, _) in self._known.items())
+
+    def read(self, tensor: Tensor, where: str) -> str:
+        """Return the name by which the graph reads ``tensor``, which no recorded operation made."""
+        if id(tensor) not in self._known:
+            name = f"{self._prefix}_{len(self.constants)}"
+            self.constants[name] = tensor.detach().clone()
+            self._known[id(tensor)] = name, tensor  # kept, so that no other one gets its identity
+            self.frozen.setdefault(f"a tensor {tuple(tensor.shape)} that no recorded operation made", where)
+        name, _ = self._known[id(tensor)]
+        if id(tensor) in self._kept:
+            self.frozen.setdefault(f"{name!r}, a tensor that is kept on its module and is no buffer", where)
+        return name
