@@ -38,8 +38,8 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
         class.
 
     Raises:
-        FmpqError: the model cannot be traced, cannot run on the example, returns something else, or a weight is computed
-            from others.
+        FmpqError: the model cannot be traced, cannot run on the example, or returns something else; a weight is
+            computed from others.
     """
     model = unwrapped(model)
     check_weights(model)  # before the copy, which torch refuses to make of some of them
