@@ -17,6 +17,7 @@ from fmpq_fx.passes.measure.sensitivity import Measurement
 from fmpq_fx.passes.plan.tables import Sensitivity
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.trace import trace
+from fmpq_fx.passes.tracing.wrappers import unwrapped
 from fmpq_fx.ranks import Ranks, current
 from fmpq_fx.storage import fingerprint
 from fmpq_fx.storage.files import check_folder
@@ -26,13 +27,19 @@ from fmpq_fx.storage.files import check_folder
 class Job:
     """A model, the images to measure it on, and how."""
 
-    model: nn.Module  # as it was given; it is not modified
+    model: nn.Module  # as it was given, or what was wrapped; it is not modified
     batches: list[Tensor]  # (B, C, H, W) each, in [0, 1], on the model's device and in its dtype
     memory: int  # bytes of activations that may be kept
     known: Sensitivity | None  # what was measured already, by the caller's table or the checkpoint
     checkpoint: str | os.PathLike[str] | None  # the file of the table
     ranks: Ranks  # that share the work
     progress: bool | None  # False shows nothing; see :func:`fmpq_fx.progress.reported`
+
+    @property
+    def example(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the model is traced with."""
+        _, channels, height, width = self.batches[0].shape
+        return channels, height, width
 
     def trace(self) -> fx.GraphModule:
         """Return the graph of the model, which computes the same on the images, out-of-place and with its sites marked.
@@ -81,10 +88,10 @@ def begin_job(
 
     Raises:
         ValueError: an argument is out of its range.
-        FmpqError: the model has no parameters, there are no usable images, the checkpoint is no table, or the ranks
+        FmpqError: the model wants more than images or has no parameters, there are no usable images, the checkpoint is no table, or the ranks
             were given different things.
     """
-    ranks = current()
+    model, ranks = unwrapped(model), current()
     if sensitivity is not None and checkpoint is not None:
         raise ValueError("sensitivity and checkpoint both name a table; pass one of them")
     known = sensitivity or _read(checkpoint)

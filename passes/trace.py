@@ -38,7 +38,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
         class.
 
     Raises:
-        FmpqError: the model cannot be traced, cannot run on the example, or returns something else, or a weight is
+        FmpqError: the model cannot be traced, cannot run on the example, or returns something else; a weight is
             computed from others.
     """
     model = unwrapped(model)
