@@ -2,11 +2,9 @@
 
 import errno
 import os
-import resource
 import stat
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from fmpq_fx.formats.state import save_state
 from fmpq_fx.history import Settings
 from fmpq_fx.images import reading
 from fmpq_fx.training.run import TrainingRun
+from support.full_disk import small_files
 
 WRITERS: dict[str, Callable[[fx.GraphModule, Path], object]] = {
     "model.fmpq": fmpq_fx.save,
@@ -32,17 +31,6 @@ WRITERS: dict[str, Callable[[fx.GraphModule, Path], object]] = {
     "training": lambda gm, path: TrainingRun(gm, [], Settings(0.01)).save(path, {}),
 }
 every_writer = pytest.mark.parametrize("name", WRITERS)
-
-
-@contextmanager
-def small_files(most: int) -> Iterator[None]:
-    """Let the system refuse to make a file larger than ``most`` bytes, as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @every_writer

@@ -134,15 +134,21 @@ class ChangeMeter:
         return self.base
 
     @torch.no_grad()
-    def measure(self, changes: Mapping[K, Change], title: str = "changes") -> dict[K, RDSums]:
-        """Return the RD sums with each of ``changes`` made alone, in their order; ``title`` is the progress bar's."""
+    def measure(self, changes: Mapping[K, Change], title: str | None = None) -> dict[K, RDSums]:
+        """Return the RD sums with each of ``changes`` made alone, in their order.
+
+        Args:
+            changes: what to measure.
+            title: of the progress bar; None shows none.
+        """
         self.measure_base()
         own = dict(self.bench.ranks.share(list(changes.items())))
         keys: dict[str, list[K]] = {site: [] for site in self._downstream}  # in the order of the graph
         for key, (site, _) in own.items():
             keys[site].append(key)
         sums = dict.fromkeys(own, RDSums())
-        bar = reported(range(len(self._pieces) * len(own)), title, "run", show=self.bench.progress)
+        show = False if title is None else self.bench.progress
+        bar = reported(range(len(self._pieces) * len(own)), title or "", "run", show=show)
         with bar, freed_memory_kept():
             for site, its_keys in keys.items():
                 layer = self.gm.get_submodule(site)

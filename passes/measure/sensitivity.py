@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from numbers import Integral, Real
+from operator import itemgetter
 
 from torch import fx
 
@@ -19,6 +20,7 @@ from fmpq_fx.passes.measure.bench import Bench, mean_rd
 from fmpq_fx.passes.measure.changes import ChangeMeter
 from fmpq_fx.passes.plan.tables import Sensitivity, Site, Table
 from fmpq_fx.passes.sites import find_sites, float_remainder
+from fmpq_fx.progress import reported
 from fmpq_fx.quant import quantize_layer
 from fmpq_fx.rd import PEAK, RDSums
 
@@ -69,15 +71,20 @@ class SensitivityMeter:
             return mean_rd(changes.gm, changes.bench, lmbda)
         return changes.base.rd(lmbda)
 
-    def measure(self, points: Iterable[Point]) -> None:
-        """Measure zeta at ``points``, put it into :attr:`table`, and write that to the checkpoint."""
+    def measure(self, points: Iterable[Point], title: str | None = "sensitivity") -> None:
+        """Measure zeta at ``points``, put it into :attr:`table`, and write that to the checkpoint.
+
+        Args:
+            points: what to measure.
+            title: of the progress bar; None shows none.
+        """
         wanted = set(points)
         changes = {
             (site, b): (site, partial(quantize_layer, bits=b))
             for site, b in self.table.missing
             if (site, b) in wanted
         }
-        self._add(self.changes.measure(changes, "sensitivity"))
+        self._add(self.changes.measure(changes, title))
         if self.checkpoint is not None and self.changes.bench.ranks.is_first:
             self.table.save(self.checkpoint)
 
@@ -139,10 +146,12 @@ def measure_sensitivity(gm: fx.GraphModule, bench: Bench, measurement: Measureme
     The arguments, and what is raised, are those of :func:`begin`.
     """
     meter = begin(gm, bench, measurement)
-    # All at once saves work, but a checkpoint is to be written after each site.
-    whole = meter.checkpoint is None
-    for _, points in groupby(meter.table.missing, key=lambda point: whole or point[0]):
-        meter.measure(points)
+    if meter.checkpoint is None:
+        meter.measure(meter.table.missing)
+    else:  # it is written after each site
+        sites = [list(points) for _, points in groupby(meter.table.missing, key=itemgetter(0))]
+        for points in reported(sites, "sensitivity", "site", show=bench.progress):
+            meter.measure(points, title=None)
     annotate_sites(gm, zeta=meter.table.zeta)
     return meter.table
 

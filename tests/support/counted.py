@@ -25,7 +25,7 @@ class CountedMeter(SensitivityMeter):
         super().__init__(ChangeMeter(fx.GraphModule({}, fx.Graph()), Bench((), 0)), table)
         self.rounds: list[int] = []  # points in each
 
-    def measure(self, points: Iterable[Point]) -> None:
+    def measure(self, points: Iterable[Point], title: str | None = "") -> None:
         wanted = set(points)
         assert wanted <= set(self.table.missing), "it was measured already, or is no candidate"
         self.rounds.append(len(wanted))
