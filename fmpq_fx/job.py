@@ -54,12 +54,6 @@ class Job:
             check_trace(self.model, gm, x)
         return gm
 
-    @property
-    def example(self) -> tuple[int, int, int]:
-        """Channels, height and width of the image that the model is traced on."""
-        _, channels, height, width = self.batches[0].shape
-        return channels, height, width
-
     def make_bench(self, gm: fx.GraphModule) -> Bench:
         """Return what ``gm`` is measured on."""
         return make_bench(gm, self.batches, memory=self.memory, ranks=self.ranks, progress=self.progress)
@@ -88,8 +82,8 @@ def begin_job(
 
     Raises:
         ValueError: an argument is out of its range.
-        FmpqError: the model wants more than images or has no parameters, there are no usable images, the checkpoint is no table, or the ranks
-            were given different things.
+        FmpqError: the model wants more than images or has no parameters, there are no usable images, the checkpoint is
+            no table, or the ranks were given different things.
     """
     model, ranks = unwrapped(model), current()
     if sensitivity is not None and checkpoint is not None:
