@@ -25,8 +25,8 @@ from fmpq_fx.exact.fixed_point import (
     to_integers,
 )
 from fmpq_fx.exact.products import product_of
+from fmpq_fx.quant import QuantizedLayer, quantize_layer
 from fmpq_fx.quant.fake_quant import ActivationFakeQuant
-from fmpq_fx.quant.layers import QuantizedLayer, quantize_layer
 
 _FLOAT32_SUMS = 2**24  # float32 holds all integers up to here
 _FLOAT32_OPERANDS = 2**8  # and bfloat16 up to here; a library may multiply float32 numbers in it

@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 
 from fmpq_fx.passes.annotation import KEY, annotate
 from fmpq_fx.passes.transposed import Axis
-from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedConvTranspose2d, quantized_class
+from fmpq_fx.quant import quantized_class
+from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedConvTranspose2d
 
 
 def subpixel(gm: fx.GraphModule) -> fx.GraphModule:

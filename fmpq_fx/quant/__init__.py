@@ -3,7 +3,8 @@
 from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant, integer_range
 from fmpq_fx.quant.kept_weights import weights_kept
 from fmpq_fx.quant.latents import QuantizeLatent
-from fmpq_fx.quant.layers import QUANTIZERS, QuantizedLayer, quantize_layer, quantized_class, quantized_layers
+from fmpq_fx.quant.layers import QUANTIZERS, QuantizedLayer
+from fmpq_fx.quant.registry import quantize_layer, quantized_class, quantized_layers
 
 __all__ = [
     "QUANTIZERS",

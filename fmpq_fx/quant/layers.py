@@ -1,12 +1,12 @@
 """Quantized layers: a float layer, the fake quantization of its weight, and that of its input.
 
-One registry leads from float layers to quantized ones. The float layer stays inside, with its trained weight
+The float layer stays inside, with its trained weight
 and bias, so that fine-tuning trains it and dequantization can always start from it again.
 """
 
 import torch
 import torch.nn.functional as F
-from compressai.layers import GDN, GDN1, MaskedConv2d
+from compressai.layers import GDN, GDN1
 from torch import Tensor, nn
 
 from fmpq_fx.quant.fake_quant import LEAK, ActivationFakeQuant, WeightFakeQuant
@@ -257,49 +257,3 @@ class QuantizedGDN1(QuantizedGDN):
         """Normalize ``x`` (B, C, H, W)."""
         norm = self._norm(self.quantized_input(x).abs())
         return x * (norm if self.layer.inverse else 1.0 / norm)
-
-
-_REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {
-    nn.Conv2d: QuantizedConv2d,
-    nn.ConvTranspose2d: QuantizedConvTranspose2d,
-    nn.Linear: QuantizedLinear,
-    MaskedConv2d: QuantizedMaskedConv2d,
-    GDN: QuantizedGDN,
-    GDN1: QuantizedGDN1,
-}
-
-
-def quantized_class(layer: nn.Module) -> type[QuantizedLayer] | None:
-    """Return the class that quantizes ``layer``, or None where there is none.
-
-    A subclass counts as its base as long as it computes the same: one that overrides ``forward`` does not.
-    """
-    for base in type(layer).__mro__:
-        if base in _REGISTRY:
-            same = all(
-                getattr(type(layer), name, None) is getattr(base, name, None)
-                for name in ("forward", "_conv_forward")
-            )
-            return _REGISTRY[base] if same else None
-    return None
-
-
-def quantize_layer(
-    layer: nn.Module, bits: int, activation_bits: int | None = None, *, clip: float = 1.0, leak: float = LEAK
-) -> QuantizedLayer:
-    """Return ``layer`` with its weights quantized to ``bits`` and its input to ``activation_bits``.
-
-    Raises:
-        TypeError: there is no quantized form of such a layer.
-    """
-    quantized = quantized_class(layer)
-    if quantized is None:
-        raise TypeError(
-            f"a {type(layer).__name__} cannot be quantized; {', '.join(cls.__name__ for cls in _REGISTRY)} can"
-        )
-    return quantized(layer, bits, activation_bits, clip=clip, leak=leak)
-
-
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Return the quantized layers of a rewritten graph, or of a model that was converted from one, by site."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
