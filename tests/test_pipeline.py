@@ -178,7 +178,7 @@ def test_mistakes_are_told_before_the_long_measurement(x: Tensor, mistake: dict[
     model.get_submodule("entropy_bottleneck").register_forward_hook(lambda *_: runs.append(1))
     with pytest.raises(ValueError, match=r"reached|planner|g_x|activation_bits"):
         fmpq_fx.prepare(model, **{"target_cr": 0.2, "calibration": x, **mistake})
-    assert 0 < len(runs) <= 3, "a few runs check the graph; measuring takes hundreds"
+    assert 0 < len(runs) <= 20, "some runs make and check the graph; measuring takes hundreds"
 
 
 def test_a_model_without_parameters() -> None:
