@@ -23,9 +23,7 @@ class Places(Enum):
     """Which places of its inputs, (B, C, H, W), a place of the output is computed from."""
 
     OWN = auto()  # its own, in evaluation mode
-    ALONG = (
-        auto()
-    )  # its own if the argument ``dim`` is that of the channels: joins or divides tensors along it
+    ALONG = auto()  # its own if ``dim`` is that of the channels: joins or divides tensors along it
     PICKED = auto()  # that which an index says
     SHUFFLED = auto()  # one of a block: places come from channels
     GATHERED = auto()  # all of a block: channels come from places
@@ -37,9 +35,7 @@ class Places(Enum):
 class Numbers(Enum):
     """What becomes of fixed-point numbers, which float32 and float64 hold exactly (fmpq_fx.exact.fixed_point)."""
 
-    KEPT = (
-        auto()
-    )  # results are numbers of the inputs, some negated, or made 0 or 1, or the numbers among its arguments
+    KEPT = auto()  # results are numbers of the inputs or of the arguments, some negated, or made 0 or 1
     ADDED = auto()  # results are sums of one number of each input
     SCALED = auto()  # results are products, exact if one factor is a constant of few bits
     MADE = auto()  # results are 0, 1 or a number among its arguments, whatever the inputs

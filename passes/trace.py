@@ -47,9 +47,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     image = synthetic(root) if example is None else example[:1]
     evaluation = record(root, image)
     training = _in_training(root, image, evaluation)
-    for (
-        module
-    ) in root.modules():  # also those inside of others that stay whole, which must not write to their input
+    for module in root.modules():  # also those inside of others that stay whole: none may write to its input
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
     held = evaluation.held(root) | (training.held(root) if training else {})
