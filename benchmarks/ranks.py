@@ -40,7 +40,7 @@ def measure(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         gm = prepare(model, 0.1875, calibration=calibration, lmbda=0.013, progress=False)
         seconds = {"prepare": [time.perf_counter() - start], "step": []}
-        run = TrainingRun(gm, [], Settings(0.013, batch_size=args.batch_size), ranks.current())
+        run = TrainingRun(gm, [], Settings(0.013, batch_size=args.batch_size), ranks=ranks.current())
         run.join()
         with freed_memory_kept():
             for _ in range(WARM_UP + args.steps):

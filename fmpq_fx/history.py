@@ -7,7 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fmpq_fx.rd import psnr
+from fmpq_fx.rd import MSE, psnr
 from fmpq_fx.storage.files import JsonFile
 
 LOSSES = ("rd", "mse")
@@ -28,7 +28,11 @@ class Settings:
 
     lmbda: float = field(metadata={"help": "weight of the distortion"})
     steps: int = _option(300, "number of steps")
-    loss: str = _option("rd", "rd is rate + lmbda * 255^2 * MSE, mse its second term alone")
+    distortion: str = _option(
+        MSE.name,
+        "what the model was trained for: mse, ms-ssim, or package.module:function; default: by the plan",
+    )
+    loss: str = _option("rd", "rd is rate + lmbda * distortion, mse the distortion alone, where that is mse")
     batch_size: int = _option(4, "random crops in a step, of all processes together")
     crop: int = _option(192, "side of a crop in pixels, a multiple of 64")
     lr: float = _option(3e-5, "learning rate of weights, biases and entropy models")
@@ -59,6 +63,10 @@ class Settings:
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.loss == "mse" and self.distortion != MSE.name:
+            raise ValueError(
+                f"loss='mse' lowers MSE alone, and the distortion is {self.distortion}; pass loss='rd'"
+            )
         if self.crop < 64 or self.crop % 64:
             raise ValueError(f"crop must be a positive multiple of 64, got {self.crop}")
         if not 0 <= self.constant <= 1:
@@ -81,7 +89,7 @@ class Validation:
     step: int
     bpp: float  # bits per pixel, from the likelihoods
     mse: float  # of images in [0, 1], not rounded to 8 bits
-    rd_loss: float  # bpp + lmbda * 255^2 * mse
+    rd_loss: float  # bpp + lmbda * distortion
 
     @property
     def psnr(self) -> float:
@@ -127,7 +135,8 @@ class History(JsonFile):
         headers = ("step", "bpp", "PSNR (dB)", "RD loss", "")
         table = tabulate(rows, headers, disable_numparse=True, colalign=("right",) * 4 + ("left",))
         images = f"trained on {self.trained_on}, validated on {self.validated_on}"
-        return f"{table}\n\n{images}"
+        metric = "" if self.settings.distortion == MSE.name else f", distortion: {self.settings.distortion}"
+        return f"{table}\n\n{images}{metric}"
 
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> "History":

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images import crops
 from fmpq_fx.images.crops import Calibration
+from fmpq_fx.images.distortions import Given, find_distortion
 from fmpq_fx.memory import bytes_of
 from fmpq_fx.passes.check_trace import check_trace
 from fmpq_fx.passes.measure.bench import Bench, cut_into_pieces, make_bench
@@ -19,6 +20,7 @@ from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.passes.tracing.wrappers import unwrapped
 from fmpq_fx.ranks import Ranks, current
+from fmpq_fx.rd import MSE, Distortion
 from fmpq_fx.storage import fingerprint
 from fmpq_fx.storage.files import check_folder
 
@@ -32,6 +34,7 @@ class Job:
     memory: int  # bytes of activations that may be kept
     known: Sensitivity | None  # what was measured already, by the caller's table or the checkpoint
     checkpoint: str | os.PathLike[str] | None  # the file of the table
+    distortion: Distortion  # of the RD loss
     ranks: Ranks  # that share the work
     progress: bool | None  # False shows nothing; see :func:`fmpq_fx.progress.reported`
 
@@ -56,7 +59,14 @@ class Job:
 
     def make_bench(self, gm: fx.GraphModule) -> Bench:
         """Return what ``gm`` is measured on."""
-        return make_bench(gm, self.batches, memory=self.memory, ranks=self.ranks, progress=self.progress)
+        return make_bench(
+            gm,
+            self.batches,
+            memory=self.memory,
+            ranks=self.ranks,
+            distortion=self.distortion,
+            progress=self.progress,
+        )
 
     def measurement(self, lmbda: float | None, bits: tuple[int, ...] | None) -> Measurement:
         """Return what is to be measured, by the Lagrangian and the candidate widths."""
@@ -75,6 +85,7 @@ def begin_job(
     *,
     sensitivity: Sensitivity | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    distortion: Given | None = None,
     memory: int | str | None = None,
     progress: bool | None = None,
 ) -> Job:
@@ -89,6 +100,7 @@ def begin_job(
     if sensitivity is not None and checkpoint is not None:
         raise ValueError("sensitivity and checkpoint both name a table; pass one of them")
     known = sensitivity or _read(checkpoint)
+    chosen = find_distortion(distortion, MSE.name if known is None else known.metric)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is None:
         raise FmpqError(f"{type(model).__name__} has no parameters, so there is nothing to quantize")
@@ -98,6 +110,7 @@ def begin_job(
         ranks.require_same(
             {
                 "the sensitivity": _version(known),
+                "the distortion": chosen.name,
                 "the calibration": f"{crops.describe(given)}, {pixels}",
                 "the model": f"{type(model).__name__}, weights {weights}",
             }
@@ -108,6 +121,7 @@ def begin_job(
         bytes_of(memory, parameter.device),
         known,
         checkpoint,
+        chosen,
         ranks,
         progress,
     )

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images.crops import Calibration
+from fmpq_fx.images.distortions import Given
 from fmpq_fx.job import begin_job
 from fmpq_fx.passes.annotation import annotate_graph, plan_of
 from fmpq_fx.passes.clip.ranges import calibrate
@@ -43,6 +44,7 @@ def prepare(
     fixed: Mapping[str, int | None] | None = None,
     sensitivity: Sensitivity | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    distortion: Given | None = None,
     memory: int | str | None = None,
     progress: bool | None = None,
 ) -> fx.GraphModule:
@@ -71,6 +73,9 @@ def prepare(
             the plan of the whole table but for what noise decides.
         checkpoint: a file that the table is written to as it is measured, instead of ``sensitivity``. Where it is
             there, only what it lacks is measured; it must be of the same weights and images.
+        distortion: what the model was trained for: "mse" (the RD loss is rate + lmbda * 255^2 * MSE), "ms-ssim" (rate +
+            lmbda * (1 - MS-SSIM)), or a function of your own (:data:`fmpq_fx.images.distortions.Given`). None is that
+            of the ``sensitivity`` or of the checkpoint, or "mse".
         memory: how much memory activations may be kept in: bytes, or a string as "2GB"; None is a quarter of the
             machine's, or of the GPU's. With less, more is computed again, and the result is the same. Forward
             passes take memory besides, for two images of 256 x 256 at once, sixteen on a GPU.
@@ -91,7 +96,13 @@ def prepare(
     bits = None if bits is None else checked_bits(bits)
     model = unwrapped(model)
     job = begin_job(
-        model, calibration, sensitivity=sensitivity, checkpoint=checkpoint, memory=memory, progress=progress
+        model,
+        calibration,
+        sensitivity=sensitivity,
+        checkpoint=checkpoint,
+        distortion=distortion,
+        memory=memory,
+        progress=progress,
     )
     gm = job.trace()
     sites, measurable = find_sites(gm), checked_bits(bits) if job.known is None else job.known.bits
@@ -151,6 +162,7 @@ def analyze(
     lmbda: float | None = None,
     bits: Iterable[int] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    distortion: Given | None = None,
     memory: int | str | None = None,
     progress: bool | None = None,
 ) -> Sensitivity:
@@ -167,7 +179,9 @@ def analyze(
     """
     bits = None if bits is None else checked_bits(bits)
     model = unwrapped(model)
-    job = begin_job(model, calibration, checkpoint=checkpoint, memory=memory, progress=progress)
+    job = begin_job(
+        model, calibration, checkpoint=checkpoint, distortion=distortion, memory=memory, progress=progress
+    )
     gm = job.trace()
     return measure_sensitivity(gm, job.make_bench(gm), job.measurement(lmbda, bits))
 

@@ -1,11 +1,12 @@
-"""The RD loss, rate + lmbda * 255^2 * MSE, and the sums it is made of.
+"""The RD loss, rate + lmbda * distortion, and the sums it is made of.
 
-Rate and lambda follow CompressAI: rate is in bits per pixel from the model's likelihoods, distortion is the
-mean squared error of images in [0, 1], brought to the 0 … 255 scale by 255^2.
+Rate and lambda follow CompressAI: rate is in bits per pixel from the model's likelihoods; distortion is the mean
+squared error of images in [0, 1], brought to the 0 … 255 scale by 255^2, for models that were trained with it, and
+1 - MS-SSIM for those that were trained with that (:mod:`fmpq_fx.images.distortions`).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +27,28 @@ def squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Distortion:
+    """How far decoded images are from the original ones, on the scale that lambda weighs."""
+
+    name: str  # "mse", "ms-ssim", or "module:function" of a user's own
+    total: Callable[
+        [Tensor, Tensor], Tensor
+    ]  # of decoded and original images (B, C, H, W): a differentiable sum
+    count: Callable[[Tensor], int]  # of what that is the sum over, for images (B, C, H, W)
+
+
+MSE = Distortion("mse", lambda x_hat, x: PEAK**2 * squared_error(x_hat, x), Tensor.numel)
+"""255^2 * the mean squared error of images in [0, 1]."""
+
+
+@dataclass(frozen=True)
 class RDSums:
     """What the RD loss over some images is made of."""
 
     bits: float = 0.0  # information content of all latents, bits
-    squared_error: float = 0.0  # sum of squared errors of images in [0, 1]
+    error: float = 0.0  # total of a distortion
     pixels: int = 0  # B * H * W
-    elements: int = 0  # B * C * H * W
+    count: int = 0  # of what the distortion is the mean over
 
     @property
     def rate(self) -> float:
@@ -40,27 +56,28 @@ class RDSums:
         return self.bits / self.pixels
 
     @property
-    def mse(self) -> float:
-        """Mean squared error of images in [0, 1]."""
-        return self.squared_error / self.elements
+    def distortion(self) -> float:
+        """Mean of the distortion, 255^2 * MSE for instance."""
+        return self.error / self.count
 
     def rd(self, lmbda: float) -> float:
-        """Return the RD loss, rate + lmbda * 255^2 * MSE."""
-        return self.rate + lmbda * PEAK**2 * self.mse
+        """Return the RD loss, rate + lmbda * distortion."""
+        return self.rate + lmbda * self.distortion
 
     def __add__(self, other: "RDSums") -> "RDSums":
         return RDSums(
             self.bits + other.bits,
-            self.squared_error + other.squared_error,
+            self.error + other.error,
             self.pixels + other.pixels,
-            self.elements + other.elements,
+            self.count + other.count,
         )
 
 
-def rd_sums(output: Mapping[str, Any], x: Tensor) -> RDSums:
+def rd_sums(output: Mapping[str, Any], x: Tensor, distortion: Distortion = MSE) -> RDSums:
     """Return the sums of a model's ``output`` for the images ``x``, (B, C, H, W) in [0, 1]."""
     bits = sum(total_bits(p).item() for p in output["likelihoods"].values())
-    return RDSums(bits, squared_error(output["x_hat"], x).item(), x.numel() // x.size(1), x.numel())
+    error = distortion.total(output["x_hat"], x).item()
+    return RDSums(bits, error, x.numel() // x.size(1), distortion.count(x))
 
 
 def psnr(mse: float, peak: float = 1.0) -> float:
@@ -68,17 +85,20 @@ def psnr(mse: float, peak: float = 1.0) -> float:
     return 10 * math.log10(peak**2 / mse) if mse else math.inf
 
 
-def rate_and_distortion(output: Mapping[str, Any], x: Tensor, lmbda: float) -> tuple[Tensor, Tensor]:
+def rate_and_distortion(
+    output: Mapping[str, Any], x: Tensor, lmbda: float, distortion: Distortion = MSE
+) -> tuple[Tensor, Tensor]:
     """Return the two parts of the RD loss of a model's ``output`` for the images ``x``.
 
     Args:
         output: what a CompressAI model returns: ``x_hat`` and the dict ``likelihoods``.
         x: (B, C, H, W) images in [0, 1].
         lmbda: weight of the distortion.
+        distortion: what is weighed.
 
     Returns:
-        rate in bits per pixel and lmbda * 255^2 * MSE, both differentiable float64 scalars.
+        rate in bits per pixel and lmbda * distortion, both differentiable scalars, of float64 for the built-in ones.
     """
     pixels = x.size(0) * x.size(-2) * x.size(-1)
     bits = torch.stack([total_bits(p) for p in output["likelihoods"].values()]).sum()
-    return bits / pixels, lmbda * PEAK**2 * squared_error(output["x_hat"], x) / x.numel()
+    return bits / pixels, lmbda * distortion.total(output["x_hat"], x) / distortion.count(x)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from fmpq_fx.models.zoo import model_factory
+from fmpq_fx.images.distortions import DISTORTIONS, Given
+from fmpq_fx.models.zoo import imported, model_factory
 from fmpq_fx.onnx.codec import BACKENDS
 
 CODED = ".fmi"
@@ -22,7 +23,13 @@ def add_model(command: argparse.ArgumentParser, others: str = "") -> None:
         help=f"{others}'sample', a name of CompressAI's zoo, or package.module:callable",
     )
     add("--quality", type=int, metavar="Q", help="of CompressAI's pretrained weights, 1 to 8")
+    add("--metric", choices=sorted(DISTORTIONS), help="what those were trained for; default mse")
     add("--checkpoint", type=Path, metavar="F", help="trained weights of the model")
+
+
+def distortion(text: str | None) -> Given | None:
+    """Return the distortion that ``--distortion`` names: one of ours, or "package.module:function"."""
+    return imported(text, "a distortion") if text is not None and ":" in text else text
 
 
 def add_device(command: argparse.ArgumentParser) -> None:

@@ -70,10 +70,10 @@ def _model(args: argparse.Namespace) -> nn.Module:
     if args.backend != "torch" and args.device != "cpu":
         raise ValueError(f"--backend {args.backend} runs on the CPU; leave --device {args.device} out")
     if not Path(args.model).is_file():
-        return load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
-    if args.quality is not None or args.checkpoint is not None:
+        return load_model(args.model, quality=args.quality, metric=args.metric, checkpoint=args.checkpoint)
+    if (args.quality, args.metric, args.checkpoint) != (None, None, None):
         raise ValueError(
-            f"{args.model} is a file, which has its weights; leave --quality and --checkpoint out"
+            f"{args.model} is a file, which has its weights; leave --quality, --metric and --checkpoint out"
         )
     if Path(args.model).suffix != MODEL:
         return load_state(args.model)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from torch import fx
 
 from fmpq_fx import ranks
-from fmpq_fx.cli.arguments import add_device, add_model
+from fmpq_fx.cli.arguments import add_device, add_model, distortion
 from fmpq_fx.cli.outputs import HISTORY, PICTURE, PLAN, STATE, TABLE, TRAINING, declare, training_checkpoint
 from fmpq_fx.formats.state import load_state, save_state, spec_of
 from fmpq_fx.history import LOSSES, History, Settings
@@ -38,6 +38,11 @@ def add_prepare(command: argparse.ArgumentParser) -> None:
     )
     add("--images", type=Path, metavar="DIR", help="calibration images; default: scikit-image's photographs")
     add("--lmbda", type=float, metavar="L", help="weight of the distortion; default: as heavy as the rate")
+    add(
+        "--distortion",
+        metavar="mse|ms-ssim",
+        help="what the model was trained for, or package.module:function; default: that of --metric",
+    )
     add("--planner", choices=list(PLANNERS), default="adaptive")
     add(
         "--size",
@@ -83,7 +88,7 @@ def _prepare(args: argparse.Namespace) -> None:
     table = Sensitivity.load(args.sensitivity) if args.sensitivity and args.sensitivity.exists() else None
     reuse = table is not None and table.complete
     with ranks.joined(args.device) as device:
-        model = load_model(args.model, quality=args.quality, checkpoint=args.checkpoint)
+        model = load_model(args.model, quality=args.quality, metric=args.metric, checkpoint=args.checkpoint)
         gm = prepare(
             model.to(device),
             args.target_cr,
@@ -96,6 +101,7 @@ def _prepare(args: argparse.Namespace) -> None:
             fixed=dict(args.fixed),
             sensitivity=table if reuse else None,
             checkpoint=None if reuse else args.sensitivity,
+            distortion=distortion(args.distortion or args.metric),
             memory=args.memory,
         )
         if ranks.is_first():
@@ -141,6 +147,8 @@ def _add_option(command: argparse.ArgumentParser, option: "Field[Any]") -> None:
     name, text = f"--{option.name.replace('_', '-')}", option.metadata["help"]
     if isinstance(option.default, bool):
         command.add_argument(name, action="store_true", help=text)
+    elif option.name == "distortion":
+        command.add_argument(name, metavar="mse|ms-ssim", help=text)
     elif option.name == "loss":
         command.add_argument(name, choices=LOSSES, default=option.default, help=text)
     elif option.name in _BY_THE_PLAN:
@@ -153,6 +161,7 @@ def _add_option(command: argparse.ArgumentParser, option: "Field[Any]") -> None:
 
 def _finetune(args: argparse.Namespace) -> None:
     options = {option.name: getattr(args, option.name) for option in fields(Settings)}
+    options["distortion"] = distortion(args.distortion)
     checkpoint = training_checkpoint(args.out)
     with ranks.joined(args.device) as device:
         gm = load_state(args.state).to(device)

@@ -229,7 +229,7 @@ def _code(codec: Codec, name: str, x: Tensor) -> ImageResult:
         bpp=bits / (height * width),
         estimated_bpp=estimated_bits / (height * width),
         psnr=psnr(mse, PEAK),
-        ms_ssim=ms_ssim(original, x_hat, PEAK) if large else None,
+        ms_ssim=ms_ssim(original, x_hat, PEAK).item() if large else None,
         encode_seconds=middle - start,
         decode_seconds=end - middle,
         deviation=deviation,

@@ -18,39 +18,46 @@ LEAST_SIDE = (_WINDOW - 1) * 2 ** (len(WEIGHTS) - 1) + 1
 _STRIP = 2**16  # pixels of a channel that are compared at once: what a processor's caches hold
 
 
-@torch.no_grad()
-def ms_ssim(x: Tensor, y: Tensor, peak: float) -> float:
-    """Return the multi-scale structural similarity of two images, the mean over their channels.
+def ms_ssim(x: Tensor, y: Tensor, peak: float) -> Tensor:
+    """Return the multi-scale structural similarity of pairs of images, (B,) in float64, means over their channels.
 
     Args:
-        x: (1, C, H, W), sides at least :data:`LEAST_SIDE`.
-        y: the other one, of the same shape.
+        x: (B, C, H, W), sides at least :data:`LEAST_SIDE`.
+        y: the other ones, of the same shape.
         peak: the largest value that there may be, 255 for 8-bit images.
     """
-    result = x.new_ones(x.size(1), dtype=torch.float64)
+    images, channels = x.shape[:2]
+    x, y = x.flatten(0, 1), y.flatten(0, 1)
+    result = x.new_ones(len(x), dtype=torch.float64)
     for scale, weight in enumerate(WEIGHTS):
         luminance_and_contrast, contrast = _means(x, y, peak)
         last = scale == len(WEIGHTS) - 1
-        result *= (luminance_and_contrast if last else contrast).relu() ** weight
+        result = result * _power(luminance_and_contrast if last else contrast, weight)
         if not last:
-            x, y = (F.avg_pool2d(z, 2, padding=[side % 2 for side in z.shape[2:]]) for z in (x, y))
-    return result.mean().item()
+            x, y = (F.avg_pool2d(z, 2, padding=[side % 2 for side in z.shape[1:]]) for z in (x, y))
+    return result.view(images, channels).mean(1)
+
+
+def _power(similarity: Tensor, weight: float) -> Tensor:
+    """Return ``similarity ** weight``, and 0 where that is not positive, with 0 as the gradient, not infinity."""
+    positive = similarity > 0
+    return torch.where(positive, similarity, 1.0) ** weight * positive
 
 
 def _means(x: Tensor, y: Tensor, peak: float) -> tuple[Tensor, Tensor]:
-    """Return the means over all places, by channel, of SSIM and of its second factor."""
-    sums = x.new_zeros(2, x.size(1), dtype=torch.float64)
+    """Return the means over all places, by channel of (channels, H, W), of SSIM and of its second factor."""
+    sums = x.new_zeros(2, len(x), dtype=torch.float64)
     for rows in _strips(x):
-        sums += torch.stack(_ssim(x[0, :, rows], y[0, :, rows], peak)).sum((2, 3), dtype=torch.float64)
-    places = (x.size(2) - _WINDOW + 1) * (x.size(3) - _WINDOW + 1)
+        sums = sums + torch.stack(_ssim(x[:, rows], y[:, rows], peak)).sum((2, 3), dtype=torch.float64)
+    places = (x.size(1) - _WINDOW + 1) * (x.size(2) - _WINDOW + 1)
     ssim, contrast = sums / places
     return ssim, contrast
 
 
 def _strips(x: Tensor) -> Iterator[slice]:
     """Yield rows of ``x`` that together have every window once."""
-    last = x.size(2) - _WINDOW + 1
-    step = max(1, _STRIP // x.size(3))
+    last = x.size(1) - _WINDOW + 1
+    step = max(1, _STRIP // x.size(2))
     for first in range(0, last, step):
         yield slice(first, min(first + step, last) + _WINDOW - 1)
 

@@ -25,7 +25,11 @@ def model_names() -> list[str]:
 
 
 def load_model(
-    spec: str, *, quality: int | None = None, checkpoint: str | os.PathLike[str] | None = None
+    spec: str,
+    *,
+    quality: int | None = None,
+    metric: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Return the model that ``spec`` names, in evaluation mode.
 
@@ -33,6 +37,7 @@ def load_model(
         spec: "sample", the trained model of this package; a name of CompressAI's zoo ("mbt2018-mean"); or
             "package.module:callable", which is called without arguments and returns a model.
         quality: of CompressAI's pretrained weights, 1 … 8 (1 … 6 for cheng2020). Downloaded once by CompressAI.
+        metric: what those were trained for, "mse" or "ms-ssim"; None is "mse".
         checkpoint: a file of trained weights to load instead: a state dict, or a dict that holds one under
             "state_dict", as CompressAI's training script saves it, or as other programs do
             (:mod:`fmpq_fx.models.checkpoint`).
@@ -43,15 +48,15 @@ def load_model(
     """
     state = None if checkpoint is None else weights.read(Path(checkpoint))
     if spec == "sample":
-        if quality is not None or state is not None:
+        if (quality, metric, state) != (None, None, None):
             raise ValueError(
-                "'sample' is trained already; --quality and --checkpoint are for models of the zoo"
+                "'sample' is trained already; --quality, --metric and --checkpoint are for models of the zoo"
             )
         sample: nn.Module = samples.model()
         return sample
     if state is not None:
         return model_of_state(spec, state)
-    return model_factory(spec)() if ":" in spec else _pretrained(_known(spec), quality)
+    return model_factory(spec)() if ":" in spec else _pretrained(_known(spec), quality, metric)
 
 
 def model_of_state(spec: str, state: dict[str, Any]) -> nn.Module:
@@ -82,6 +87,23 @@ def _known(spec: str) -> str:
     return spec
 
 
+def imported(spec: str, what: str) -> Callable[..., Any]:
+    """Return the callable that "package.module:callable" names, of which ``what`` is wanted.
+
+    Raises:
+        ValueError: ``spec`` has another form.
+        FmpqError: there is no such thing.
+    """
+    module_name, colon, name = spec.partition(":")
+    if not colon:
+        raise ValueError(f"expected package.module:callable, got {spec!r}")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # the user's code may raise anything
+        raise FmpqError(f"cannot get {what} from {spec!r}: {type(error).__name__}: {error}") from error
+    return found
+
+
 def model_factory(spec: str) -> Callable[[], nn.Module]:
     """Return what calls the callable that "package.module:callable" names, and returns its model.
 
@@ -89,13 +111,7 @@ def model_factory(spec: str) -> Callable[[], nn.Module]:
         ValueError: ``spec`` has another form.
         FmpqError: there is no such thing; when it is called: it fails, or what it returns is no model.
     """
-    module_name, colon, name = spec.partition(":")
-    if not colon:
-        raise ValueError(f"expected package.module:callable, got {spec!r}")
-    try:
-        make = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # the user's code may raise anything
-        raise FmpqError(f"cannot get a model from {spec!r}: {type(error).__name__}: {error}") from error
+    make = imported(spec, "a model")
 
     def call() -> nn.Module:
         try:
@@ -109,19 +125,20 @@ def model_factory(spec: str) -> Callable[[], nn.Module]:
     return call
 
 
-def _pretrained(spec: str, quality: int | None) -> nn.Module:
+def _pretrained(spec: str, quality: int | None, metric: str | None) -> nn.Module:
     if spec not in image_models:
         raise ValueError(f"CompressAI has no pretrained weights for {spec}; pass --checkpoint")
     if quality is None:
         raise ValueError(
             f"pass --quality to get CompressAI's pretrained {spec}, or --checkpoint for your own"
         )
+    metric = metric or "mse"
     try:
-        model: nn.Module = image_models[spec](quality=quality, pretrained=True, progress=True)
+        model: nn.Module = image_models[spec](quality=quality, metric=metric, pretrained=True, progress=True)
     except OSError as error:  # URLError among them
         raise FmpqError(
-            f"CompressAI's weights for {spec}, quality {quality}, cannot be downloaded ({error}); pass --checkpoint "
-            "with a file that you have"
+            f"CompressAI's weights for {spec}, quality {quality}, metric {metric}, cannot be downloaded ({error}); "
+            "pass --checkpoint with a file that you have"
         ) from error
     return model.eval()
 

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fmpq_fx.passes.annotation import graph_note, plan_of
 from fmpq_fx.passes.plan.tables import FLOAT_BITS, Plan
+from fmpq_fx.rd import MSE
 
 WIDTH = 96  # columns that the lines below the table are wrapped to
 GROUPS = 4  # kinds of float parameters that are listed; the others are added up
@@ -21,7 +22,8 @@ def bit_table(gm: fx.GraphModule) -> str:
     A row is a site, in the order of the graph. Zeta is monotone and in % of the float model's RD loss, "-" where it
     is not known, "~" before what is interpolated; bytes are nominal, parameters * bits / 8, or coded, as the plan
     counts them; share is in % of all sites' bytes.
-    Below: size, what stays float, the search, and the RD loss, rate + lambda * 255^2 * MSE in bits per pixel.
+    Below: size, what stays float, the search, and the RD loss, rate + lambda * distortion in bits per pixel
+    (255^2 * MSE, where no other is named).
 
     Raises:
         FmpqError: ``gm`` is not the result of ``prepare`` or ``rewrite``.
@@ -75,6 +77,7 @@ def _footer(gm: fx.GraphModule, plan: Plan) -> str:
         if plan.sensitivity.complete
         else f"{plan.sensitivity.extent}, as many as the plan rests on",
         "lambda": f"{plan.lmbda:.4g}",
+        "distortion": "" if plan.metric == MSE.name else plan.metric,
         "RD loss": _rd_loss(plan),
         "images": _images(plan),
         "fine-tuned": _fine_tuned(gm),

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from fmpq_fx.history import History, Settings
+from fmpq_fx.images.distortions import find_distortion
 from fmpq_fx.passes.annotation import annotate_graph, plan_of
 from fmpq_fx.passes.plan.tables import Plan
 from fmpq_fx.training.loop import Images, train
@@ -48,7 +49,8 @@ def finetune(
         workers: processes that read images ahead, for each rank; 0 reads in this one, None chooses.
         progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
         options: those of :class:`fmpq_fx.history.Settings`, by name: ``steps=300``, ``lr=1e-4`` and so on. None
-            stands for the default; that of ``lmbda`` is the plan's, that of ``lr`` is :func:`learning_rate`.
+            stands for the default; that of ``lmbda`` and ``distortion`` is the plan's, that of ``lr`` is
+            :func:`learning_rate`. ``distortion`` may be a function, as for :func:`fmpq_fx.prepare`.
 
     Returns:
         the losses and validations; ``gm`` carries it as well, :func:`fmpq_fx.passes.annotation.graph_note`.
@@ -64,11 +66,13 @@ def finetune(
     A warning tells where training diverged or ended above where it began, and what to try.
     """
     plan = plan_of(gm)
-    settings = _settings(plan, options)
+    distortion = find_distortion(options.get("distortion"), plan.metric)
+    settings = _settings(plan, {**options, "distortion": distortion.name})
     history = train(
         gm,
         images,
         settings,
+        distortion=distortion,
         validation=validation,
         identity=f"plan {hashlib.sha256(plan.to_json().encode()).hexdigest()[:12]}",
         checkpoint=checkpoint,
@@ -86,6 +90,11 @@ def _settings(plan: Plan, options: Mapping[str, Any]) -> Settings:
     for name in options:
         if name not in names:
             raise TypeError(f"finetune() has no option {name!r}; its options are {', '.join(names)}")
+    if options["distortion"] != plan.metric and options.get("lmbda") is None:
+        raise ValueError(
+            f"lmbda {plan.lmbda:g} of the plan weighs the distortion {plan.metric}; pass lmbda= for "
+            f"{options['distortion']}"
+        )
     given = {name: value for name, value in options.items() if value is not None}
     return Settings(**{"lmbda": plan.lmbda, "lr": learning_rate(plan), **given})
 

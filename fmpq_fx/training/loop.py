@@ -24,6 +24,7 @@ from fmpq_fx.images.reading import Source, fingerprint, sources
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.progress import reported
 from fmpq_fx.ranks import Ranks, current
+from fmpq_fx.rd import MSE, Distortion
 from fmpq_fx.storage.files import check_folder
 from fmpq_fx.training import data
 from fmpq_fx.training.data import RandomCrops
@@ -39,6 +40,7 @@ def train(
     images: Images,
     settings: Settings,
     *,
+    distortion: Distortion = MSE,
     validation: Images | None = None,
     identity: str = "",
     checkpoint: str | os.PathLike[str] | None = None,
@@ -52,6 +54,7 @@ def train(
             restored.
         images: to train on.
         settings: how.
+        distortion: what ``settings.distortion`` names.
         validation: images to validate on, by crops of 256 x 256 from the centre of each (or eight, where there are
             fewer images); None holds out a tenth of ``images``, at least one and at most eight.
         identity: what the model is, besides its weights; a checkpoint of another is refused.
@@ -82,7 +85,7 @@ def train(
     mode = model.training
     # One image at a time, so that ranks can share them, and the result is the same for any number of ranks.
     held_out = [image for x in to_validate_on for image in x.to(parameter).split(1)]
-    run = TrainingRun(model, held_out, settings, ranks)
+    run = TrainingRun(model, held_out, settings, distortion, ranks)
     run.join()
     devices = [parameter.device] if parameter.device.type == "cuda" else []
     try:

@@ -18,7 +18,7 @@ from fmpq_fx.history import Settings, Validation, best_of
 from fmpq_fx.models.checkpoint import read_tensors
 from fmpq_fx.quant import ActivationFakeQuant, WeightFakeQuant
 from fmpq_fx.ranks import ALONE, Ranks
-from fmpq_fx.rd import PEAK, RDSums, psnr, rate_and_distortion, rd_sums
+from fmpq_fx.rd import MSE, PEAK, Distortion, RDSums, psnr, rate_and_distortion, rd_sums
 from fmpq_fx.storage.files import replacing
 from fmpq_fx.storage.fingerprint import digest
 from fmpq_fx.training.bfloat16 import transforms_in_bfloat16
@@ -39,11 +39,20 @@ class TrainingRun:
         model: to train.
         batches: (B, 3, H, W) images each, to validate on.
         settings: how to train.
+        distortion: of the RD loss.
         ranks: that train it together, once each of them called :meth:`join`.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Tensor], settings: Settings, ranks: Ranks = ALONE):
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Tensor],
+        settings: Settings,
+        distortion: Distortion = MSE,
+        ranks: Ranks = ALONE,
+    ):
         self.model, self.batches, self.settings, self.ranks = model, batches, settings, ranks
+        self.distortion = distortion
         self.bottlenecks = [m for m in model.modules() if isinstance(m, EntropyBottleneck)]
         groups = parameter_groups(model, settings)
         self.parameters = [p for group in groups for p in group["params"]]
@@ -56,7 +65,7 @@ class TrainingRun:
         self.diverged = False
         self.best = _copied(model.state_dict())
         self.start = digest(self.best)
-        self.objective: nn.Module = _Objective(model, settings)
+        self.objective: nn.Module = _Objective(model, settings, distortion)
 
     def join(self) -> None:
         """Train together with the other ranks from now on.
@@ -89,8 +98,13 @@ class TrainingRun:
         self.optimizer.step()
         self.scheduler.step()
         self._train_quantiles()
-        db = psnr(weighted / (settings.lmbda * PEAK**2))
-        return {"loss": f"{self.losses[-1]:.3f}", "bpp": f"{bpp:.3f}", "PSNR": f"{db:.2f}"}
+        mean = weighted / settings.lmbda
+        quality = (
+            {"PSNR": f"{psnr(mean / PEAK**2):.2f}"}
+            if self.distortion == MSE
+            else {"distortion": f"{mean:.4g}"}
+        )
+        return {"loss": f"{self.losses[-1]:.3f}", "bpp": f"{bpp:.3f}", **quality}
 
     def _seed(self, device: torch.device) -> None:
         """Make the noise of this step a function of seed, step's number and rank, on ``device`` alone."""
@@ -112,9 +126,13 @@ class TrainingRun:
     def validate(self) -> None:
         """Measure the model as it is, in evaluation mode and full precision, and keep it if it is the best."""
         self.model.eval()
-        own = [rd_sums(self.model(x), x) for x in self.ranks.share(self.batches)]
-        sums = sum(self.ranks.merge(own), RDSums())
-        result = Validation(len(self.losses), sums.rate, sums.mse, sums.rd(self.settings.lmbda))
+        own: list[tuple[RDSums, RDSums]] = []  # with the distortion, and with MSE
+        for x in self.ranks.share(self.batches):
+            output = self.model(x)
+            own.append((rd_sums(output, x, self.distortion), rd_sums(output, x, MSE)))
+        sums, by_mse = (sum(all_of_one, RDSums()) for all_of_one in zip(*self.ranks.merge(own), strict=True))
+        mse, rd = by_mse.distortion / PEAK**2, sums.rd(self.settings.lmbda)
+        result = Validation(len(self.losses), sums.rate, mse, rd)
         self.validation.append(result)
         if best_of(self.validation, self.settings.loss) is result:
             self.best = _copied(self.model.state_dict())
@@ -192,14 +210,14 @@ class TrainingRun:
 class _Objective(nn.Module):
     """The two parts of the RD loss that ``model`` reaches on images; where the rate is not trained, it is detached."""
 
-    def __init__(self, model: nn.Module, settings: Settings):
+    def __init__(self, model: nn.Module, settings: Settings, distortion: Distortion):
         super().__init__()
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.distortion = model, settings, distortion
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with transforms_in_bfloat16(self.model, x.device) if self.settings.bfloat16 else nullcontext():
             output = self.model(x)
-        rate, distortion = rate_and_distortion(output, x, self.settings.lmbda)
+        rate, distortion = rate_and_distortion(output, x, self.settings.lmbda, self.distortion)
         return (rate if self.settings.loss == "rd" else rate.detach()), distortion
 
 

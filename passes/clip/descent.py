@@ -62,7 +62,9 @@ def choose_clips(
     own = bench.ranks.share(bench.pieces)
     budget = Budget(bench.memory, shares=len(own))
     with freed_memory_kept(), weights_kept(gm):
-        pieces = [PieceMeter(gm, x, {site: every[site] for site in set_clip}, budget) for x in own]
+        pieces = [
+            PieceMeter(gm, x, {site: every[site] for site in set_clip}, budget, bench.distortion) for x in own
+        ]
         chosen: dict[str, float] = {}
         for site, set_one in reported(set_clip.items(), title, "site", show=bench.progress):
             chosen[site] = 1.0

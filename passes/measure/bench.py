@@ -10,7 +10,7 @@ from fmpq_fx.memory import bytes_of
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.tracing.model_outputs import output_of, ran_out_of_memory
 from fmpq_fx.ranks import ALONE, Ranks
-from fmpq_fx.rd import RDSums, rd_sums
+from fmpq_fx.rd import MSE, Distortion, RDSums, rd_sums
 
 PIECE_PIXELS = {"cpu": 2 * 256 * 256, "gpu": 16 * 256 * 256}
 """How many pixels are run at once: what suits a processor's caches, and what keeps a GPU busy."""
@@ -25,6 +25,7 @@ class Bench:
     ]  # (B, C, H, W) each, in [0, 1]: images that are run at once, in a layout for the model
     memory: int  # bytes of activations that may be kept; a forward pass of one piece takes memory besides
     ranks: Ranks = ALONE  # that share the work
+    distortion: Distortion = MSE  # of the RD loss
     progress: bool | None = False  # False shows nothing; see :func:`fmpq_fx.progress.reported`
 
 
@@ -34,6 +35,7 @@ def make_bench(
     *,
     memory: int | None = None,
     ranks: Ranks = ALONE,
+    distortion: Distortion = MSE,
     progress: bool | None = False,
 ) -> Bench:
     """Return ``batches``, (B, C, H, W) each, as what ``gm``, and what it is rewritten to, is measured on.
@@ -46,13 +48,14 @@ def make_bench(
         batches: images in [0, 1], on the device of ``gm``; at least one batch.
         memory: bytes of activations that may be kept; None is what :func:`fmpq_fx.memory.bytes_of` says.
         ranks: that share the work.
+        distortion: of the RD loss.
         progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
     """
     pieces = cut_into_pieces(batches)
     if pieces[0].device.type == "cpu":
         fast = [x.contiguous(memory_format=torch.channels_last) for x in pieces]
         pieces = fast if _runs(gm, fast[0]) else pieces
-    return Bench(tuple(pieces), bytes_of(memory, pieces[0].device), ranks, progress)
+    return Bench(tuple(pieces), bytes_of(memory, pieces[0].device), ranks, distortion, progress)
 
 
 def cut_into_pieces(batches: Sequence[Tensor]) -> list[Tensor]:
@@ -67,7 +70,7 @@ def cut_into_pieces(batches: Sequence[Tensor]) -> list[Tensor]:
 def mean_rd(gm: fx.GraphModule, bench: Bench, lmbda: float) -> float:
     """Return the RD loss of ``gm``, a model in evaluation mode, over all images of ``bench``."""
     with torch.no_grad(), freed_memory_kept():
-        own = [rd_sums(output_of(gm, x), x) for x in bench.ranks.share(bench.pieces)]
+        own = [rd_sums(output_of(gm, x), x, bench.distortion) for x in bench.ranks.share(bench.pieces)]
     return sum(bench.ranks.merge(own), RDSums()).rd(lmbda)
 
 

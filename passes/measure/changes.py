@@ -17,7 +17,7 @@ from fmpq_fx.passes.swap import substituted
 from fmpq_fx.passes.tracing.model_outputs import output_of
 from fmpq_fx.progress import reported
 from fmpq_fx.quant import weights_kept
-from fmpq_fx.rd import RDSums, squared_error, total_bits
+from fmpq_fx.rd import MSE, Distortion, RDSums, total_bits
 
 K = TypeVar("K", bound=Hashable)
 
@@ -33,18 +33,26 @@ class PieceMeter:
         x: images (B, C, H, W) in [0, 1].
         downstream: of the sites that may be changed.
         budget: for the values that are kept.
+        distortion: of the RD loss.
 
     Raises:
         FmpqError: the model cannot run on images of that size, or its output is not CompressAI's.
         ValueError: the budget is too small.
     """
 
-    def __init__(self, gm: fx.GraphModule, x: Tensor, downstream: Mapping[str, Downstream], budget: Budget):
-        self.x = x
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        x: Tensor,
+        downstream: Mapping[str, Downstream],
+        budget: Budget,
+        distortion: Distortion = MSE,
+    ):
+        self.x, self.distortion = x, distortion
         self._interpreter = IncrementalInterpreter(gm, downstream, budget)
         output = output_of(self._interpreter.run_once, x)
         self._bits = {name: total_bits(p).item() for name, p in output["likelihoods"].items()}
-        self._error = squared_error(output["x_hat"], x).item()
+        self._error = distortion.total(output["x_hat"], x).item()
         self._tried = self._bits, self._error
 
     @property
@@ -73,7 +81,7 @@ class PieceMeter:
         self._interpreter.forget(site)
 
     def _measured(self, output: Any) -> tuple[dict[str, float], float]:
-        """Return bits by latent and squared error of an output in which only what changed is there."""
+        """Return bits by latent and distortion of an output in which only what changed is there."""
         if output is UNCHANGED:
             return self._bits, self._error
         bits, error, likelihoods = self._bits, self._error, output["likelihoods"]
@@ -83,12 +91,12 @@ class PieceMeter:
                 for name, p in likelihoods.items()
             }
         if output["x_hat"] is not UNCHANGED:
-            error = squared_error(output["x_hat"], self.x).item()
+            error = self.distortion.total(output["x_hat"], self.x).item()
         return bits, error
 
     def _sums(self, bits: Mapping[str, float], error: float) -> RDSums:
         pixels = self.x.size(0) * self.x.size(-2) * self.x.size(-1)
-        return RDSums(sum(bits.values()), error, pixels, self.x.numel())
+        return RDSums(sum(bits.values()), error, pixels, self.distortion.count(self.x))
 
 
 class ChangeMeter:
@@ -124,12 +132,15 @@ class ChangeMeter:
         if self.base is None:
             budget = Budget(self.bench.memory, shares=len(self.bench.pieces))
             with torch.no_grad(), freed_memory_kept():
-                self._pieces = [PieceMeter(self.gm, x, self._downstream, budget) for x in self.bench.pieces]
+                self._pieces = [
+                    PieceMeter(self.gm, x, self._downstream, budget, self.bench.distortion)
+                    for x in self.bench.pieces
+                ]
             self.base = self.bench.ranks.take_first(sum((piece.sums for piece in self._pieces), RDSums()))
-            if not (math.isfinite(self.base.rate) and math.isfinite(self.base.mse)):
+            if not (math.isfinite(self.base.rate) and math.isfinite(self.base.distortion)):
                 raise FmpqError(
-                    f"the model's RD loss on the calibration images is not finite (rate {self.base.rate} bpp, MSE "
-                    f"{self.base.mse}); check the checkpoint, and that the images lie in [0, 1]"
+                    f"the model's RD loss on the calibration images is not finite (rate {self.base.rate} bpp, "
+                    f"distortion {self.base.distortion}); check the checkpoint, and that the images lie in [0, 1]"
                 )
         return self.base
 

@@ -22,7 +22,7 @@ from fmpq_fx.passes.plan.tables import Sensitivity, Site, Table
 from fmpq_fx.passes.sites import find_sites, float_remainder
 from fmpq_fx.progress import reported
 from fmpq_fx.quant import quantize_layer
-from fmpq_fx.rd import PEAK, RDSums
+from fmpq_fx.rd import RDSums
 
 Point = tuple[str, int]
 """A site's name, and bits of its weights."""
@@ -92,7 +92,7 @@ class SensitivityMeter:
         base, lmbda = self.changes.measure_base(), self.table.lmbda
         rd = base.rd(lmbda)
         rate = {point: (sums.rate - base.rate) / rd for point, sums in measured.items()}
-        distortion = {point: lmbda * PEAK**2 * (s.mse - base.mse) / rd for point, s in measured.items()}
+        distortion = {point: lmbda * (s.distortion - base.distortion) / rd for point, s in measured.items()}
         self.table = replace(
             self.table,
             rate=_with(self.table.rate, rate),
@@ -118,7 +118,9 @@ def begin(gm: fx.GraphModule, bench: Bench, measurement: Measurement) -> Sensiti
     _check_lmbda(lmbda)
     changes = ChangeMeter(gm, bench)
     if known is not None:
-        _check_same(known, sites, lmbda, None if measurement.bits is None else candidates)
+        _check_same(
+            known, sites, lmbda, None if measurement.bits is None else candidates, bench.distortion.name
+        )
         if measurement.checkpoint is not None or not known.complete:
             _check_identity(known, measurement.identity)
         return SensitivityMeter(changes, known, measurement.checkpoint)
@@ -136,6 +138,7 @@ def begin(gm: fx.GraphModule, bench: Bench, measurement: Measurement) -> Sensiti
         images=measurement.images,
         candidates=candidates,
         identity=dict(measurement.identity),
+        metric=bench.distortion.name,
     )
     return SensitivityMeter(changes, table, measurement.checkpoint)
 
@@ -176,16 +179,22 @@ def _check_same(
     sites: tuple[Site, ...],
     lmbda: float | None,
     bits: tuple[int, ...] | None,
+    metric: str,
 ) -> None:
     """Check that ``known`` is of such a model.
 
     Raises:
-        ValueError: it is for another ``lmbda`` or other ``bits``.
+        ValueError: it is for another ``lmbda``, other ``bits`` or another distortion.
         FmpqError: its sites are others.
     """
     if known.sites != sites:
         raise FmpqError(
             "the sensitivity is of another model: its sites or their sizes differ; measure this model with analyze()"
+        )
+    if metric != known.metric:
+        raise ValueError(
+            f"the sensitivity was measured with the distortion {known.metric}, and {metric} was asked for; leave "
+            "distortion out, or measure again with analyze(model, distortion=...)"
         )
     if lmbda is not None and lmbda != known.lmbda:
         raise ValueError(
@@ -232,8 +241,9 @@ def checked_bits(bits: Iterable[int] | None) -> tuple[int, ...]:
 
 def _balanced(base: RDSums) -> float:
     """Return the Lagrangian that makes rate and distortion weigh the same."""
-    if base.mse <= 0 or base.rate <= 0:
+    if base.distortion <= 0 or base.rate <= 0:
         raise FmpqError(
-            f"nothing balances rate {base.rate} bpp and MSE {base.mse} on the calibration images; pass lmbda="
+            f"nothing balances rate {base.rate} bpp and distortion {base.distortion} on the calibration images; "
+            "pass lmbda="
         )
-    return base.rate / (PEAK**2 * base.mse)
+    return base.rate / base.distortion

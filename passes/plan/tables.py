@@ -14,6 +14,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from fmpq_fx.passes.plan.interpolation import interpolated
+from fmpq_fx.rd import MSE
 from fmpq_fx.storage.files import JsonFile
 
 FLOAT_BITS = 32
@@ -66,7 +67,7 @@ class Sensitivity(JsonFile):
     sites: tuple[Site, ...]  # in the order of the graph
     lmbda: float  # the Lagrangian of the RD loss
     float_rate: float  # the float model's rate, bits per pixel
-    float_distortion: float  # the float model's lmbda * 255^2 * MSE
+    float_distortion: float  # the float model's lmbda * distortion
     rate: Table  # the rate's part of zeta: (R_n(b) - R) / RD, where it was measured
     distortion: Table  # the distortion's part of zeta: (D_n(b) - D) / RD, where it was measured
     float_remainder: dict[str, int]  # parameters that belong to no site: {name: elements}
@@ -75,10 +76,11 @@ class Sensitivity(JsonFile):
     identity: dict[str, str] = field(
         default_factory=dict
     )  # digests of "weights" and "images"; {}: not recorded
+    metric: str = MSE.name  # the distortion: "mse", "ms-ssim", or "module:function" of a user's own
 
     @property
     def float_rd(self) -> float:
-        """RD loss of the float model: rate + lmbda * 255^2 * MSE."""
+        """RD loss of the float model: rate + lmbda * distortion."""
         return self.float_rate + self.float_distortion
 
     @cached_property
@@ -137,7 +139,7 @@ class Sensitivity(JsonFile):
 
 @dataclass(frozen=True)
 class Measured:
-    """RD loss on the calibration images before and after rewriting, rate + lmbda * 255^2 * MSE."""
+    """RD loss on the calibration images before and after rewriting, rate + lmbda * distortion."""
 
     float_rd: float  # the float model
     weights_rd: float  # weights quantized, activations float
@@ -170,6 +172,11 @@ class Plan(JsonFile):
     def lmbda(self) -> float:
         """The Lagrangian of the RD loss that sensitivity was measured with."""
         return self.sensitivity.lmbda
+
+    @property
+    def metric(self) -> str:
+        """The distortion of that RD loss: "mse", "ms-ssim", or "module:function" of a user's own."""
+        return self.sensitivity.metric
 
     @property
     def float_remainder(self) -> dict[str, int]:

@@ -16,6 +16,7 @@ from fmpq_fx import Plan, Sensitivity
 from fmpq_fx.cli.main import main
 from fmpq_fx.formats.state import load_state
 from fmpq_fx.models.zoo import load_model, model_names
+from fmpq_fx.passes.measure.changes import ChangeMeter
 from fmpq_fx.quant import quantized_layers
 from fmpq_fx.training.run import TrainingRun
 
@@ -68,9 +69,7 @@ def test_a_saved_table_is_reused(
     table = tmp_path / "table.json"
     arguments = ("--images", photos, "--bits", "4,8", "--sensitivity", table, "--activation-bits", "none")
     assert prepare("--target-cr", 0.2, *arguments) == 0
-    monkeypatch.setattr(
-        "fmpq_fx.passes.measure.sensitivity.ChangeMeter", None
-    )  # a second measurement would fail
+    monkeypatch.setattr(ChangeMeter, "measure_base", None)  # a second measurement would fail
     assert prepare("--target-cr", 0.2, *arguments) == 0
     assert "A32" in capsys.readouterr().out
 
@@ -96,7 +95,7 @@ def test_a_saved_table_is_reused(
 def test_mistakes_are_named_before_anything_is_measured(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PIPELINE, "SensitivityMeter", None)
+    monkeypatch.setattr(ChangeMeter, "measure_base", None)
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("fmpq-fx: error: ")
@@ -243,7 +242,7 @@ def test_an_interrupted_fine_tuning_goes_on_with_the_same_command(
         (["finetune", "STATE", "absent", "--out", "x"], "no such image folder"),
         (["finetune", "STATE", "PHOTOS", "--out", "absent/x"], "no folder absent"),
         (["finetune", "STATE", "PHOTOS", "--out", "x", "--crop", "128"], "none of the 2 images"),
-        (["evaluate", "STATE", "PHOTOS", "--quality", "3"], "leave --quality and --checkpoint out"),
+        (["evaluate", "STATE", "PHOTOS", "--quality", "3"], "leave --quality, --metric and --checkpoint out"),
         (["export", "checkpoint", "STATE", "--out", "absent/x"], "no folder absent"),
     ],
 )

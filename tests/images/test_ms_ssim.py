@@ -30,23 +30,47 @@ def test_strips_are_the_whole(height: int, width: int, monkeypatch: pytest.Monke
     found = []
     for strip in (1, 5000, 2**16, 2**30):
         monkeypatch.setattr(ms_ssim, "_STRIP", strip)
-        found.append(ms_ssim.ms_ssim(x, y, 255))
+        found.append(ms_ssim.ms_ssim(x, y, 255).item())
     assert found == pytest.approx([expected] * 4, abs=1e-12)
-    assert ms_ssim.ms_ssim(x.float(), y.float(), 255) == pytest.approx(expected, abs=1e-5)
+    assert ms_ssim.ms_ssim(x.float(), y.float(), 255).item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_any_channels_and_peak() -> None:
     x, y = pair(200, 170, 30, channels=1)
     expected = pytorch_msssim.ms_ssim(x / 255, y / 255, data_range=1.0).item()
-    assert ms_ssim.ms_ssim(x / 255, y / 255, 1) == pytest.approx(expected, abs=1e-5)
-    assert ms_ssim.ms_ssim(x, x, 255) == 1
+    assert ms_ssim.ms_ssim(x / 255, y / 255, 1).item() == pytest.approx(expected, abs=1e-5)
+    assert ms_ssim.ms_ssim(x, x, 255).item() == 1
+
+
+def test_images_of_a_batch_are_each_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, others = zip(*(pair(170, 200, noise) for noise in (2, 20, 60)), strict=True)
+    each = [ms_ssim.ms_ssim(x, y, 255) for x, y in zip(images, others, strict=True)]
+    assert torch.equal(ms_ssim.ms_ssim(torch.cat(images), torch.cat(others), 255), torch.cat(each))
+
+
+def test_its_gradient_is_that_of_the_whole_and_finite_where_nothing_is_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, y = (z.float() / 255 for z in pair(170, 200, 20))
+    monkeypatch.setattr(ms_ssim, "_STRIP", 5000)
+    ours, theirs = y.clone().requires_grad_(), y.clone().requires_grad_()
+    (1 - ms_ssim.ms_ssim(x, ours, 1.0)).sum().backward()
+    (1 - pytorch_msssim.ms_ssim(x, theirs, data_range=1.0)).backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert ours.grad.norm() > 0
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3 * theirs.grad.abs().max().item())
+    opposite = (1 - x).requires_grad_()
+    ms_ssim.ms_ssim(x, opposite, 1.0).sum().backward()
+    assert opposite.grad is not None
+    assert opposite.grad.isfinite().all()
 
 
 def test_nothing_alike_is_zero() -> None:
     x, _ = pair(200, 200, 0)
     y = 255 - x
     assert pytorch_msssim.ms_ssim(x, y, data_range=255).item() == 0
-    assert ms_ssim.ms_ssim(x, y, 255) == 0
+    assert ms_ssim.ms_ssim(x, y, 255).item() == 0
 
 
 def test_one_side_less_has_not_all_scales() -> None:

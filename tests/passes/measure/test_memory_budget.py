@@ -105,9 +105,9 @@ def test_pieces_of_a_batch_add_up_to_it(model: nn.Module, images: list[Tensor]) 
         sums = [rd_sums(gm(x), x) for x in images]
     base = ChangeMeter(gm, make_bench(gm, images)).measure_base()
     total = sums[0] + sums[1]
-    assert (base.pixels, base.elements) == (total.pixels, total.elements)
+    assert (base.pixels, base.count) == (total.pixels, total.count)
     assert base.bits == pytest.approx(total.bits, rel=1e-9)
-    assert base.squared_error == pytest.approx(total.squared_error, rel=1e-9)
+    assert base.error == pytest.approx(total.error, rel=1e-9)
 
 
 def test_what_was_chosen_is_what_was_measured(images: list[Tensor]) -> None:
