@@ -60,7 +60,7 @@ def test_silence_on_request_and_for_a_single_piece(capsys: pytest.CaptureFixture
 def test_only_the_first_rank_tells(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    monkeypatch.setattr(ranks, "is_first", lambda: False)
     for show in (None, True):
         assert list(reported(range(3), "counting", "number", show=show)) == [0, 1, 2]
     assert capsys.readouterr().err == ""

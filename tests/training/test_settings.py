@@ -33,7 +33,7 @@ def test_arguments_out_of_range(gm: fx.GraphModule, options: dict[str, Any], say
 
 
 def test_a_misspelt_option_is_told_what_there_is(gm: fx.GraphModule) -> None:
-    with pytest.raises(TypeError, match=r"no option 'step'; its options are lmbda, steps, loss"):
+    with pytest.raises(TypeError, match=r"no option 'step'; its options are lmbda, steps, distortion, loss"):
         tuned(gm, step=2)
 
 
