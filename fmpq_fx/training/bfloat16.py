@@ -1,8 +1,7 @@
 """Train the transforms in bfloat16, and all that decides on rates in float32."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,24 +22,23 @@ def transforms_in_bfloat16(model: nn.Module, device: torch.device) -> Iterator[N
     rounding of latents, and latent codecs as a whole, which round in their own way, get float32 and run outside of
     autocast.
     """
-    exact = [m for m in model.modules() if isinstance(m, EntropyModel | LatentCodec | QuantizeLatent)]
-    kept = [vars(module).get("forward") for module in exact]
-    try:
-        for module in exact:
-            vars(module)["forward"] = partial(_in_float32, module.forward, device.type)
+    outside: list[torch.autocast] = []  # entered by the modules that run at the moment, each for itself
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        outside.append(torch.autocast(device.type, enabled=False))
+        outside[-1].__enter__()
+        return tree_map_only(Tensor, _widened, (args, kwargs))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        outside.pop().__exit__(None, None, None)
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, EntropyModel | LatentCodec | QuantizeLatent):
+                hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(leave, always_call=True))
         with torch.autocast(device.type, torch.bfloat16):
             yield
-    finally:
-        for module, forward in zip(exact, kept, strict=True):
-            vars(module).pop("forward", None)
-            if forward is not None:
-                vars(module)["forward"] = forward
-
-
-def _in_float32(forward: Callable[..., Any], device_type: str, *args: Any, **kwargs: Any) -> Any:
-    with torch.autocast(device_type, enabled=False):
-        args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
-        return forward(*args, **kwargs)
 
 
 def _widened(x: Tensor) -> Tensor:
