@@ -70,5 +70,10 @@ def add_backend(command: argparse.ArgumentParser) -> None:
     """Add the arguments that say what runs the transforms of a model file."""
     add = command.add_argument
     add("--backend", choices=BACKENDS, default="torch", help="what runs the transforms of a .fmpq file")
-    add("--graphs", type=Path, metavar="DIR", help="what 'export onnx' wrote, or where to; default: not kept")
+    add(
+        "--graphs",
+        type=Path,
+        metavar="DIR",
+        help="what 'export onnx' wrote, or where to; default: beside the file",
+    )
     add("--threads", type=int, metavar="N", help="of torch and ONNX Runtime; default: their own choice")

@@ -148,7 +148,7 @@ def load_codec(
         codec = with_exact_path(codec, EntropyPath(**words["entropy_path"]), exact)
     if backend == "torch":
         return codec
-    return exported_with_sessions(codec, lambda: load(path, model=model), **options)
+    return exported_with_sessions(codec, lambda: load(path, model=model), path, **options)
 
 
 @contextmanager

@@ -5,90 +5,27 @@ torch, so that what one backend encodes the other decodes: an analysis that roun
 but any decoder reads it.
 """
 
-import functools
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fmpq_fx.coding.codec import Codec, codec_of, with_settings
 from fmpq_fx.coding.known import fingerprint_of
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.onnx.export import export_onnx
-from fmpq_fx.onnx.graph import OPSET, package
-from fmpq_fx.onnx.manifest import NAME, OnnxManifest, PartFile
+from fmpq_fx.onnx.graph import package
+from fmpq_fx.onnx.manifest import NAME, OnnxManifest, PartFile, replacing_folder
+from fmpq_fx.onnx.session import Session
 
 BACKENDS = ("torch", "onnxruntime")
 
 TRANSFORMS = ("analysis", "hyper_analysis", "synthesis")
 """The parts that ONNX Runtime runs: none of them decides how symbols are coded."""
-
-
-@functools.cache
-def products_overflow() -> bool:
-    """Say whether ONNX Runtime multiplies 8-bit matrices inexactly here.
-
-    It does on x64 processors without VNNI instructions, which add pairs of products in 16 bits.
-    """
-    helper, types = package("onnx").helper, package("onnx").TensorProto
-    x = np.full((16, 64), 255, np.uint8)
-    weight = package("onnx").numpy_helper.from_array(np.full((64, 16), 127, np.int8), "weight")
-    ends = [
-        helper.make_tensor_value_info(name, kind, (16, None))
-        for name, kind in (("x", types.UINT8), ("y", types.INT32))
-    ]
-    product = helper.make_node("MatMulInteger", ["x", "weight"], ["y"])
-    graph = helper.make_graph([product], "product", ends[:1], ends[1:], [weight])
-    opsets = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
-    session = package("onnxruntime").InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    (y,) = session.run(None, {"x": x})
-    return bool((y != 255 * 127 * 64).any())
-
-
-class Session(nn.Module):
-    """Runs an ONNX graph with one input and one output.
-
-    Args:
-        model: the serialized graph.
-        threads: that ONNX Runtime computes with; None is as many as torch does.
-    """
-
-    def __init__(self, model: bytes, threads: int | None = None):
-        super().__init__()
-        runtime = package("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        if products_overflow():
-            options.add_session_config_entry("session.x64quantprecision", "1")  # exact, and slower
-        # Threads that wait without sleeping take the processor from torch, which runs the rest.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.arguments = model, threads
-        self.session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        self.input = self.session.get_inputs()[0].name
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output for ``x`` (B, C, H, W), with its device and dtype."""
-        array = x.detach().cpu().float().contiguous().numpy()
-        (out,) = self.session.run(None, {self.input: array})
-        return torch.from_numpy(out).to(x)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
-        """Return itself: it has no state."""
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy the graph; a session cannot be copied."""
-        return Session, self.arguments
 
 
 def with_sessions(codec: nn.Module, folder: str | os.PathLike[str], *, threads: int | None = None) -> Codec:
@@ -130,24 +67,37 @@ def with_sessions(codec: nn.Module, folder: str | os.PathLike[str], *, threads: 
 def exported_with_sessions(
     codec: nn.Module,
     graph: Callable[[], fx.GraphModule],
+    file: str | os.PathLike[str],
     *,
     graphs: str | os.PathLike[str] | None = None,
     threads: int | None = None,
 ) -> Codec:
-    """Do what :func:`with_sessions` does, with ``graphs``, where ``graph()`` is exported to if there are none yet.
+    """Do what :func:`with_sessions` does, with graphs that are exported if there are none yet.
 
     Args:
         codec: what ``graph()`` is converted into.
         graph: what makes the rewritten graph; it is called only if there is something to export.
-        graphs: the folder of what :func:`fmpq_fx.export_onnx` wrote, or is to write; None exports into a temporary
-            one, every time, which takes a while.
+        file: the model file that ``codec`` is from.
+        graphs: the folder of what :func:`fmpq_fx.export_onnx` wrote, or is to write; None is a folder beside ``file``
+            with its name and ".onnx" behind, whose graphs are replaced when ``file`` or the version of ONNX Runtime
+            is another. Where that cannot be written, or holds something else, the export is not kept.
         threads: that ONNX Runtime computes with.
     """
-    package("onnxruntime")
+    version = package("onnxruntime").__version__
+    if graphs is not None:
+        if not (Path(graphs) / NAME).is_file():
+            export_onnx(graph(), graphs)
+        return with_sessions(codec, graphs, threads=threads)
+    beside = Path(f"{os.fspath(file)}.onnx")
+    with suppress(FmpqError, OSError):
+        manifest = OnnxManifest.of_folder(beside)
+        if manifest.checked_with == version and fingerprint_of(codec_of(codec)) in manifest.fingerprints:
+            return with_sessions(codec, beside, threads=threads)
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary) / "onnx" if graphs is None else Path(graphs)
-        if not (place / NAME).is_file():
-            export_onnx(graph(), place)
+        place = Path(temporary) / "onnx"
+        export_onnx(graph(), place)
+        with suppress(FmpqError, OSError), replacing_folder(beside) as kept:
+            shutil.copytree(place, kept, dirs_exist_ok=True)
         return with_sessions(codec, place, threads=threads)
 
 

@@ -6,13 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch.fx.passes.shape_prop import ShapeProp
 
 from fmpq_fx.coding.conversion import quantized_model, with_exact_path
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.models.identity import identity_of
+from fmpq_fx.onnx.example import Example, check_runs, example_image
 from fmpq_fx.onnx.graph import OPSET, OnnxGraph, checked_opset, failed, package, shape_of
 from fmpq_fx.onnx.integers import run_in_integers
 from fmpq_fx.onnx.manifest import (
@@ -31,10 +30,8 @@ from fmpq_fx.passes.annotation import Arithmetic, graph_note, note_of, plan_of
 from fmpq_fx.passes.lower.entropy_path import entropy_path
 from fmpq_fx.passes.parts import Part, cut
 from fmpq_fx.passes.plan.tables import FLOAT_BITS, Plan
-from fmpq_fx.passes.tracing.model_outputs import output_of
 from fmpq_fx.storage import fingerprint
 
-_SIDE = 128  # pixels of the image that the graph runs on once, so that shapes are known
 _CONTAINER_BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "int16": 16, "float32": FLOAT_BITS}
 
 
@@ -50,6 +47,9 @@ def export_onnx(
     manifest lists. Weights are stored as integers in any case. Transposed convolutions become
     convolutions and a pixel shuffle. Batch, height and width are dynamic.
 
+    ONNX Runtime, where it is installed, loads each graph and runs it on an image before ``folder`` is there; where it
+    is not, a warning and the manifest say so.
+
     Args:
         gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned, trained further or not. It is not
             modified.
@@ -60,24 +60,24 @@ def export_onnx(
         the manifest; printed, it is a table of the layers.
 
     Raises:
-        FmpqError: onnx is not installed, the opset is too old, an operation has no ONNX form (no file is left
-            then), ``folder`` holds something else, or ``gm`` carries no plan.
+        FmpqError: onnx is not installed, the opset is too old, an operation has no ONNX form or a graph does not run as
+            the torch graph does (no file is left then), ``folder`` holds something else, or ``gm`` carries no plan.
         FileNotFoundError: the folder that ``folder`` is to be in does not exist.
     """
     plan, opset = plan_of(gm), checked_opset(opset)
-    x = torch.rand(1, 3, _SIDE, _SIDE, generator=torch.Generator().manual_seed(0))
+    x = example_image()
     codec = quantized_model(gm).cpu().float()
     # Before its entropy path is exact, which computes what the graph does up to fixed-point rounding.
     modules = modules_of_parts(codec, gm, x)
     fingerprints = [fingerprint.of_codec(codec)]
     fingerprints.append(fingerprint.of_codec(with_exact_path(codec, entropy_path(gm), True)))
     lowered = run_in_integers(subpixel(gm).cpu().float().eval())
-    constants = _example(lowered, x)
+    example, parts = Example(lowered, x), cut(lowered)
     with replacing_folder(folder) as temporary:
         files: list[PartFile] = []
         stored: dict[str, str] = {}
-        for part in cut(lowered):
-            graph, file = _written(lowered, part, constants, temporary, opset)
+        for part in parts:
+            graph, file = _written(lowered, part, example.constants, temporary, opset)
             module = modules.get(part.name)
             if module is not None and len(part.outputs) == 1:
                 entry = graph.values.get(module[1])
@@ -94,33 +94,10 @@ def export_onnx(
             parts=tuple(files),
             layers=layers,
             nominal_bytes=sum(s.bytes_at(plan.bits[s.name]) for s in plan.sites if s.name in here),
+            checked_with=check_runs(example, parts, temporary),
         )
         manifest.save(temporary / NAME)
     return manifest
-
-
-class _Recorder(ShapeProp):
-    """Notes the shapes of all values, and keeps those that depend on no input."""
-
-    def __init__(self, gm: fx.GraphModule):
-        super().__init__(gm)
-        self.constants: dict[fx.Node, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            constant = n.op not in ("placeholder", "output") and n.op != "call_module"
-            if constant and all(read in self.constants for read in n.all_input_nodes):
-                self.constants[n] = value.detach()
-        return value
-
-
-@torch.no_grad()
-def _example(gm: fx.GraphModule, x: Tensor) -> Mapping[fx.Node, Tensor]:
-    """Note the shapes of all values of ``gm`` for the image ``x``, and return its constants."""
-    recorder = _Recorder(gm)
-    output_of(recorder.run, x)
-    return recorder.constants
 
 
 def _written(

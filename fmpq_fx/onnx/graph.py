@@ -109,8 +109,9 @@ class OnnxGraph:
     def integers(self, values: Array, bits: int, signed: bool, name: str) -> tuple[str, str]:
         """Add integer weights in the least container, and return their name and what they are stored in.
 
-        Up to 4 bits are stored as INT4 or UINT4 and cast to int8, which ONNX Runtime does once, when it loads:
-        its integer convolutions do not take 4-bit weights themselves.
+        The named value is int8, uint8 or, where 8 bits do not hold the integers, float32, which holds them exactly:
+        ONNX Runtime has kernels that move those, and lacks some for 4 and 16 bits (Pad, say). It casts once, when it
+        loads.
         """
         helper, types = package("onnx").helper, package("onnx").TensorProto
         if bits <= 4:
@@ -123,7 +124,10 @@ class OnnxGraph:
             return self.add("Cast", [unique], f"{name}.int8", to=types.INT8), kind.lower()
         fits = bits <= (8 if signed else 7)
         dtype = np.int8 if fits else np.uint8 if bits <= 8 else np.int16
-        return self.constant(values.astype(dtype), name), np.dtype(dtype).name
+        stored = self.constant(values.astype(dtype), name)
+        if dtype is np.int16:
+            return self.add("Cast", [stored], f"{name}.float", to=types.FLOAT), "int16"
+        return stored, np.dtype(dtype).name
 
     def pruned(self, outputs: Sequence[str]) -> None:
         """Remove nodes and constants that lead to none of ``outputs``."""

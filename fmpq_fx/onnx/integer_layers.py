@@ -67,16 +67,15 @@ def _matrix(graph: OnnxGraph, weight: str, shape: tuple[int, ...], places: int) 
 
 
 def _bytes(graph: OnnxGraph, weight: str, bits: int) -> list[tuple[str, int]]:
-    """Return int8 tensors and factors, by which they add up to ``weight``, which has up to 15 bits."""
+    """Return int8 tensors and factors, by which they add up to ``weight``, which is float32 above 8 bits."""
     if bits <= BITS:
         return [(weight, 1)]
     types, base = package("onnx").TensorProto, 2 ** (bits - BITS + 1)
-    wide = graph.add("Cast", [weight], to=types.FLOAT)
     shifted = graph.add(
-        "Add", [graph.add("Div", [wide, graph.constant(np.float32(base))]), graph.constant(np.float32(0.5))]
+        "Add", [graph.add("Div", [weight, graph.constant(np.float32(base))]), graph.constant(np.float32(0.5))]
     )
     high = graph.add("Floor", [shifted])
-    low = graph.add("Sub", [wide, graph.add("Mul", [high, graph.constant(np.float32(base))])])
+    low = graph.add("Sub", [weight, graph.add("Mul", [high, graph.constant(np.float32(base))])])
     return [(graph.add("Cast", [byte], to=types.INT8), factor) for byte, factor in ((high, base), (low, 1))]
 
 

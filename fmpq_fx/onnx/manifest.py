@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +58,7 @@ class OnnxManifest(JsonFile):
     parts: tuple[PartFile, ...]
     layers: tuple[LayerRun, ...]
     nominal_bytes: float  # parameters * bits / 8 over the layers that are in parts
+    checked_with: str | None = None  # the version of ONNX Runtime that ran all graphs; None: there was none
 
     @property
     def bytes(self) -> int:
@@ -76,9 +76,12 @@ class OnnxManifest(JsonFile):
             for r in self.layers
         ]
         table = tabulate(rows, ["layer", "part", "bits", "runs", "stored", "bytes", "why"])
+        checked = (
+            f"ONNX Runtime {self.checked_with} runs them" if self.checked_with else "no runtime has run them"
+        )
         return (
             f"{table}\n\n{len(self.parts)} graphs, {self.bytes:,} bytes; weights {self.stored_bytes:,.0f}, nominal "
-            f"{self.nominal_bytes:,.0f}"
+            f"{self.nominal_bytes:,.0f}; {checked}"
         )
 
     @classmethod
@@ -140,8 +143,8 @@ def replacing_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         new.mkdir()
         yield new
         if final.exists():
-            shutil.move(final, old)
-        shutil.move(new, final)
+            final.rename(old)
+        new.rename(final)
 
 
 def _holds_an_export_at_most(folder: Path) -> bool:
