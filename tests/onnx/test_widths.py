@@ -22,15 +22,12 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "convolution, stride": lambda: nn.Conv2d(16, 6, 5, stride=2, padding=2),
     "convolution, groups": lambda: nn.Conv2d(16, 8, 3, groups=4),
     "convolution, reflected": lambda: nn.Conv2d(16, 6, 3, padding=1, padding_mode="reflect"),
-    "convolution, float": lambda: nn.Conv2d(3, 6, 3, padding=1),
     "masked": lambda: MaskedConv2d(16, 6, 5, padding=2),
     "transposed": lambda: nn.ConvTranspose2d(16, 6, 5, 2, 2, 1),
-    "transposed, stride 1": lambda: nn.ConvTranspose2d(16, 6, 3, 1, 1),
     "transposed, stride 3": lambda: nn.ConvTranspose2d(16, 6, 4, 3),
     "transposed, groups": lambda: nn.ConvTranspose2d(16, 8, 3, 2, 1, groups=2),
     "transposed, dilated": lambda: nn.ConvTranspose2d(16, 6, 3, 2, dilation=2),
     "transposed, not lowered": lambda: nn.ConvTranspose2d(16, 6, 3, (1, 2)),
-    "transposed, float": lambda: nn.ConvTranspose2d(3, 6, 5, 2, 2, 1),
     "linear": lambda: nn.Linear(16, 6),
     "GDN": lambda: GDN(16),
     "IGDN": lambda: GDN(16, inverse=True),
@@ -47,7 +44,7 @@ def away_from_ties(x: Tensor, quantizer: ActivationFakeQuant) -> Tensor:
 @pytest.mark.parametrize("bits", range(2, 11))
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_width_in_every_kind_of_layer(kind: str, bits: int) -> None:
-    for activation_bits in (None, 4, 8, 10):
+    for activation_bits in (None, 8, 4 if bits % 2 else 10):
         torch.manual_seed(0)
         plain = KINDS[kind]()
         layer: Any = quantize_layer(plain, bits, activation_bits).eval()
