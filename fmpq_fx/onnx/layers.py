@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compressai.layers import GDN, GDN1, MaskedConv2d
+from compressai.layers import GDN, GDN1
 from torch import Tensor, fx, nn
 
 from fmpq_fx.onnx.graph import OnnxGraph, failed, package
@@ -22,6 +22,7 @@ from fmpq_fx.quant.layers import (
     QuantizedGDN1,
     QuantizedLinear,
 )
+from fmpq_fx.quant.masked import mask_name, mask_of
 
 WIDEST = 16
 """Bits of activations that ONNX can round to; more are as good as float."""
@@ -139,7 +140,7 @@ def _float_weight(graph: OnnxGraph, node: fx.Node, layer: Any) -> str:
         return graph.add("Mul", [integers, graph.constant(scale, f"{target}.weight_scale")])
     if isinstance(layer, GDN | GDN1):
         return graph.constant(_gamma(layer).detach(), f"{target}.gamma")
-    weight = layer.weight * layer.mask if isinstance(layer, MaskedConv2d) else layer.weight
+    weight = layer.weight * mask_of(layer) if mask_name(layer) else layer.weight
     return graph.constant(weight.detach(), f"{target}.weight")
 
 

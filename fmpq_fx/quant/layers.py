@@ -10,6 +10,7 @@ from compressai.layers import GDN, GDN1
 from torch import Tensor, nn
 
 from fmpq_fx.quant.fake_quant import LEAK, ActivationFakeQuant, WeightFakeQuant
+from fmpq_fx.quant.masked import mask_of
 
 QUANTIZERS = ("weight_quantizer.", "input_quantizer.")
 """In the state dict of a :class:`QuantizedLayer`, the names of its quantizers' tensors start with these."""
@@ -144,14 +145,13 @@ class QuantizedMaskedConv2d(QuantizedConv2d):
     @staticmethod
     def weight_of(layer: nn.Module) -> Tensor:
         """Return the masked float weight."""
-        weight: Tensor = layer.weight * layer.mask  # type: ignore[operator]
+        weight: Tensor = layer.weight * mask_of(layer)  # type: ignore[operator]
         return weight
 
     @property
     def mask(self) -> Tensor:
         """The mask: CompressAI's coding loops read it, and :attr:`weight`, without calling the layer."""
-        mask: Tensor = self.layer.mask  # type: ignore[assignment]
-        return mask
+        return mask_of(self.layer)
 
 
 class QuantizedConvTranspose2d(QuantizedLayer):

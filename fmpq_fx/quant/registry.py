@@ -13,6 +13,7 @@ from fmpq_fx.quant.layers import (
     QuantizedLinear,
     QuantizedMaskedConv2d,
 )
+from fmpq_fx.quant.masked import mask_name
 
 _REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Conv2d: QuantizedConv2d,
@@ -27,8 +28,11 @@ _REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {
 def quantized_class(layer: nn.Module) -> type[QuantizedLayer] | None:
     """Return the class that quantizes ``layer``, or None where there is none.
 
-    A subclass counts as its base as long as it computes the same: one that overrides ``forward`` does not.
+    A subclass counts as its base as long as it computes the same. One that overrides ``forward`` does not, unless all
+    that it does is to mask its weight.
     """
+    if mask_name(layer) is not None:
+        return QuantizedMaskedConv2d
     for base in type(layer).__mro__:
         if base in _REGISTRY:
             same = all(

@@ -26,7 +26,6 @@ from compressai.latent_codecs import (
     HyperpriorLatentCodec,
     LatentCodec,
 )
-from compressai.layers import MaskedConv2d
 from compressai.models import JointAutoregressiveHierarchicalPriors
 from torch import fx, nn
 
@@ -34,6 +33,7 @@ from fmpq_fx.passes.annotation import graph_note
 from fmpq_fx.passes.lower.extents import float_layer
 from fmpq_fx.passes.lower.walk import Draft, Walk
 from fmpq_fx.passes.tracing.leaves import NetworkTracer
+from fmpq_fx.quant.masked import mask_name
 
 _NETWORKS: dict[type, tuple[str, ...]] = {
     HyperpriorLatentCodec: (),
@@ -80,7 +80,7 @@ def entropy_path(gm: fx.GraphModule) -> EntropyPath:
             _check_conditional(draft, str(node.target), module)
     walk.follow(_likelihoods_of_others(gm, called, walk.extents.sizes))
     _check_calls_elsewhere(draft, called, walk.seen)
-    masked = [name for name, layer in draft.layers.items() if isinstance(float_layer(layer), MaskedConv2d)]
+    masked = [name for name, layer in draft.layers.items() if mask_name(float_layer(layer))]
     in_order = _codes_in_order(graph_note(gm).model, masked)
     for name in [] if in_order else masked:
         draft.stop(

@@ -15,7 +15,7 @@ Shape = tuple[int, int, int]
 _SHAPES: tuple[Shape, ...] = tuple(
     (channels, side, side) for channels in (3, 1, 4) for side in (256, 512, 64)
 )
-_STEPS = (16, 32, 64, 128, 256)  # what a side may have to be a multiple of
+_STEPS = (64, 128, 32, 16, 256)  # what a side may have to be a multiple of, the likeliest first
 
 
 def synthetic(model: nn.Module, shape: Shape | None = None) -> Tensor:

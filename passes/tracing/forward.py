@@ -32,6 +32,7 @@ class Recorded:
     added: dict[str, nn.Module]  # by the name in the graph
     constants: dict[str, Tensor]  # by the name in the graph
     frozen: dict[str, str]  # what may be bound to the size of the example, and where it is read
+    kept: bool  # whether some of that may have been kept from an earlier run
 
     def held(self, root: nn.Module) -> dict[str, Any]:
         """Return all that the graph calls and reads, by name; ``root`` is the model."""
@@ -64,7 +65,7 @@ def record(
         FmpqError: it does something that no graph can do.
     """
     recorded = _record(copy.deepcopy(root), example, training, constants)
-    if not recorded.frozen:
+    if not recorded.kept:
         return recorded
     # A mask that was kept for images of this size is made anew by a model that has seen others meanwhile.
     for other in of_other_sizes(example):
@@ -97,11 +98,11 @@ def _record(scratch: nn.Module, example: Tensor, training: bool, constants: str)
                 scratch, example
             )  # raises what the model does by itself: it may not be made for such images
         raise FmpqError(_untraceable(scratch, recording, error)) from error
-    graph = recording.tape.graph
+    graph, state = recording.tape.graph, recording.state
     graph.output(found)
     graph.eliminate_dead_code(lambda node: node.target is expect or node.op in ("placeholder", "output"))
     graph.lint()
-    return Recorded(graph, recording.added, recording.state.constants, recording.state.frozen)
+    return Recorded(graph, recording.added, state.constants, state.frozen, state.kept)
 
 
 def _output(recording: Recording, output: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import torch
 from compressai.entropy_models import EntropyModel
 from torch import nn
 
-from fmpq_fx.passes.tracing.leaves import kept_whole
 from fmpq_fx.passes.tracing.recording import Recording
 from fmpq_fx.passes.tracing.sources import own_modules
 from fmpq_fx.passes.tracing.stand_ins import math_functions, python_names, unused_names
@@ -65,7 +64,7 @@ def _module_call(recording: Recording) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         with recording.running(self):
             if id(self) in recording.names:
-                if kept_whole(self):
+                if id(self) in recording.whole:
                     return recording.call_module(self, functools.partial(original, self), args, kwargs)
             elif type(self).__name__ in ("Rearrange", "Reduce") and type(self).__module__.startswith(
                 "einops."

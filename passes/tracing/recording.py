@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fmpq_fx.passes.tracing.functions import changed, set_item
-from fmpq_fx.passes.tracing.leaves import FunctionCall
+from fmpq_fx.passes.tracing.leaves import FunctionCall, kept_whole
 from fmpq_fx.passes.tracing.numbers import TracedFloat, TracedInt, plain
 from fmpq_fx.passes.tracing.operations import (
     DECISIONS,
@@ -48,6 +48,7 @@ class Recording(TorchFunctionMode):
         self.values = Values(self.tape, self.state, example, name)
         self.added: dict[str, nn.Module] = {}  # modules that the graph calls and the model does not have
         self.names = {id(module): path for path, module in root.named_modules()}
+        self.whole = {id(module) for module in root.modules() if kept_whole(module)}
         self.stack: list[nn.Module] = []  # the modules that run, or ran when something went wrong
         self.paused = False
 

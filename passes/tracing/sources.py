@@ -7,12 +7,14 @@ import sysconfig
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 _LIBRARIES = ("torch", "torchvision", "einops", "numpy", "scipy", "fmpq_fx", "builtins")
 _PACKAGES = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib")})
+_STANDARD = sysconfig.get_path("stdlib")
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent)
 
@@ -25,39 +27,34 @@ def own_modules(model: nn.Module) -> list[types.ModuleType]:
     """
     found: dict[str, types.ModuleType] = {}
     kept = [value for module in model.modules() for value in vars(module).values()]
-    names = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
-    names |= {getattr(value, "__module__", None) or "" for value in kept}
-    todo = [name for name in names if not _is_library(name)]
+    names = {_module_of(cls) for module in model.modules() for cls in type(module).__mro__}
+    todo = [name for name in names | set(map(_module_of, kept)) if _is_own(name)]
     while todo:
         name = todo.pop()
-        module = sys.modules.get(name)
-        if name in found or module is None:
-            continue
-        found[name] = module
-        todo += [other for other in _imported(module) if _belongs(other, name)]
+        if name not in found:
+            found[name] = sys.modules[name]
+            todo += [other for other in map(_module_of, vars(found[name]).values()) if _belongs(other, name)]
     return list(found.values())
 
 
-def _imported(module: types.ModuleType) -> set[str]:
-    values = list(vars(module).values())
-    return {
-        v.__name__ if isinstance(v, types.ModuleType) else getattr(v, "__module__", None) or ""
-        for v in values
-    }
+def _module_of(value: Any) -> str:
+    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+    return name if isinstance(name, str) else ""
+
+
+def _is_own(name: str) -> bool:
+    """Say whether a model may be defined in the module ``name``: it has source, and is none of the libraries."""
+    file = getattr(sys.modules.get(name), "__file__", None) or ""
+    library = name.partition(".")[0] in _LIBRARIES or (
+        file.startswith(_STANDARD) and not file.startswith(_PACKAGES)
+    )
+    return bool(file) and not library
 
 
 def _belongs(name: str, importer: str) -> bool:
     """Say whether the module ``name`` is of the same making as the one that imports it."""
-    if _is_library(name) or name not in sys.modules:
-        return False
-    file = getattr(sys.modules[name], "__file__", None) or ""
-    if name.partition(".")[0] == importer.partition(".")[0]:
-        return bool(file)
-    return bool(file) and not file.startswith((*_PACKAGES, sysconfig.get_path("stdlib")))
-
-
-def _is_library(name: str) -> bool:
-    return name.partition(".")[0] in _LIBRARIES
+    same = name.partition(".")[0] == importer.partition(".")[0]
+    return _is_own(name) and (same or not str(sys.modules[name].__file__).startswith(_PACKAGES))
 
 
 class Lines:

@@ -15,6 +15,7 @@ class State:
         self._prefix = prefix
         self.constants: dict[str, Tensor] = {}  # by the name that the graph reads them by
         self.frozen: dict[str, str] = {}  # what may be bound to the example: what it is, and where it is read
+        self.kept = False  # whether some of that may have been kept from an earlier run
         known = {id(t): (name, t) for name, t in (*root.named_parameters(), *root.named_buffers())}
         self._parameters = {id(parameter) for parameter in root.parameters()}
         self._kept: dict[int, tuple[str, Tensor]] = {}  # on modules, and neither parameters nor buffers
@@ -35,11 +36,18 @@ class State:
     def read(self, tensor: Tensor, where: str) -> str:
         """Return the name by which the graph reads ``tensor``, which no recorded operation made."""
         if id(tensor) not in self._known:
-            name = f"{self._prefix}_{len(self.constants)}"
-            self.constants[name] = tensor.detach().clone()
-            self._known[id(tensor)] = name, tensor  # kept, so that no other one gets its identity
-            self.frozen.setdefault(f"a tensor {tuple(tensor.shape)} that no recorded operation made", where)
+            self.kept = True
+            return self.add(tensor, f"a tensor {tuple(tensor.shape)} that no recorded operation made", where)
         name, _ = self._known[id(tensor)]
         if id(tensor) in self._kept:
+            self.kept = True
             self.frozen.setdefault(f"{name!r}, a tensor that is kept on its module and is no buffer", where)
+        return name
+
+    def add(self, tensor: Tensor, what: str, where: str) -> str:
+        """Return the name by which the graph reads ``tensor`` as a constant."""
+        name = f"{self._prefix}_{len(self.constants)}"
+        self.constants[name] = tensor.detach().clone()
+        self._known[id(tensor)] = name, tensor  # kept, so that no other one gets its identity
+        self.frozen.setdefault(what, where)
         return name

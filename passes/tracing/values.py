@@ -114,7 +114,9 @@ class Values:
         if isinstance(value, _PLAIN):
             return plain(value)
         if isinstance(value, np.ndarray):
-            return self.node_of(torch.from_numpy(value))
+            what = f"an array of NumPy's, {value.shape}"
+            name = self.state.add(torch.from_numpy(value), what, self.tape.lines.here())
+            return self.tape.node(self.tape.defer_attribute(name))
         if isinstance(value, np.generic):
             return value.item()
         for kind, dtype in _TYPES.items():
