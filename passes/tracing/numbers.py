@@ -1,7 +1,8 @@
 """Numbers that know the node that computes them: sizes, and what a forward computes of sizes.
 
 They are ints and floats to everyone who asks. Their arithmetic is recorded beside its result, and comparing one, or
-asking its truth, is a decision of the forward's that the recorder is told of.
+asking its truth, is a decision of the forward's that the recorder is told of. What Python makes a plain number of, to
+count a loop with it for instance, is bound to that number.
 """
 
 import math
@@ -9,7 +10,10 @@ import operator
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+
 from fmpq_fx.passes.tracing.functions import numpy_scalar
+from fmpq_fx.passes.tracing.refusals import UnrecordableError
 
 
 class Recorder(Protocol):
@@ -25,11 +29,28 @@ class Recorder(Protocol):
         """Return ``number`` as a plain one; what is computed of it is bound to it."""
 
 
-class TracedInt(int):
-    """An int with what computes it."""
+class TracedInt(torch.SymInt):
+    """An int with what computes it.
 
-    source: Any
-    recorder: Recorder
+    As a subclass of int it would lose that wherever C looks at it, as in ``0.5 * height``. torch takes its own
+    symbolic numbers in all places, and Python asks them.
+    """
+
+    def __init__(self, value: int, source: Any, recorder: Recorder):
+        self.value, self.source, self.recorder = value, source, recorder
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class that isinstance is told."""
+        return int
+
+    @property
+    def node(self) -> Any:  # type: ignore[override]
+        """What torch asks for where it computes something itself, beside the functions that can be recorded."""
+        raise UnrecordableError(
+            "hands a size to torch where it cannot be recorded",
+            "Make tensors with torch.tensor(...) or torch.full(...) instead of torch.Tensor(...).",
+        )
 
 
 class TracedFloat(float):
@@ -44,9 +65,11 @@ Traced = TracedInt | TracedFloat
 
 def traced(value: Any, source: Any, recorder: Recorder) -> Any:
     """Return ``value`` as a number that ``source`` computes; as it is where it is no int or float."""
-    if type(value) not in (int, float):
+    if type(value) is int:
+        return TracedInt(value, source, recorder)
+    if type(value) is not float:
         return value
-    number = TracedInt(value) if type(value) is int else TracedFloat(value)
+    number = TracedFloat(value)
     number.source, number.recorder = source, recorder
     return number
 
@@ -54,7 +77,7 @@ def traced(value: Any, source: Any, recorder: Recorder) -> Any:
 def plain(number: Any) -> Any:
     """Return ``number`` as an int or a float of Python's own."""
     if isinstance(number, TracedInt):
-        return int.__int__(number)
+        return number.value
     if isinstance(number, TracedFloat):
         return float.__float__(number)
     return number.item() if type(number).__module__ == "numpy" and not getattr(number, "ndim", 0) else number
@@ -108,10 +131,14 @@ def _equip(cls: type, base: type, binary: tuple[str, ...], unary: tuple[str, ...
         methods[f"__{function.__name__}__"] = _arithmetic(function)
     for name in ("eq", "ne", "lt", "le", "gt", "ge"):
         methods[f"__{name}__"] = _comparison(getattr(operator, name))
-    methods["__hash__"] = base.__hash__
     methods["__bool__"] = lambda self: self.recorder.decide(operator.truth, self)
     methods["__int__"] = lambda self: int(self.recorder.pin(self))
     methods["__float__"] = lambda self: float(self.recorder.pin(self))
+    methods["__hash__"] = lambda self: hash(plain(self))
+    methods["__repr__"] = lambda self: repr(plain(self))
+    methods["__format__"] = lambda self, form: format(plain(self), form)
+    if base is int:
+        methods["__index__"] = methods["__int__"]
     methods["__deepcopy__"] = lambda self, memo: plain(self)
     methods["__reduce__"] = lambda self: (base, (plain(self),))
     for name, method in methods.items():

@@ -1,7 +1,7 @@
 """What stands in for functions of Python while a model is traced, so that sizes keep their nodes.
 
-``int(size)`` gives a plain number whatever a subclass of int does, and ``range`` and ``len`` ask nobody; so the
-names mean something else in the user's modules meanwhile.
+``int(size)`` and ``len(tensor)`` give plain numbers, whatever they are asked of; so the names mean something else in
+the user's modules meanwhile.
 """
 
 import ast
@@ -28,7 +28,6 @@ def python_names(ask: Question) -> dict[str, Any]:
         "float": _number_type(float, TracedFloat, ask),
         "min": _recorded(min),
         "max": _recorded(max),
-        "range": _range,
         "len": lambda value: value.shape[0] if isinstance(value, Tensor) and value.ndim else len(value),
     }
 
@@ -90,12 +89,6 @@ def _product(values: Iterable[Any], *, start: Any = 1) -> Any:
     for value in values:
         start = start * value
     return start
-
-
-def _range(*limits: Any) -> range:
-    """Count up to plain numbers: how often a loop runs is bound to the size that was traced."""
-    recorder = _recorder_of(limits)
-    return range(*(limits if recorder is None else map(recorder.pin, limits)))
 
 
 def _number_type(base: type, kind: type, ask: Question) -> Any:
