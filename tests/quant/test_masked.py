@@ -9,6 +9,8 @@ from fmpq_fx.quant import quantize_layer, quantized_class
 
 
 class _Masked(nn.Conv2d):
+    seen: Tensor
+
     def __init__(self) -> None:
         super().__init__(4, 6, 3, padding=1)
         self.register_buffer(
