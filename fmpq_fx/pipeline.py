@@ -22,7 +22,7 @@ from fmpq_fx.passes.measure.sensitivity import Measurement, begin, checked_bits,
 from fmpq_fx.passes.plan.tables import Measured, Plan, Sensitivity
 from fmpq_fx.passes.plan.task import Task, make_task, widths_by_site
 from fmpq_fx.passes.rewrite import activations_float, quantize
-from fmpq_fx.passes.sites import find_sites
+from fmpq_fx.passes.sites import find_sites, left_out
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.passes.tracing.examples import synthetic
 from fmpq_fx.passes.tracing.wrappers import unwrapped
@@ -122,7 +122,7 @@ def prepare(
     )
     bench = job.make_bench(gm)
     plan, float_rd = _measure_and_plan(gm, bench, job.measurement(lmbda, measurable), task)
-    quantized = quantize(gm, replace(plan, example=job.example))
+    quantized = quantize(gm, replace(plan, example=job.example, left_out=left_out(gm, sites)))
     if size == "nominal":
         weights_rd = choose_scales(quantized, bench)
     else:

@@ -1,12 +1,17 @@
 """Find what can be quantized in a traced model, and what cannot but holds parameters all the same."""
 
+from collections.abc import Mapping
+
+from compressai.layers import GDN
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.annotation import annotate
+from fmpq_fx.passes.annotation import annotate, graph_note
 from fmpq_fx.passes.plan.tables import Site
 from fmpq_fx.quant import quantized_class, quantized_layers
+
+_CONTAINERS = nn.Sequential | nn.ModuleList | nn.ModuleDict
 
 
 def find_sites(gm: fx.GraphModule) -> tuple[Site, ...]:
@@ -116,3 +121,30 @@ def float_remainder(gm: fx.GraphModule, sites: tuple[Site, ...]) -> dict[str, in
     for site in sites:
         quantized |= {id(p) for p in _quantized_parameters(gm.get_submodule(site.name))}
     return {name: p.numel() for name, p in gm.named_parameters() if id(p) not in quantized}
+
+
+def left_out(gm: fx.GraphModule, sites: tuple[Site, ...]) -> dict[str, str]:
+    """Return the layers of the model of ``gm`` that have weights and are no sites, by name: why each is none."""
+    model = graph_note(gm).model
+    modules = dict(model.named_modules())
+    known = {id(modules[site.name]) for site in sites if site.name in modules}
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    kinds = nn.Conv2d | nn.ConvTranspose2d | nn.Linear | GDN
+    return {
+        name: _why_left_out(name, layer, modules, read)
+        for name, layer in modules.items()
+        if isinstance(layer, kinds) and id(layer) not in known
+    }
+
+
+def _why_left_out(name: str, layer: nn.Module, modules: Mapping[str, nn.Module], read: set[str]) -> str:
+    if any(f"{name}.{parameter}" in read for parameter, _ in layer.named_parameters()):
+        if quantized_class(layer) is None:
+            return f"the forward of {type(layer).__name__} is its own"
+        return "its weight is read without a call of the layer"
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        holder = modules[".".join(parts[:length])]
+        if type(holder).__module__.startswith("torch.nn.") and not isinstance(holder, _CONTAINERS):
+            return f"it is a part of torch's {type(holder).__name__}"
+    return "it does not run in evaluation"

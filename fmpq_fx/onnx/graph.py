@@ -141,7 +141,13 @@ class OnnxGraph:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Return the shape of the tensor that ``node`` computed on the example image."""
+    """Return the shape of the tensor that ``node`` computed on the example image.
+
+    Raises:
+        FmpqError: it computed a number.
+    """
+    if "tensor_meta" not in node.meta:
+        raise failed(node, "it computes a size, which is no tensor")
     return tuple(node.meta["tensor_meta"].shape)
 
 

@@ -72,6 +72,7 @@ def _footer(gm: fx.GraphModule, plan: Plan) -> str:
         "size": sizes(plan),
         "CR": f"{plan.cr:.4f} ({factor(plan.cr)}), target {plan.target_cr:.4g} ({factor(plan.target_cr)})",
         "stays float": _float_remainder(gm, plan),
+        "left out": "; ".join(f"{name}: {why}" for name, why in plan.left_out.items()),
         "planner": search,
         "zeta": ""
         if plan.sensitivity.complete

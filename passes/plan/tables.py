@@ -164,9 +164,8 @@ class Plan(JsonFile):
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # calibrated input range per site
     integral: tuple[str, ...] = ()  # sites whose inputs were whole numbers
     measured: Measured | None = None  # set once the graph has been rewritten and run
-    example: tuple[int, int, int] | None = (
-        None  # channels, height and width of what the model was traced with
-    )
+    example: tuple[int, int, int] | None = None  # (C, H, W) of the image that was traced
+    left_out: dict[str, str] = field(default_factory=dict)  # layers that are no sites: why
 
     @property
     def lmbda(self) -> float:

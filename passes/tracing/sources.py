@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 _LIBRARIES = ("torch", "torchvision", "einops", "numpy", "scipy", "fmpq_fx", "builtins")
-_PACKAGES = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib")})
 _STANDARD = sysconfig.get_path("stdlib")
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent)
@@ -45,16 +44,18 @@ def _module_of(value: Any) -> str:
 def _is_own(name: str) -> bool:
     """Say whether a model may be defined in the module ``name``: it has source, and is none of the libraries."""
     file = getattr(sys.modules.get(name), "__file__", None) or ""
-    library = name.partition(".")[0] in _LIBRARIES or (
-        file.startswith(_STANDARD) and not file.startswith(_PACKAGES)
-    )
-    return bool(file) and not library
+    standard = file.startswith(_STANDARD) and not _is_installed(file)
+    return bool(file) and not standard and name.partition(".")[0] not in _LIBRARIES
+
+
+def _is_installed(file: str) -> bool:
+    return "site-packages" in file or "dist-packages" in file
 
 
 def _belongs(name: str, importer: str) -> bool:
     """Say whether the module ``name`` is of the same making as the one that imports it."""
     same = name.partition(".")[0] == importer.partition(".")[0]
-    return _is_own(name) and (same or not str(sys.modules[name].__file__).startswith(_PACKAGES))
+    return _is_own(name) and (same or not _is_installed(str(sys.modules[name].__file__)))
 
 
 class Lines:
