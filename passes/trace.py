@@ -6,7 +6,6 @@ checks it whenever it runs. Layers that can be quantized, entropy models and lat
 modules, a user's own included, are traced into.
 """
 
-import copy
 import warnings
 
 from torch import Tensor, fx, nn
@@ -17,7 +16,7 @@ from fmpq_fx.passes.sites import check_weights
 from fmpq_fx.passes.tracing.examples import synthetic
 from fmpq_fx.passes.tracing.forward import Recorded, record
 from fmpq_fx.passes.tracing.module import TracedModule
-from fmpq_fx.passes.tracing.wrappers import unwrapped
+from fmpq_fx.passes.tracing.wrappers import copied, unwrapped
 
 
 def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
@@ -43,7 +42,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     """
     model = unwrapped(model)
     check_weights(model)  # before the copy, which torch refuses to make of some of them
-    root = copy.deepcopy(model).eval()
+    root = copied(model)
     image = synthetic(root) if example is None else example[:1]
     evaluation = record(root, image)
     training = _in_training(root, image, evaluation)

@@ -1,6 +1,5 @@
 """Images to trace with where none are given, and of another size, to check what was traced."""
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.tracing.model_outputs import output_of
+from fmpq_fx.passes.tracing.wrappers import copied
 
 Shape = tuple[int, int, int]
 """Channels, height and width of an image."""
@@ -68,4 +68,4 @@ def of_other_sizes(x: Tensor) -> Iterator[Tensor]:
 @torch.no_grad()
 def run_copy(model: nn.Module, x: Tensor) -> dict[str, object]:
     """Return what ``model`` gives for ``x`` in evaluation; neither is touched, though a forward may write to both."""
-    return output_of(copy.deepcopy(model).eval(), x.clone())
+    return output_of(copied(model), x.clone())

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 
@@ -117,12 +118,27 @@ class _Place(int):
     """A node, by its place in its graph."""
 
 
+class _Operator(str):
+    """A function of torch.ops, which cannot be pickled, by its name there."""
+
+
 def _listed(graph: fx.Graph) -> list[tuple[Any, ...]]:
     place = {node: _Place(i) for i, node in enumerate(graph.nodes)}
     return [
-        (node.name, node.op, node.target, *fx.node.map_arg((node.args, node.kwargs), place.get), node.meta)
+        (
+            node.name,
+            node.op,
+            _named(node.target),
+            *fx.node.map_arg((node.args, node.kwargs), place.get),
+            node.meta,
+        )
         for node in graph.nodes
     ]
+
+
+def _named(target: Any) -> Any:
+    operator = isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    return _Operator(target) if operator else target
 
 
 def _graph(listed: list[tuple[Any, ...]]) -> fx.Graph:
@@ -134,7 +150,8 @@ def _graph(listed: list[tuple[Any, ...]]) -> fx.Graph:
 
     for name, op, target, args, kwargs, meta in listed:
         given = fx.node.map_aggregate((args, kwargs), node_at)
-        node = graph.create_node(op, target, *given, name=name)
+        called = attrgetter(target)(torch.ops) if isinstance(target, _Operator) else target
+        node = graph.create_node(op, called, *given, name=name)
         node.meta.update(meta)
         nodes.append(node)
     return graph

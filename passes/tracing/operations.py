@@ -99,6 +99,11 @@ def node_of_call(
     return "call_method", name, args
 
 
+def is_in_place(name: str, kwargs: dict[str, Any]) -> bool:
+    """Say whether a call of the function ``name`` writes to its first argument, as far as the name says it."""
+    return (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
+
+
 def out_of_place(func: Any, kwargs: dict[str, Any]) -> tuple[Callable[..., Any] | str, dict[str, Any]] | None:
     """Return what does to a copy what ``func`` does in place, and its keyword arguments; None where there is nothing.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from compressai.entropy_models import EntropyModel
 from torch import nn
 
@@ -29,6 +30,7 @@ def patched(recording: Recording, root: nn.Module) -> Iterator[None]:
         (EntropyModel, "quantize"): _quantize(recording),
         # Checks of values, which would all become conditions of the graph.
         (torch.distributions.Distribution, "_validate_args"): False,
+        (torch.utils.checkpoint, "checkpoint"): _run_plainly,
     }
     exchanged |= {(math, name): function for name, function in math_functions().items()}
     einops: Any = sys.modules.get("einops")
@@ -47,6 +49,12 @@ def patched(recording: Recording, root: nn.Module) -> Iterator[None]:
             stack.callback(_restore, owner, name, vars(owner).get(name, _MISSING))
             setattr(owner, name, value)
         yield
+
+
+def _run_plainly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Do what a checkpoint does, which saves memory and changes no result."""
+    known = ("use_reentrant", "context_fn", "determinism_check", "debug", "preserve_rng_state", "early_stop")
+    return function(*args, **{name: value for name, value in options.items() if name not in known})
 
 
 def _restore(owner: type | types.ModuleType, name: str, value: Any) -> None:

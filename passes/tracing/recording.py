@@ -17,6 +17,7 @@ from fmpq_fx.passes.tracing.operations import (
     NO_VALUES,
     PIECES,
     PLAIN_NUMBERS,
+    is_in_place,
     method_name,
     node_of_call,
     out_of_place,
@@ -134,6 +135,8 @@ class Recording(TorchFunctionMode):
         versions = list(map(_version, tensors))
         out = func(*_plain(args), **_plain(kwargs))
         written = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
+        if not written and is_in_place(name, kwargs) and any(out is tensor for tensor in tensors):
+            written = [out]  # in inference mode, writes are not counted
         if written:
             return self._write(func, name, written, out, node_args, node_kwargs)
         if isinstance(out, bool) and name in DECISIONS:

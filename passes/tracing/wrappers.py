@@ -1,5 +1,6 @@
 """Models inside of something else: unwrapped, or refused before the long work."""
 
+import copy
 import inspect
 
 import torch
@@ -30,6 +31,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
             raise FmpqError("the model is quantized already; pass the float model that it was made from")
     image_argument(model)
     return model
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` in evaluation mode that shares nothing with it, none of whose parts are compiled."""
+    twin = copy.deepcopy(model).eval()
+    for parent in list(twin.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, torch._dynamo.OptimizedModule):
+                setattr(parent, name, child._orig_mod)
+    return twin
 
 
 def image_argument(model: nn.Module) -> str:

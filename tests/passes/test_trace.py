@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import compressai.models as zoo
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from compressai.layers import GDN
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import graph_note, note_of
@@ -241,6 +243,49 @@ def test_what_wraps_a_model_is_taken_off(wrap: Callable[[nn.Module], nn.Module])
     gm = trace(wrap(model), photos())
     assert type(graph_note(gm).model) is zoo.ScaleHyperprior
     check_trace(wrap(model), gm, photos())
+
+
+def test_compiled_parts_are_those_that_were_compiled() -> None:
+    model: Any = lively(PLAIN["scale hyperprior"])
+    model.g_a = torch.compile(model.g_a)
+    gm = trace(model, photos())
+    assert isinstance(graph_note(gm).model.get_submodule("g_a.0"), nn.Conv2d)
+    assert isinstance(model.g_a, torch._dynamo.OptimizedModule)
+    check_trace(model, gm, photos())
+
+
+def without_bookkeeping(m: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        y = m.conv(x)
+        y.mul_(2)
+        y[:, 0] = 1
+    return y.clone()  # type: ignore[no-any-return]
+
+
+PLAINLY: dict[str, Callable[[Any, Any], Any]] = {
+    "a checkpoint": lambda m, x: checkpoint(m.conv, x, use_reentrant=True),
+    "inference mode": without_bookkeeping,
+    "torch.ops": lambda m, x: torch.ops.aten.relu(m.conv(x)),
+    "an item": lambda m, x: m.conv(x) * (int(x[:, :, 0, 0].sum().item()) % 3 + 1),
+    "a list": lambda m, x: m.conv(x) * sum(x[0, 0, 0, :3].tolist()),
+    "rows one by one": lambda m, x: (
+        torch.stack([m.conv(row[None])[0] for row in x.repeat(2, 1, 1, 1)[:1]]) + 0 * x
+    ),
+}
+
+
+@pytest.mark.parametrize("analysis", PLAINLY.values(), ids=PLAINLY)
+def test_what_python_and_torch_do_beside_functions_is_recorded(
+    analysis: Callable[[Any, Any], Any], tmp_path: Path
+) -> None:
+    model = Codec(analysis).eval()
+    gm = trace(model, photos(1))
+    check_trace(model, gm, photos())
+    del graph_note(gm).model.analysis  # which pickle refuses
+    torch.save(gm, tmp_path / "gm.pt")
+    assert_same(
+        outputs(torch.load(tmp_path / "gm.pt", weights_only=False), photos()), outputs(model, photos())
+    )
 
 
 def test_a_scripted_model_is_refused_with_what_to_do() -> None:

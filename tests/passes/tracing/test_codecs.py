@@ -64,6 +64,11 @@ def test_gradients_are_those_of_the_model(make: Make, training: bool) -> None:
     assert expected["loss"].isfinite()
 
 
+def assert_same_loss(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert torch.equal(found["loss"], expected["loss"])
+    assert found.keys() == expected.keys()
+
+
 def layers_of(model: nn.Module) -> set[str]:
     kinds = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
     return {name for name, module in model.named_modules() if isinstance(module, kinds)}
@@ -86,13 +91,24 @@ def test_a_codec_goes_all_the_way(make: Make, tmp_path: Path) -> None:
     fmpq_fx.finetune(
         gm, list(images(2, 64, 64)), steps=2, crop=64, workers=0, validate_every=2, progress=False
     )
+    torch.save(gm, tmp_path / "gm.pt")
+    again = torch.load(tmp_path / "gm.pt", weights_only=False)
+    assert_same_loss(gradients(again, x, True), gradients(gm, x, True))
     gm.eval()
     expected = outputs(gm, x)
+    assert_same(outputs(again.eval(), x), expected)
     fmpq_fx.save(gm, tmp_path / "model.fmpq")
     assert_same(outputs(fmpq_fx.load(tmp_path / "model.fmpq", model=make), x), expected)
     codec = fmpq_fx.load_codec(tmp_path / "model.fmpq", model=make, exact=False)
     assert_same(outputs(codec, x), expected)
     assert_same(outputs(fmpq_fx.convert(gm, exact=False), x), expected)
+
+
+@each_kind
+def test_a_graph_changes_its_type_as_the_model_does(make: Make) -> None:
+    model, x = make().eval(), images(2, 32, 56).double()
+    gm = trace(model, images(1, 40, 56))
+    assert_same(outputs(gm.double(), x), outputs(model.double(), x))
 
 
 def test_a_size_that_the_graph_was_not_traced_for_is_told_apart() -> None:
