@@ -1,4 +1,4 @@
-"""Choose where numbers are clipped, site after site: the one way for the scales of weights and the ranges of inputs."""
+"""Choose a setting of each site, one after the other, by the RD loss: where a layer clips, for example."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,29 +15,29 @@ from fmpq_fx.quant import weights_kept
 from fmpq_fx.rd import RDSums
 
 EVIDENT = 3e-3
-"""By what part of it the RD loss of the first images rises when no more are run to reject a clip.
+"""By what part of it the RD loss of the first images rises when no more are run to reject a setting.
 
 Of 119 clips tried on the sample model (5.3x and 8x smaller), none was rejected so that lowered the loss of all images;
 with 0.001 three were, with 0.0002 seven."""
 
-SetClip = Callable[[float], None]
-"""Changes a layer of the graph in place, so that it clips at that part of its whole range; 1 is the whole."""
+Setter = Callable[[float], None]
+"""Changes a layer of the graph in place, to that setting: a part of its range at which it clips, for example."""
 
 
 @torch.no_grad()
-def choose_clips(
+def choose(
     gm: fx.GraphModule,
     bench: Bench,
     lmbda: float,
-    set_clip: Mapping[str, SetClip],
-    clips: Sequence[float],
+    setters: Mapping[str, Setter],
+    settings: Sequence[float],
     title: str,
 ) -> tuple[dict[str, float], float]:
-    """Clip sites of ``gm``, in place, where that lowers the RD loss: one after the other, with all others as they are.
+    """Change sites of ``gm``, in place, where that lowers the RD loss: each with all others as they are.
 
     ::
 
-        RD loss   1.0 ── 0.9 ── 0.8 ── 0.7      the clips of one site
+        RD loss   1.0 ── 0.9 ── 0.8 ── 0.7      the settings of one site
                    │      │      └ lower: taken  └ higher: back to 0.8, and on to the next site
                    │      └ lower: taken
                    └ as it is
@@ -45,15 +45,16 @@ def choose_clips(
     Ranks share the pieces of the images, and each keeps the values of its own.
 
     Args:
-        gm: a traced graph in evaluation mode, with no site clipped.
+        gm: a traced graph in evaluation mode, with each site at the first of the settings.
         bench: what it is measured on.
         lmbda: the Lagrangian of the RD loss.
-        set_clip: by site, in the order in which they are decided.
-        clips: below 1, descending; they are tried until one is no better than that before it.
+        setters: by site, in the order in which they are decided.
+        settings: what each site has at the beginning, and what is tried after it, until one is no better than that
+            before it.
         title: of the progress bar.
 
     Returns:
-        the clip of each site, and the RD loss of the graph as it is then.
+        the setting of each site, and the RD loss of the graph as it is then.
 
     Raises:
         FmpqError, ValueError: see :class:`PieceMeter`.
@@ -63,17 +64,17 @@ def choose_clips(
     budget = Budget(bench.memory, shares=len(own))
     with freed_memory_kept(), weights_kept(gm):
         pieces = [
-            PieceMeter(gm, x, {site: every[site] for site in set_clip}, budget, bench.distortion) for x in own
+            PieceMeter(gm, x, {site: every[site] for site in setters}, budget, bench.distortion) for x in own
         ]
         chosen: dict[str, float] = {}
-        for site, set_one in reported(set_clip.items(), title, "site", show=bench.progress):
-            chosen[site] = 1.0
-            for clip in clips:
-                set_one(clip)
+        for site, set_one in reported(setters.items(), title, "site", show=bench.progress):
+            chosen[site], *others = settings
+            for setting in others:
+                set_one(setting)
                 if not _lowers(site, pieces, bench, lmbda):
                     set_one(chosen[site])
                     break
-                chosen[site] = clip
+                chosen[site] = setting
                 for piece in pieces:
                     piece.accept()
             for piece in pieces:

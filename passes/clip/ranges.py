@@ -14,7 +14,7 @@ from torch import fx
 
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import annotate_graph, plan_of
-from fmpq_fx.passes.clip.descent import SetClip, choose_clips
+from fmpq_fx.passes.clip.descent import Setter, choose
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.measure.bench import Bench, mean_rd
 from fmpq_fx.passes.tracing.model_outputs import output_of
@@ -47,8 +47,8 @@ def calibrate(gm: fx.GraphModule, bench: Bench) -> float:
     if not observers:
         return mean_rd(gm, bench, lmbda)
     _observe(gm, bench, observers)
-    set_clip = {site: _clip_of(quantizer) for site, quantizer in observers.items() if not quantizer.integral}
-    _, rd = choose_clips(gm, bench, lmbda, set_clip, CLIPS, "activation ranges")
+    setters = {site: _clip_of(quantizer) for site, quantizer in observers.items() if not quantizer.integral}
+    _, rd = choose(gm, bench, lmbda, setters, (1.0, *CLIPS), "activation ranges")
     plan = plan_of(gm)
     calibrated = replace(
         plan,
@@ -78,7 +78,7 @@ def _observe(gm: fx.GraphModule, bench: Bench, quantizers: Mapping[str, Activati
         quantizer.freeze(low, high, all(integral))
 
 
-def _clip_of(quantizer: ActivationFakeQuant) -> SetClip:
+def _clip_of(quantizer: ActivationFakeQuant) -> Setter:
     """Return what clips ``quantizer`` at a part of the range that it has now."""
     low, high = quantizer.range
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import fx
 
 from fmpq_fx.passes.annotation import annotate_graph, plan_of
-from fmpq_fx.passes.clip.descent import choose_clips
+from fmpq_fx.passes.clip.descent import choose
 from fmpq_fx.passes.measure.bench import Bench
 from fmpq_fx.passes.rewrite import activations_float
 from fmpq_fx.quant import quantized_layers
@@ -36,8 +36,8 @@ def choose_scales(gm: fx.GraphModule, bench: Bench) -> float:
     plan = plan_of(gm)
     # "not <": sites that were given bits for which zeta was not measured have NaN, and are tried as well.
     layers = {site: m for site, m in quantized_layers(gm).items() if not plan.zeta_of(site) < WORTHWHILE}
-    set_clip = {site: layer.set_clip for site, layer in layers.items()}
+    setters = {site: layer.set_clip for site, layer in layers.items()}
     with activations_float(gm):
-        chosen, rd = choose_clips(gm, bench, plan.lmbda, set_clip, CLIPS, "weight scales")
+        chosen, rd = choose(gm, bench, plan.lmbda, setters, (1.0, *CLIPS), "weight scales")
     annotate_graph(gm, plan=replace(plan, clips={site: clip for site, clip in chosen.items() if clip < 1}))
     return rd

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import fmpq_fx
 from conftest import small_model
-from fmpq_fx.passes.clip.descent import choose_clips
+from fmpq_fx.passes.clip.descent import choose
 from fmpq_fx.passes.measure import bench
 from fmpq_fx.passes.measure.bench import make_bench, mean_rd
 from fmpq_fx.passes.measure.changes import Change, ChangeMeter
@@ -119,9 +119,9 @@ def test_what_was_chosen_is_what_was_measured(images: list[Tensor]) -> None:
     layers, own = quantized_layers(gm), make_bench(gm, images)
     for layer in layers.values():
         layer.set_clip(1.0)
-    for clips in ((0.9,), (0.9, 0.8, 0.7)):
-        set_clip = {site: layer.set_clip for site, layer in layers.items()}
-        chosen, rd = choose_clips(gm, own, 0.01, set_clip, clips, "clips")
+    for clips in ((1.0, 0.9), (1.0, 0.9, 0.8, 0.7)):
+        setters = {site: layer.set_clip for site, layer in layers.items()}
+        chosen, rd = choose(gm, own, 0.01, setters, clips, "clips")
         assert len(set(chosen.values())) > 1, "some are clipped, and some are not"
         assert rd == pytest.approx(mean_rd(gm, own, 0.01), rel=1e-12)
         for site, layer in layers.items():
