@@ -6,6 +6,7 @@ from compressai.entropy_models import EntropyModel
 from compressai.latent_codecs import LatentCodec
 from torch import fx, nn
 
+from fmpq_fx.passes.tracing.turns import TRACING, Thread
 from fmpq_fx.quant import QuantizedLayer, QuantizeLatent, quantized_class
 
 
@@ -42,6 +43,24 @@ class FunctionCall(nn.Module):
 
 class NetworkTracer(fx.Tracer):
     """Records a network inside a model symbolically, with the same modules whole; of its input there is no example."""
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Return the graph of ``root``, a module, while no other thread traces."""
+        with TRACING:
+            self._thread = Thread()
+            return super().trace(root, concrete_args)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Record a call of ``m``; what other threads call runs as ever."""
+        if not self._thread.runs():
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Return what stands for ``attr_val``, which a module has; for other threads, that is itself."""
+        if not self._thread.runs():
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether ``m`` becomes one node."""

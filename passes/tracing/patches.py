@@ -16,6 +16,7 @@ from torch import nn
 from fmpq_fx.passes.tracing.recording import Recording
 from fmpq_fx.passes.tracing.sources import own_modules
 from fmpq_fx.passes.tracing.stand_ins import math_functions, python_names, unused_names
+from fmpq_fx.passes.tracing.turns import TRACING
 
 _MISSING = object()
 _EINOPS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack")
@@ -23,14 +24,26 @@ _EINOPS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack")
 
 @contextlib.contextmanager
 def patched(recording: Recording, root: nn.Module) -> Iterator[None]:
-    """Within the block, calls that torch does not dispatch reach ``recording`` as well."""
-    exchanged = {
+    """Within the block, calls that torch does not dispatch reach ``recording`` as well.
+
+    What is exchanged does in other threads what it did before. Only those wait for the end that exchange it as well.
+    """
+    with TRACING, contextlib.ExitStack() as stack:
+        for (owner, name), value in _exchanged(recording, root).items():
+            stack.callback(_restore, owner, name, vars(owner).get(name, _MISSING))
+            setattr(owner, name, value)
+        yield
+
+
+def _exchanged(recording: Recording, root: nn.Module) -> dict[tuple[Any, str], Any]:
+    """Return what is put in the places of the attributes of classes and Python modules."""
+    exchanged: dict[tuple[Any, str], Any] = {
         (nn.Module, "__call__"): _module_call(recording),
         (torch.autograd.Function, "apply"): _autograd_apply(recording),
         (EntropyModel, "quantize"): _quantize(recording),
         # Checks of values, which would all become conditions of the graph.
-        (torch.distributions.Distribution, "_validate_args"): False,
-        (torch.utils.checkpoint, "checkpoint"): _run_plainly,
+        (torch.distributions.Distribution, "_validate_args"): _Unchecked(recording),
+        (torch.utils.checkpoint, "checkpoint"): _checkpoint(recording),
     }
     exchanged |= {(math, name): function for name, function in math_functions().items()}
     einops: Any = sys.modules.get("einops")
@@ -44,17 +57,30 @@ def patched(recording: Recording, root: nn.Module) -> Iterator[None]:
         exchanged |= {(module, name): names[name] for name in unused_names(module, names)}
         imported = {name: originals.get(id(value)) for name, value in vars(module).items()}
         exchanged |= {(module, name): stand_in for name, stand_in in imported.items() if stand_in is not None}
-    with contextlib.ExitStack() as stack:
-        for (owner, name), value in exchanged.items():
-            stack.callback(_restore, owner, name, vars(owner).get(name, _MISSING))
-            setattr(owner, name, value)
-        yield
+    return exchanged
 
 
-def _run_plainly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+class _Unchecked:
+    """Says of distributions whether they check their arguments: where they are recorded they do not."""
+
+    def __init__(self, recording: Recording):
+        self.recording, self.elsewhere = recording, torch.distributions.Distribution._validate_args
+
+    def __get__(self, instance: Any, owner: type) -> bool:
+        return self.elsewhere and not self.recording.thread.runs()
+
+
+def _checkpoint(recording: Recording) -> Callable[..., Any]:
     """Do what a checkpoint does, which saves memory and changes no result."""
+    original = torch.utils.checkpoint.checkpoint
     known = ("use_reentrant", "context_fn", "determinism_check", "debug", "preserve_rng_state", "early_stop")
-    return function(*args, **{name: value for name, value in options.items() if name not in known})
+
+    def run(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if not recording.thread.runs():
+            return original(function, *args, **options)
+        return function(*args, **{name: value for name, value in options.items() if name not in known})
+
+    return run
 
 
 def _restore(owner: type | types.ModuleType, name: str, value: Any) -> None:

@@ -26,6 +26,7 @@ from fmpq_fx.passes.tracing.refusals import UnrecordableError
 from fmpq_fx.passes.tracing.sources import Lines
 from fmpq_fx.passes.tracing.state import State
 from fmpq_fx.passes.tracing.tape import Source, Tape
+from fmpq_fx.passes.tracing.turns import Thread
 from fmpq_fx.passes.tracing.values import Values
 from fmpq_fx.passes.tracing.writes import View, shares_memory
 from fmpq_fx.quant import QuantizeLatent
@@ -51,7 +52,13 @@ class Recording(TorchFunctionMode):
         self.names = {id(module): path for path, module in root.named_modules()}
         self.whole = {id(module) for module in root.modules() if kept_whole(module)}
         self.stack: list[nn.Module] = []  # the modules that run, or ran when something went wrong
-        self.paused = False
+        self.thread = Thread()
+        self._paused = False
+
+    @property
+    def paused(self) -> bool:
+        """Whether what runs now is not recorded: what runs in other threads never is."""
+        return self._paused or not self.thread.runs()
 
     @contextlib.contextmanager
     def running(self, module: nn.Module) -> Iterator[None]:
@@ -63,11 +70,11 @@ class Recording(TorchFunctionMode):
     @contextlib.contextmanager
     def pausing(self) -> Iterator[None]:
         """Within the block, nothing is recorded."""
-        before, self.paused = self.paused, True
+        before, self._paused = self._paused, True
         try:
             yield
         finally:
-            self.paused = before
+            self._paused = before
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call ``func`` and record it."""
@@ -123,6 +130,8 @@ class Recording(TorchFunctionMode):
 
     def ask(self, tensor: Tensor, function: Callable[..., Any]) -> Any:
         """Return the number that ``function``, int or float, makes of a tensor, recorded."""
+        if self.paused:
+            return function(tensor)
         with self.pausing():
             value = function(tensor)
         return self.tape.number(value, self.tape.defer(function, self.values.node_of(tensor)))
