@@ -5,7 +5,7 @@ sees everything, or where nobody knows what it sees, there is an error that name
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from operator import attrgetter
@@ -124,6 +124,8 @@ def _seen(gm: fx.GraphModule, node: fx.Node, reads: Reaches) -> Reaches:
             return reads
         if places is Places.SHUFFLED and isinstance(node.args[-1], int):
             return _shuffled(node.args[-1])(reads)
+        if places is Places.PADDED and (rule := _rule_of_pad(node)) is not None:
+            return rule(reads)
     raise FmpqError(f"{_named(gm, node)} sees more than a neighbourhood, or what it sees is not known")
 
 
@@ -165,6 +167,14 @@ def _picks_channels(gm: fx.GraphModule, node: fx.Node) -> bool:
     return divides is not None and divides.name in ("chunk", "split")
 
 
+def _rule_of_pad(node: fx.Node) -> _Rule | None:
+    """Return the rule of ``node``, a call of F.pad."""
+    given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
+    pad: Any = given["pad"]
+    mode = str(given.get("mode", "constant"))
+    return _padded(pad, copied=mode == "replicate") if mode in ("constant", "replicate") else None
+
+
 def _windowed(stride: Any, kernel: Any, dilation: Any, padding: Any) -> _Rule:
     """Return the rule of what reads windows of ``kernel`` places, given as (rows, columns) or one number for both.
 
@@ -199,6 +209,25 @@ def _pair(numbers: Any) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+def _padded(pad: Sequence[int], *, copied: bool) -> _Rule:
+    """Return the rule of what adds places on each side: (left, right, top, bottom, …), or the first of these.
+
+    ``copied`` says that they get what lies at the border, which a place then sees from as far as it lies outside.
+    """
+    left, right, top, bottom = (*pad, 0, 0, 0)[:4]
+
+    def rule(reads: Reaches) -> Reaches:
+        rows, columns = (
+            reach.windowed(
+                1, -before - (max(after, 0) if copied else 0), -before + (max(before, 0) if copied else 0)
+            )
+            for reach, before, after in zip(reads, (top, left), (bottom, right), strict=True)
+        )
+        return rows, columns
+
+    return rule
+
+
 def _shuffled(factor: int) -> _Rule:
     return _spread(factor, factor, 1, 0)
 
@@ -221,7 +250,9 @@ def _rule_of(module: nn.Module) -> _Rule | None:
     if quantized_class(layer) is not None:
         return (lambda reads: reads) if isinstance(layer, GDN | GDN1) else _of_product(product_of(layer))
     operation, arguments = operation_of_module(layer), arguments_of_module(layer)
-    match operation.places if operation is not None else None:
+    if operation is None:
+        return None
+    match operation.places:
         case Places.OWN:
             return lambda reads: reads
         case Places.SHUFFLED:
@@ -233,6 +264,5 @@ def _rule_of(module: nn.Module) -> _Rule | None:
             window = arguments["kernel_size"], arguments.get("dilation", 1), arguments["padding"]
             return _windowed(arguments["stride"], *window)
         case Places.PADDED:
-            left, _, top, _ = arguments["pad"]
-            return _windowed(1, 1, 1, (top, left))
+            return _padded(arguments["pad"], copied=operation.name == "replication_pad")
     return None

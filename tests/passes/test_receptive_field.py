@@ -68,6 +68,7 @@ def test_random_graphs(seed: int) -> None:
         nn.Conv2d(4, 4, 4, 2, 1, padding_mode="replicate"),
         nn.Conv2d(4, 4, 4, padding="same"),
         nn.PixelUnshuffle(1),
+        nn.ZeroPad2d((1, 2, 3, 0)),
         nn.MaxPool2d(3, 2, 1),
         GDN(4),
     ],
@@ -123,12 +124,33 @@ class Forward(nn.Module):
 
 
 @pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: F.pad(x, (1, 2, 3, 0)),
+        lambda m, x: F.pad(F.pad(x, (3, 0), value=1.0), (0, 0, 0, 0, 1, 1))[:, 1:-1],
+    ],
+    ids=["with zeros", "of columns, and of channels"],
+)
+def test_padding_to_the_place(function: object) -> None:
+    check(Forward(function))
+
+
+def test_padding_with_what_lies_at_the_border() -> None:
+    check(nn.Sequential(nn.ReplicationPad2d((2, 0, 1, 1))), slack=2)
+    with pytest.raises(FmpqError, match="ReflectionPad2d"):
+        receptive_field(traced(nn.Sequential(nn.ReflectionPad2d(1))))
+    check(Forward(lambda m, x: m.conv(F.pad(x, pad=(2, -1, -2, 1), mode="replicate"))), slack=3)
+
+
+@pytest.mark.parametrize(
     ("function", "says"),
     [
         (lambda m, x: m.conv(x) * F.adaptive_avg_pool2d(x, 1), "adaptive_avg_pool2d"),
         (lambda m, x: x - x.mean((2, 3), keepdim=True), "mean"),
         (lambda m, x: torch.softmax(x, -1), "softmax"),
         (lambda m, x: x.flip(3), "flip"),
+        (lambda m, x: F.pad(x, (1, 1, 1, 1), "reflect"), "pad"),
+        (lambda m, x: F.pad(x, (0, x.size(2))), "a size, which is another one in a part"),
         (lambda m, x: x.flatten(2).transpose(1, 2), "flatten"),
         (lambda m, x: torch.cat((x, x), 2), "cat"),
         (lambda m, x: x.chunk(2, 3)[0], "chunk"),

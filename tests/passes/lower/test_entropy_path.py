@@ -27,6 +27,22 @@ def images() -> Tensor:
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
+def checkered(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``x`` with every other place of ``y`` put in, and -0.5 in one channel."""
+    x = x.clone()
+    x[:, :, ::2, ::2] = y[:, :, ::2, ::2]
+    x[:, :, 1::2, 1::2] = y[:, :, 1::2, 1::2]
+    x[:, 3] = -0.5
+    return x
+
+
+def assigned(x: Tensor, value: Tensor | float) -> Tensor:
+    """Return ``x`` with another channel."""
+    x = x.clone()
+    x[:, 3] = value
+    return x
+
+
 EXACT: dict[str, Callable[[], nn.Module]] = {
     "nothing": lambda: Hyperprior(lambda m, x: x),
     "slices": lambda: Hyperprior(lambda m, x: torch.cat([x[:, 12:].relu(), x[:, :12].abs()], dim=1)),
@@ -56,6 +72,13 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "a clamp": lambda: Hyperprior(lambda m, x: x.clamp(min=-2, max=1.5)),
     "padding": lambda: Hyperprior(
         lambda m, x: F.pad(F.pad(x, (1, 1, 2, 0), value=0.5)[:, :, 1:], (-1, -1, -1, 0), mode="constant"),
+    ),
+    "padding by modules": lambda: Hyperprior(
+        lambda m, x: m.pad(x)[:, :, 3:-3, 3:-3],
+        pad=nn.Sequential(nn.ReplicationPad2d(1), nn.ReflectionPad2d(1), nn.ZeroPad2d(1)),
+    ),
+    "items that are assigned": lambda: Hyperprior(
+        lambda m, x: checkered(x, x.relu() + m.more(x)), more=nn.Conv2d(24, 24, 1)
     ),
     "float layers": lambda: Hyperprior(lambda m, x: m.more(x), more=nn.Conv2d(24, 24, 3, padding=1)),
 }
@@ -97,6 +120,14 @@ INEXACT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a clamp between numbers": (
         lambda: Hyperprior(lambda m, x: x.clamp(min=0.11)),
         "'clamp' .* 0.11 is no fixed-point number up to 256",
+    ),
+    "items that are no fixed-point numbers": (
+        lambda: Hyperprior(lambda m, x: assigned(x, 0.1)),
+        "'set_item' .* 0.1 is no fixed-point number",
+    ),
+    "items that have no exact form": (
+        lambda: Hyperprior(lambda m, x: assigned(x, x[:, 3].sigmoid())),
+        "'sigmoid' .* has no exact form",
     ),
     "padding with what is between numbers": (
         lambda: Hyperprior(lambda m, x: F.pad(x, (1, 1, 1, 1), value=0.1)[..., 1:-1, 1:-1]),
