@@ -13,6 +13,7 @@ from fmpq_fx.coding.tiles import Size, Transform
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.exact import ExactLayer
 from fmpq_fx.memory import bytes_of, spelled
+from fmpq_fx.passes.tracing.examples import CHANNELS
 
 LATENT_BYTES = 100
 """What entropy coding takes for each latent: tensors, the parameters of its CDF, lists of the coder (measured)."""
@@ -121,17 +122,28 @@ def _found(codec: Codec) -> _Found:
     state = (parameter.dtype, parameter.device, *list(codec.modules())[1:])
     known = _FOUND.get(codec)
     if known is None or known.state != state:
-        image = torch.zeros(1, 3, _SIDE, _SIDE, device=parameter.device, dtype=parameter.dtype)
         ends = tuple(
-            _End(name, Transform(codec.get_submodule(name)), x.to("meta")) for name, x in _shown(codec, image)
+            _End(name, Transform(codec.get_submodule(name)), x.to("meta")) for name, x in _shown(codec)
         )
         exact = {name: Transform(m) for name, m in codec.named_modules() if isinstance(m, ExactLayer)}
         _FOUND[codec] = known = _Found(state, (ends[0], ends[1]), exact)
     return known
 
 
-def _shown(codec: Codec, image: Tensor) -> list[tuple[str, Tensor]]:
-    """Return the names of the analysis and the synthesis, and what each reads when ``image`` goes through ``codec``."""
+def _shown(codec: Codec) -> list[tuple[str, Tensor]]:
+    """Return the names of the analysis and the synthesis, and what each reads when a small image is coded."""
+    parameter, failure = next(codec.parameters()), None
+    for channels in CHANNELS:
+        image = torch.zeros(1, channels, _SIDE, _SIDE, device=parameter.device, dtype=parameter.dtype)
+        try:
+            return _shown_by(codec, image)
+        except FmpqError as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+def _shown_by(codec: Codec, image: Tensor) -> list[tuple[str, Tensor]]:
     shown = _twin(with_settings(codec, backend={})).eval()
     found: dict[bool, tuple[str, Tensor]] = {}  # by whether it is the synthesis; the outermost modules
 

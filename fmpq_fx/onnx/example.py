@@ -27,9 +27,9 @@ _LEAST = 0.02
 """…and by this much of their own size in any case: in a small part a single value at a tie matters."""
 
 
-def example_image(seed: int = 0) -> Tensor:
-    """Return noise (1, 3, 128, 128) in 0 to 1, other noise for another ``seed``."""
-    return torch.rand(1, 3, _SIDE, _SIDE, generator=torch.Generator().manual_seed(seed))
+def example_image(channels: int = 3, *, seed: int = 0) -> Tensor:
+    """Return noise (1, ``channels``, 128, 128) in 0 to 1, other noise for another ``seed``."""
+    return torch.rand(1, channels, _SIDE, _SIDE, generator=torch.Generator().manual_seed(seed))
 
 
 class Example(ShapeProp):
@@ -37,7 +37,7 @@ class Example(ShapeProp):
 
     Args:
         gm: on the CPU, in float32.
-        x: an image (1, 3, H, W).
+        x: an image (1, C, H, W).
     """
 
     @torch.no_grad()
@@ -46,6 +46,7 @@ class Example(ShapeProp):
         self.graph_module = gm
         self.garbage_collect_values = False
         self.constants: dict[fx.Node, Tensor] = {}  # values that depend on no input
+        self.channels = x.size(1)
         output_of(self.run, x)
         self.values = dict(self.env)
 
@@ -100,7 +101,8 @@ def check_runs(example: Example, parts: Sequence[Part], folder: Path) -> str | N
             session = Session((folder / f"{part.name}.onnx").read_bytes())
             difference = _difference(session, part, example)
             if difference is not None:
-                difference = _difference(session, part, Example(example.graph_module, example_image(1)))
+                other = example_image(example.channels, seed=1)
+                difference = _difference(session, part, Example(example.graph_module, other))
         except Exception as error:  # of several types, which onnxruntime does not document
             raise _unusable(part, f"ONNX Runtime {version} does not run it: {error}") from error
         if difference is not None:

@@ -65,7 +65,7 @@ def export_onnx(
         FileNotFoundError: the folder that ``folder`` is to be in does not exist.
     """
     plan, opset = plan_of(gm), checked_opset(opset)
-    x = example_image()
+    x = example_image(3 if plan.example is None else plan.example[0])
     codec = quantized_model(gm).cpu().float()
     # Before its entropy path is exact, which computes what the graph does up to fixed-point rounding.
     modules = modules_of_parts(codec, gm, x)

@@ -35,7 +35,7 @@ def modules_of_parts(codec: nn.Module, gm: fx.GraphModule, x: Tensor) -> dict[st
     Args:
         codec: what :func:`fmpq_fx.convert` makes of ``gm``, on the CPU, in float32.
         gm: a rewritten graph. It is not modified.
-        x: an image (1, 3, H, W).
+        x: an image (1, C, H, W).
 
     Returns:
         by the name of the part: the module's name, and the name of the node whose value is its input.

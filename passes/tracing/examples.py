@@ -12,9 +12,10 @@ from fmpq_fx.passes.tracing.wrappers import copied
 Shape = tuple[int, int, int]
 """Channels, height and width of an image."""
 
-_SHAPES: tuple[Shape, ...] = tuple(
-    (channels, side, side) for channels in (3, 1, 4) for side in (256, 512, 64)
-)
+CHANNELS = (3, 1, 4)
+"""How many channels images may have, the likeliest first."""
+
+_SHAPES: tuple[Shape, ...] = tuple((channels, side, side) for channels in CHANNELS for side in (256, 512, 64))
 _STEPS = (64, 128, 32, 16, 256)  # what a side may have to be a multiple of, the likeliest first
 
 

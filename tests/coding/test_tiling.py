@@ -17,6 +17,7 @@ from fmpq_fx.coding import tiling
 from fmpq_fx.coding.codec import codec_of, with_settings
 from fmpq_fx.coding.fmi import decode, encode
 from support import coded_models
+from support.hyperpriors import hyperprior_of
 from support.traced_models import Codec, Make, each_model
 
 SIZE = (180, 200)
@@ -189,3 +190,21 @@ def test_a_transform_that_was_exchanged_is_looked_at_again(monkeypatch: pytest.M
     codec.g_s[1] = Excited()
     with pytest.raises(FmpqError, match="'g_s' runs as a whole"):
         encode(codec, picture(), memory="1MB")
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_channels_in_tiles(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "LATENT_BYTES", 0)
+    model = hyperprior_of(channels)
+    image = picture().mean(0, keepdim=True).repeat(channels, 1, 1)
+    gm = fmpq_fx.prepare(model, 0.25, calibration=image[None, :, :64, :64], planner="uniform", progress=False)
+    codec = fmpq_fx.convert(gm, exact="require")
+    whole = encode(codec, image)
+    needed = int(1.2 * memory.bytes_of(least(codec)))
+    with watched(codec) as shapes:
+        assert encode(codec, image, memory=needed) == whole
+        found = decode(codec, whole, memory=needed)
+    assert len(shapes) > 4
+    assert {shape[1] for shape in shapes} == {channels, 12}
+    assert found.shape == image.shape
+    assert (found - decode(codec, whole)).abs().max() < 1e-4

@@ -23,6 +23,7 @@ from fmpq_fx.passes.parts import cut
 from fmpq_fx.quant.layers import QuantizedGDN
 from support import REPOSITORY
 from support.coded_models import graph_of
+from support.hyperpriors import hyperprior_of
 from support.traced_models import WITH_CODEC, Codec, Make, lively
 
 pytest.importorskip("onnx", reason="needs the extra: pip install 'fmpq-fx[onnx]'")
@@ -157,6 +158,16 @@ def test_a_trained_model_on_a_photograph(tmp_path: Path) -> None:
     # A copy runs as well, and the files of one codec are the other's.
     data = fmpq_fx.encode(copy.deepcopy(onnx_codec), x[0])
     assert fmpq_fx.decode(torch_codec, data).shape == x[0].shape
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_channels(channels: int, tmp_path: Path) -> None:
+    x = torch.rand(1, channels, 64, 64, generator=torch.Generator().manual_seed(0))
+    gm = fmpq_fx.prepare(hyperprior_of(channels), 0.25, calibration=x, bits=[8], planner="uniform")
+    export_onnx(gm, tmp_path / "onnx")
+    codec = fmpq_fx.convert(gm)
+    data = fmpq_fx.encode(with_sessions(codec, tmp_path / "onnx", threads=1), x)
+    assert fmpq_fx.decode(codec, data).shape == x[0].shape
 
 
 def test_a_model_file_runs_by_either_backend(

@@ -56,3 +56,12 @@ class _Added(nn.Module):
     def forward(self, z_hat: Tensor) -> Tensor:
         shuffled = self.shuffle(z_hat.repeat(1, 2, 1, 1))
         return torch.add(self.conv(z_hat), torch.cat([shuffled] * 24, 1))
+
+
+def hyperprior_of(channels: int) -> MeanScaleHyperprior:
+    """Return a hyperprior for images of that many channels."""
+    torch.manual_seed(0)
+    model = MeanScaleHyperprior(8, 12)
+    model.g_a[0] = nn.Conv2d(channels, 8, 5, 2, 2)
+    model.g_s[-1] = nn.ConvTranspose2d(8, channels, 5, 2, 2, 1)
+    return model.eval()
