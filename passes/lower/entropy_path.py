@@ -31,6 +31,7 @@ from torch import fx, nn
 
 from fmpq_fx.passes.annotation import graph_note
 from fmpq_fx.passes.lower.extents import float_layer
+from fmpq_fx.passes.lower.rounded import arguments_of
 from fmpq_fx.passes.lower.walk import Draft, Walk
 from fmpq_fx.passes.tracing.leaves import NetworkTracer
 from fmpq_fx.quant.masked import mask_name
@@ -102,8 +103,7 @@ def entropy_path(gm: fx.GraphModule) -> EntropyPath:
 
 def _parameters(node: fx.Node, module: nn.Module) -> tuple[list[fx.Node], list[fx.Node]]:
     """Return what a call of an entropy model reads beside latents: scales, which choose CDFs alone, and the rest."""
-    names = ("inputs", "scales", "means") if isinstance(module, GaussianConditional) else ("inputs",)
-    given = {names[i] if i < len(names) else str(i): value for i, value in enumerate(node.args)} | node.kwargs
+    given = arguments_of(node, module)
     nodes = {name: value for name, value in given.items() if isinstance(value, fx.Node) and name != "inputs"}
     return [n for name, n in nodes.items() if name == "scales"], [
         n for name, n in nodes.items() if name != "scales"

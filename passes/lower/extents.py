@@ -31,6 +31,7 @@ from torch import Tensor, fx, nn
 
 from fmpq_fx.exact.fixed_point import FRACTION_BITS, MOST
 from fmpq_fx.exact.products import product_of
+from fmpq_fx.passes.lower.rounded import rounded_latents
 from fmpq_fx.passes.operations import Numbers, arguments_of_module, operands_of, operation_of, sizes
 from fmpq_fx.quant import QuantizedLayer, QuantizeLatent
 
@@ -89,6 +90,7 @@ class Extents:
     def __init__(self, root: nn.Module, graph: fx.Graph):
         self.root = root
         self.sizes = sizes(root, graph)
+        self.rounded = rounded_latents(root, graph)
         self.constants: dict[fx.Node, Values] = {}  # those that something can be multiplied by
         self._known: dict[fx.Node, Extent] = {}
         for node in graph.nodes:
@@ -150,6 +152,8 @@ class Extents:
         return None
 
     def _extent(self, node: fx.Node) -> Extent:
+        if node in self.rounded:
+            return _LATENT
         if node.op in ("get_attr", "placeholder"):
             return _OUTPUT if node.op == "get_attr" else _LATENT
         if node.op == "call_module":

@@ -120,6 +120,13 @@ class Walk:
 
     def _sources(self, node: fx.Node) -> Iterable[fx.Node]:
         """Note ``node``; return where the path goes on: nowhere from latents, constants and obstacles."""
+        means = self.extents.rounded.get(node)
+        if isinstance(means, fx.Node):
+            self.follow_means([means])
+            return []
+        if means is not None:
+            self.draft.priors[self.prefix + means] = None
+            return []
         if node.op == "call_module":
             name = str(node.target)
             module = self.root.get_submodule(name)

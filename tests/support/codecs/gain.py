@@ -24,7 +24,7 @@ class Gain(Small):
         self, x: Tensor, quality: int = 2, between: float = 0.25, clip: bool | None = None
     ) -> dict[str, Any]:
         y = self.analysis(x) * self.gain(self.gains, quality, between)
-        z_hat, z_likelihoods = self.entropy_bottleneck(self.h_a(y))
+        z_hat, z_likelihoods = self.hyper(self.h_a(y))
         y_hat, y_likelihoods = self.coded(y, z_hat)
         x_hat = self.synthesis(y_hat * self.gain(self.inverse, quality, between))
         if clip is not None:

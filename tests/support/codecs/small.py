@@ -39,6 +39,11 @@ class Small(CompressionModel):
         x_hat: Tensor = self.g_s(y_hat)
         return x_hat
 
+    def hyper(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rounded hyper-latents and their likelihoods."""
+        z_hat, likelihoods = self.entropy_bottleneck(z)
+        return z_hat, likelihoods
+
     def coded(self, y: Tensor, z_hat: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rounded latents and their likelihoods."""
         scales, means = self.h_s(z_hat).chunk(2, 1)
@@ -48,7 +53,7 @@ class Small(CompressionModel):
     def forward(self, x: Tensor) -> dict[str, Any]:
         """Return the image and the likelihoods of its latents."""
         y = self.analysis(x)
-        z_hat, z_likelihoods = self.entropy_bottleneck(self.h_a(y))
+        z_hat, z_likelihoods = self.hyper(self.h_a(y))
         y_hat, y_likelihoods = self.coded(y, z_hat)
         return {"x_hat": self.synthesis(y_hat), "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
 
