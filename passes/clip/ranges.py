@@ -14,7 +14,8 @@ from torch import fx
 
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import annotate_graph, plan_of
-from fmpq_fx.passes.clip.descent import Setter, choose
+from fmpq_fx.passes.clip.descent import choose
+from fmpq_fx.passes.clip.output_errors import Setter
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.measure.bench import Bench, mean_rd
 from fmpq_fx.passes.tracing.model_outputs import output_of

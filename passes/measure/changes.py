@@ -31,7 +31,7 @@ class PieceMeter:
     Args:
         gm: a traced graph in evaluation mode.
         x: images (B, C, H, W) in [0, 1].
-        downstream: of the sites that may be changed.
+        downstream: of the sites, or groups of sites, that may be changed, by their names.
         budget: for the values that are kept.
         distortion: of the RD loss.
 

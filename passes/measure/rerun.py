@@ -22,10 +22,11 @@ Between two calls an interpreter is in one of two states::
 
 - *settled*: ``kept`` has values of the graph as it is, with all accepted changes.
 - *tried*: ``kept`` still has those; ``changed`` names the nodes whose values are others after the change, and ``tried``
-  has the small ones among these. Accepting drops what is no longer true from ``kept`` and adds what ``tried`` has.
+  has those of them that ``kept`` may take. Accepting drops what is no longer true from ``kept`` and adds what ``tried``
+  has.
 """
 
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,24 +50,36 @@ class Downstream:
     last_reads: Mapping[fx.Node, tuple[fx.Node, ...]]  # by node: what no later one of ``nodes`` reads
 
 
-def find_downstream(gm: fx.GraphModule) -> dict[str, Downstream]:
-    """Return what lies downstream of each site of ``gm``; :func:`fmpq_fx.passes.sites.find_sites` marked them."""
-    starts: dict[str, set[fx.Node]] = {}
+def find_downstream(
+    gm: fx.GraphModule, groups: Mapping[str, Collection[str]] | None = None
+) -> dict[str, Downstream]:
+    """Return what lies downstream of sites of ``gm``; :func:`fmpq_fx.passes.sites.find_sites` marked them.
+
+    Args:
+        gm: a traced graph.
+        groups: sites that are changed together, by a name for them; None is each site alone, by its own name.
+    """
+    runs: dict[str, set[fx.Node]] = {}
     for node in gm.graph.nodes:
         for site in note_of(node).sites:
-            starts.setdefault(site, set()).add(node)
-    return {site: _downstream(gm, nodes) for site, nodes in starts.items()}
+            runs.setdefault(site, set()).add(node)
+    inputs = {node: node.all_input_nodes for node in gm.graph.nodes}
+    every = {site: (site,) for site in runs} if groups is None else groups
+    return {
+        name: _downstream(inputs, frozenset().union(*(runs[site] for site in sites)))
+        for name, sites in every.items()
+    }
 
 
-def _downstream(gm: fx.GraphModule, starts: set[fx.Node]) -> Downstream:
+def _downstream(inputs: Mapping[fx.Node, Sequence[fx.Node]], starts: frozenset[fx.Node]) -> Downstream:
     below: dict[fx.Node, None] = {}  # in order
     reads: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        if node in starts or any(source in below for source in node.all_input_nodes):
+    for node, sources in inputs.items():
+        if node in starts or any(source in below for source in sources):
             below[node] = None
-            reads.update(source for source in node.all_input_nodes if not _is_given(source))
+            reads.update(source for source in sources if not _is_given(source))
     nodes = tuple(below)
-    return Downstream(frozenset(starts), nodes, frozenset(reads.difference(below)), _last_reads(nodes))
+    return Downstream(starts, nodes, frozenset(reads.difference(below)), _last_reads(nodes))
 
 
 def _last_reads(nodes: Sequence[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
@@ -93,15 +106,17 @@ class IncrementalInterpreter(fx.Interpreter):
 
     Args:
         gm: free of in-place operations, as :func:`fmpq_fx.passes.trace.trace` records it.
-        downstream: of the sites that may be changed.
+        downstream: of the sites, or groups of sites, that may be changed.
         budget: for the values.
     """
 
     def __init__(self, gm: fx.GraphModule, downstream: Mapping[str, Downstream], budget: Budget):
         super().__init__(gm, garbage_collect_values=False)
         self.downstream = dict(downstream)
+        self._read = frozenset[fx.Node]().union(*(below.reads for below in downstream.values()))
+        self._uses = Counter(node for below in downstream.values() for node in (*below.nodes, *below.reads))
         self.kept = KeptValues(budget)  # of the graph as it is
-        self.tried = KeptValues(budget)  # small ones, of the last rerun that may be accepted
+        self.tried = KeptValues(budget)  # of the last rerun, which may be accepted
         self.changed: set[fx.Node] = set()  # by the last rerun
         self._budget = budget
         self._given: dict[fx.Node, Any] = {}  # inputs and parameters
@@ -121,12 +136,11 @@ class IncrementalInterpreter(fx.Interpreter):
         self.env = ChainMap(fresh, self._given)  # type: ignore[assignment]
         nodes = list(self.graph.nodes)
         last_reads = _last_reads(nodes)
-        read = frozenset[fx.Node]().union(*(below.reads for below in self.downstream.values()))
         sizes: dict[fx.Node, int] = {}
         for node in nodes:
             value = self.run_node(node)
             (self._given if _is_given(node) else fresh)[node] = value
-            if node in read or self._is_small(value):
+            if node in self._read or self._is_small(value):
                 sizes[node] = value_bytes(value)
                 if not _is_given(node):
                     self.kept.offer(node, value)
@@ -162,7 +176,7 @@ class IncrementalInterpreter(fx.Interpreter):
                 if not (node in self.kept.values and _equal(value, self.kept.values[node])):
                     self.changed.add(node)
                     fresh[node] = value
-                    if remember and self._is_small(value):
+                    if remember and (node in self._read or self._is_small(value)):
                         self.tried.offer(node, value)
             for source in below.last_reads[node]:
                 fresh.pop(source, None)
@@ -191,10 +205,11 @@ class IncrementalInterpreter(fx.Interpreter):
 
     def forget(self, site: str) -> None:
         """Let go of what is kept for reruns of ``site`` alone: it will not be changed again."""
-        del self.downstream[site]
-        useful = {node for below in self.downstream.values() for node in (*below.nodes, *below.reads)}
-        for node in self.kept.values.keys() - useful:
-            self.kept.drop(node)
+        below = self.downstream.pop(site)
+        for node in (*below.nodes, *below.reads):
+            self._uses[node] -= 1
+            if not self._uses[node]:
+                self.kept.drop(node)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module that is registered under ``target`` now, not the one of the first run."""
