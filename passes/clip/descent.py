@@ -30,8 +30,8 @@ WORSE, ALIKE = 1.2, 0.02
 """How much larger the error of an output may become, of which the RD loss may still be lower; and by what part of it an
 error must change for the RD loss to be asked.
 
-On the sample model (5.3x smaller, 8-bit activations), what these four leave out would have lowered the RD loss by less
-than 0.1 %, and takes half of the time to find."""
+On the sample model and a mean-scale hyperprior (5.3x and 8x smaller, 8-bit activations), the RD loss ends 0.4 % lower
+to 0.06 % higher than where each site is asked for one setting after the other, until one is no better."""
 
 GROUPS = 32
 """In how many groups of neighbours sites are settled; as many sites or fewer, each for itself."""
