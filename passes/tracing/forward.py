@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -68,6 +69,16 @@ def record(
     if not recorded.kept:
         return recorded
     # A mask that was kept for images of this size is made anew by a model that has seen others meanwhile.
+    warmed = _warmed(root, example, training, constants)
+    again = next(warmed, recorded)
+    if len(again.frozen) >= len(recorded.frozen):
+        return recorded
+    another = next(warmed, None)
+    return again if another is None else _without_state(again, another)
+
+
+def _warmed(root: nn.Module, example: Tensor, training: bool, constants: str) -> Iterator[Recorded]:
+    """Yield what models do with ``example`` that have seen images of other sizes."""
     for other in of_other_sizes(example):
         warm = copy.deepcopy(root).train(training)
         try:
@@ -76,8 +87,28 @@ def record(
             again = _record(warm, example, training, constants)
         except Exception:  # the user's code may raise anything
             continue
-        return again if len(again.frozen) < len(recorded.frozen) else recorded
+        yield again
+
+
+def _without_state(recorded: Recorded, other: Recorded) -> Recorded:
+    """Return ``recorded`` without conditions on what an earlier run left, which differs in ``other``.
+
+    ``if self.height != height`` has the same answer for all sizes but that of the earlier run, and what is done then
+    is right for that one as well.
+    """
+    graph, nodes = recorded.graph, list(recorded.graph.nodes)
+    if len(nodes) == len(other.graph.nodes):
+        for node, twin in zip(nodes, other.graph.nodes, strict=True):
+            same = node.target is expect and node.args[1:] == twin.args[1:]
+            if same and _operation(node.args[0]) != _operation(twin.args[0]):
+                graph.erase_node(node)
+        _clean(graph)
     return recorded
+
+
+def _clean(graph: fx.Graph) -> None:
+    graph.eliminate_dead_code(lambda node: node.target is expect or node.op in ("placeholder", "output"))
+    graph.lint()
 
 
 def _record(scratch: nn.Module, example: Tensor, training: bool, constants: str) -> Recorded:
@@ -100,8 +131,7 @@ def _record(scratch: nn.Module, example: Tensor, training: bool, constants: str)
         raise FmpqError(_untraceable(scratch, recording, error)) from error
     graph, state = recording.tape.graph, recording.state
     graph.output(found)
-    graph.eliminate_dead_code(lambda node: node.target is expect or node.op in ("placeholder", "output"))
-    graph.lint()
+    _clean(graph)
     return Recorded(graph, recording.added, state.constants, state.frozen, state.kept)
 
 
