@@ -120,6 +120,9 @@ def _rd_loss(plan: Plan) -> str:
     unknown = sum(math.isnan(plan.zeta_of(site.name)) for site in plan.sites)
     guessed = sum(plan.interpolates(site.name) for site in plan.sites)
     promise = f"sum of zeta: {percent(plan.predicted)}"
+    if unknown == len(plan.sites):
+        promise = "zeta was not measured"
+        unknown = 0
     for count, what in ((unknown, "unknown"), (guessed, "interpolated")):
         promise += f", {_count(count, 'site')} {what}" if count else ""
     if plan.measured is None:

@@ -82,7 +82,8 @@ def choose(
         errors = bench.ranks.take_first(output_errors(gm, bench.pieces[0], setters, settings))
         likely = {site: _likely(of_site) for site, of_site in errors.items()}
         descent = _Descent(gm, bench, lmbda, setters, settings, {site: n for site, n in likely.items() if n})
-        with reported(range(len(descent.likely)), title, "site", show=bench.progress) as bar:
+        with reported(range(len(setters)), title, "site", show=bench.progress) as bar:
+            bar.update(len(setters) - len(descent.likely))  # those that are left as they are
             for group in descent.groups:
                 descent.settle(group)
                 bar.update(len(group))

@@ -34,8 +34,8 @@ REGULAR = 0.01
 def plan_lazily(task: Task, meter: SensitivityMeter) -> Plan:
     """Plan ``task``, measuring what the plan rests on.
 
-    The plan's own bits are always among it, so that what the plan says of itself was measured. Zeta is noted on
-    the nodes of the meter's graph.
+    The plan's own bits are always among it, so that what the plan says of itself was measured; "uniform" rests on
+    nothing, and says nothing of zeta. Zeta is noted on the nodes of the meter's graph.
     """
     ranks = meter.changes.bench.ranks
     points = set(_first_points(task, meter.table)) or ranks.take_first(unsettled(task, meter.table))
@@ -56,9 +56,9 @@ def _first_points(task: Task, table: Sensitivity) -> Iterator[Point]:
 
 
 def unsettled(task: Task, table: Sensitivity) -> set[Point]:
-    """Return what to measure next, nothing if the plan is settled.
+    """Return what to measure next, nothing if the plan is settled, as one by "uniform" is from the first.
 
-    There are three questions, and one is asked only once those before it are answered:
+    Otherwise there are three questions, and one is asked only once those before it are answered:
 
     1. Which way does the search for beta take? ("adaptive" only.) And are there sites whose zeta is not regular, of
        which a line through a few values says little? Those are measured at all widths.
@@ -67,7 +67,7 @@ def unsettled(task: Task, table: Sensitivity) -> set[Point]:
     3. Were the plan's own bits measured? What it says of itself is not to be guessed.
     """
     missing = set(table.missing)
-    if not missing:
+    if not missing or task.planner == "uniform":
         return set()
     likely, low, high = (task.choices(table.expected(bound)) for bound in (0, -1, 1))
     points = {(site, b) for site, b in missing if b in likely[site] and noise_of(table.raw[site]) > REGULAR}

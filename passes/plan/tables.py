@@ -213,20 +213,22 @@ class Plan(JsonFile):
         return FLOAT_BITS * (self.nominal_bytes / self.float_bytes)
 
     def zeta_of(self, site: str) -> float:
-        """Monotone zeta of ``site`` at its bits: 0 where it stays float, NaN where it was no candidate."""
+        """Monotone zeta of ``site`` at its bits: 0 where it stays float, NaN where it is not known."""
         bits = self.bits[site]
         return 0.0 if bits is None else self.sensitivity.zeta[site].get(bits, math.nan)
 
     def interpolates(self, site: str) -> bool:
         """Whether zeta of ``site`` at its bits is an interpolation, which in a plan of ``prepare`` none is."""
         bits = self.bits[site]
-        return bits in self.sensitivity.bits and bits not in self.sensitivity.raw[site]
+        measured = self.sensitivity.raw[site]
+        return bits in self.sensitivity.bits and bits not in measured and bool(measured)
 
     @property
     def predicted(self) -> float:
-        """The RD loss increase if the sites' errors simply added up: the sum of zeta where it is known."""
+        """The RD loss increase if the sites' errors simply added up: the sum of zeta where it is known, or NaN."""
         zeta = [self.zeta_of(site.name) for site in self.sites]
-        return math.fsum(z for z in zeta if not math.isnan(z))
+        known = [z for z in zeta if not math.isnan(z)]
+        return math.fsum(known) if known else math.nan
 
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> "Plan":

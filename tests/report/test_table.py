@@ -23,7 +23,7 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import annotate_graph
 from fmpq_fx.passes.measure.bench import make_bench
 from fmpq_fx.passes.measure.sensitivity import Measurement, measure_sensitivity
-from fmpq_fx.passes.plan.tables import Measured, Plan, Site
+from fmpq_fx.passes.plan.tables import Measured, Plan, Site, Table
 from fmpq_fx.passes.rewrite import quantize
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.report.picture import plot_plan
@@ -197,6 +197,14 @@ def test_what_was_not_measured_or_is_not_known_is_said(plan: Plan, show: Show) -
     words = footer_of(show(measured=Measured(1.0, 1.1, 1.2)))["images"]
     seen = f"{plan.sensitivity.float_rd:.4f}"
     assert words == f"1 crop of 64 x 64 for zeta (float RD loss {seen}); others for the RD loss above"
+
+
+def test_a_plan_that_rests_on_no_zeta_says_so(plan: Plan, show: Show) -> None:
+    nothing: Table = {site: {} for site in plan.bits}
+    table = show({"rate": nothing, "distortion": nothing, "candidates": plan.sensitivity.bits})
+    assert all(row[3] == "-" for row in rows_of(table).values())
+    assert "zeta was not measured" in footer_of(table)["RD loss"]
+    assert "nan" not in table
 
 
 class Codec(LatentCodec):
