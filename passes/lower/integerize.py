@@ -12,6 +12,8 @@ from fmpq_fx.exact.fixed_point import MOST, from_integers, to_integers
 from fmpq_fx.passes.lower.entropy_path import EntropyPath
 from fmpq_fx.passes.swap import replace_module
 
+_MOST_NAMED = 8  # obstacles in an error: where a block is repeated, so is what stands in it
+
 
 def integerize(model: nn.Module, path: EntropyPath) -> nn.Module:
     """Put exact modules in the places of those of ``model`` on ``path``, in place, and return it.
@@ -27,7 +29,9 @@ def integerize(model: nn.Module, path: EntropyPath) -> nn.Module:
         FmpqError: something on the path cannot be computed exactly; ``model`` is then as it was.
     """
     if path.obstacles:
-        raise FmpqError("; ".join(path.obstacles))
+        more = len(path.obstacles) - _MOST_NAMED
+        rest = f"; and {more} more" if more > 0 else ""
+        raise FmpqError("; ".join(path.obstacles[:_MOST_NAMED]) + rest)
     device = next(model.parameters()).device
     exact: dict[int, tuple[nn.Module, nn.Module]] = {}  # by the module replaced: it may have several names
     layer = functools.partial(ExactLayer, most=MOST // path.terms)

@@ -189,6 +189,15 @@ def test_what_has_no_exact_form_is_named(make: Callable[[], nn.Module], says: st
         fmpq_fx.convert(gm, exact=False)
 
 
+def test_of_many_obstacles_some_are_named() -> None:
+    blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(24, 24, 1), nn.GELU()) for _ in range(11)))
+    model = Hyperprior(lambda m, x: torch.stack([block(x) for block in m.blocks]).amax(0), blocks=blocks)
+    with pytest.raises(FmpqError, match=r"'blocks.\d+.1' \(GELU\) has no exact form") as error:
+        fmpq_fx.convert(graph_of(model.eval(), images()), exact="require")
+    assert str(error.value).count("GELU") == 8
+    assert str(error.value).endswith("; and 3 more")
+
+
 def test_a_module_that_is_called_off_the_path_as_well() -> None:
     model = MeanScaleHyperprior(8, 12)
     model.h_a[1] = model.h_s[1]
