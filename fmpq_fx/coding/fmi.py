@@ -73,6 +73,11 @@ def encode(codec: nn.Module, image: Tensor, *, memory: int | str | None = None) 
     with torch.no_grad():
         coded = tiled.compress(F.pad(batch.to(parameter.device, parameter.dtype), pad))
     strings = [string for string, *_ in coded["strings"]]
+    if not all(isinstance(string, bytes) for string in strings):
+        raise FmpqError(
+            f"compress() of {type(coder).__name__} returns strings within strings, and a .fmi file holds a flat list, "
+            "as CompressAI's models return it; keep what compress() returns instead, and hand it to decompress()"
+        )
     parts = [
         _HEAD.pack(_fingerprint(coder), height, width),
         counted(type(coder).__name__.encode()[:255], 1),

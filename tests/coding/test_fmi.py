@@ -63,6 +63,18 @@ def test_an_image_of_any_size_is_what_the_codec_decodes(name: str, size: tuple[i
     assert len(data) - strings < 80  # what the container takes
 
 
+def test_strings_within_strings_are_refused() -> None:
+    class Nested(type(CODEC)):  # type: ignore[misc]
+        def compress(self, x: Tensor) -> dict[str, object]:
+            coded = super().compress(x)
+            return {**coded, "strings": [[coded["strings"]], coded["strings"][1]]}
+
+    model = ready(small_model("bmshj2018-hyperprior"))
+    model.__class__ = Nested
+    with pytest.raises(FmpqError, match="Nested returns strings within strings"):
+        encode(model, picture(40, 70))
+
+
 def test_a_latent_codec_is_told_the_sizes_of_all_its_latents() -> None:
     codec = ready(lively(WITH_CODEC["cheng2020-checkerboard"]))
     decoded = decode(codec, encode(codec, picture(64, 100)))
