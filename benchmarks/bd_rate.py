@@ -14,6 +14,7 @@ from rd_points import Variant
 from rd_table import plot_curves, print_losses, print_table
 
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
+from fmpq_fx.passes.plan.widths import MIXED
 from fmpq_fx.pipeline import SIZES
 from fmpq_fx.progress import reported
 
@@ -27,7 +28,13 @@ def main() -> None:
     add = parser.add_argument
     add("--planners", nargs="+", default=["adaptive", "uniform", "optimal"])
     add("--target-cr", type=float, nargs="+", default=[0.25, 0.1875, 0.15625, 0.125])
-    add("--activation-bits", type=int, nargs="+", default=[0, 8], help="0 is float")
+    add(
+        "--activation-bits",
+        type=lambda text: text if text == MIXED else int(text) or None,
+        nargs="+",
+        default=[None, 8, MIXED],
+        help="0 is float",
+    )
     add("--size", choices=SIZES, default="nominal", help="what the target CR counts")
     add("--report", action="store_true", help="measure nothing, print what is there")
     args = parser.parse_args()
@@ -39,7 +46,7 @@ def main() -> None:
             jobs = [(p, cr, bench) for p in args.planners for cr in args.target_cr for bench in given]
             for planner, cr, bench in reported(jobs, "plans", "plan", leave=True):
                 bench.measure(
-                    Variant(planner, cr, bits or None, steps, size=args.size)
+                    Variant(planner, cr, bits, steps, size=args.size)
                     for bits in args.activation_bits
                     for steps in (0, args.steps)
                 )

@@ -21,7 +21,6 @@ from fmpq_fx import (
     finetune,
     plan_of,
     prepare,
-    rewrite,
     samples,
     save,
 )
@@ -87,22 +86,23 @@ class Bench:
                 )
                 train(model, self.args.train, settings, checkpoint=self._training(variant))
                 model.update(force=True)  # type: ignore[operator]
-            self._evaluate(variant, model, 32, None)
+            self._evaluate(variant, model, None)
 
     def _measure_quantized(self, variants: list[Variant]) -> None:
-        model = self.model()
-        prepared = prepare(
-            model,
-            variants[0].target_cr,
-            calibration=self.args.calibration,
-            sensitivity=self.sensitivity(),
-            planner=variants[0].planner,
-            size=variants[0].size,
-        )
-        # Scales are chosen before activations are quantized, so that this is what prepare() makes without them.
-        weights_only = rewrite(model, dataclasses.replace(plan_of(prepared), activation_bits=None))
+        prepared = {
+            bits: prepare(
+                self.model(),
+                variants[0].target_cr,
+                calibration=self.args.calibration,
+                sensitivity=self.sensitivity(),
+                planner=variants[0].planner,
+                size=variants[0].size,
+                activation_bits=bits,
+            )
+            for bits in {variant.activation_bits for variant in variants}
+        }
         for variant in variants:
-            gm = copy.deepcopy(prepared if variant.activation_bits else weights_only)
+            gm = copy.deepcopy(prepared[variant.activation_bits])
             if variant.steps:
                 finetune(
                     gm,
@@ -113,7 +113,7 @@ class Bench:
                     batch_size=self.args.batch_size,
                     checkpoint=self._training(variant),
                 )
-            self._evaluate(variant, gm, plan_of(gm).average_bits, _coded_cr(gm))
+            self._evaluate(variant, gm, gm)
 
     def _training(self, variant: Variant) -> Path:
         return (
@@ -121,11 +121,13 @@ class Bench:
             / f"{self.name}-{self.key}-{'-'.join(map(str, dataclasses.astuple(variant)))}.pt"
         )
 
-    def _evaluate(
-        self, variant: Variant, model: nn.Module, weight_bits: float, coded_cr: float | None
-    ) -> None:
+    def _evaluate(self, variant: Variant, model: nn.Module, quantized: fx.GraphModule | None) -> None:
         results = evaluate(model, self.args.images)
-        self.results.add(Point.of(variant, self.lmbda, weight_bits, coded_cr, results))
+        bits, coded_cr, activation_bits = 32.0, None, 32.0
+        if quantized is not None:
+            plan, coded_cr = plan_of(quantized), _coded_cr(quantized)
+            bits, activation_bits = plan.average_bits, plan.average_activation_bits
+        self.results.add(Point.of(variant, self.lmbda, bits, coded_cr, activation_bits, results))
         self._training(variant).unlink(missing_ok=True)
 
 

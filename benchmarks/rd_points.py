@@ -16,7 +16,7 @@ class Variant:
 
     planner: str = "float"
     target_cr: float = 1.0
-    activation_bits: int | None = None  # None is float
+    activation_bits: int | str | None = None  # None is float
     steps: int = 0  # of fine-tuning
     loss: str = "rd"  # that it lowered
     size: str = "nominal"  # what target_cr counts, or "coded"
@@ -36,6 +36,7 @@ class Point:
     rd_loss: float  # mean of real bpp + lmbda * MSE of 8-bit images
     deviation: int  # largest difference of a decoded image from the forward pass's, 8-bit levels
     coded_cr: float | None = None  # coded weight bytes / float32 bytes, as evaluated; None: not measured
+    activation_bits: float = 32  # average; of older points it is the variant's
 
     @classmethod
     def of(
@@ -44,6 +45,7 @@ class Point:
         lmbda: float,
         weight_bits: float,
         coded_cr: float | None,
+        activation_bits: float,
         evaluation: Evaluation,
     ) -> "Point":
         """Return the means of ``evaluation``."""
@@ -59,6 +61,7 @@ class Point:
             math.fsum(losses) / len(losses),
             evaluation.deviation,
             coded_cr,
+            activation_bits,
         )
 
 
@@ -93,7 +96,8 @@ class Results:
 
 
 def _point(fields: dict[str, object]) -> Point:
-    return Point(**{**fields, "variant": Variant(**fields["variant"])})  # type: ignore[arg-type]
+    variant = Variant(**fields["variant"])  # type: ignore[arg-type]
+    return Point(**{"activation_bits": variant.activation_bits or 32, **fields, "variant": variant})  # type: ignore[arg-type]
 
 
 def curve(points: Iterable[Point]) -> tuple[list[float], list[float]]:

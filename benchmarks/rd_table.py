@@ -29,14 +29,18 @@ def _common(everything: Sequence[Points]) -> list[Variant]:
             v.size != "nominal",
             order[v.planner],
             -v.target_cr,
-            v.activation_bits is not None,
+            str(v.activation_bits or ""),
             v.steps,
         ),
     )
 
 
 def _words(variant: Variant, points: Sequence[Point]) -> list[str]:
-    bits = f"W{sum(p.weight_bits for p in points) / len(points):.2f}A{variant.activation_bits or 32}"
+    weights, inputs = (
+        sum(bits) / len(points)
+        for bits in ([p.weight_bits for p in points], [p.activation_bits for p in points])
+    )
+    bits = f"W{weights:.2f}A{inputs:.1f}".removesuffix(".0")
     cr = "" if variant.planner == "float" else f"{variant.target_cr:g}"
     planner = variant.planner + (", coded" if variant.size == "coded" else "")
     return [planner, cr, bits, f"{variant.steps} steps" if variant.steps else "-"]

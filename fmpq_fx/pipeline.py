@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,8 @@ from fmpq_fx.passes.measure.coded_sizes import measure_coded_sizes
 from fmpq_fx.passes.measure.lazy import plan_lazily
 from fmpq_fx.passes.measure.sensitivity import Measurement, begin, checked_bits, measure_sensitivity
 from fmpq_fx.passes.plan.tables import Measured, Plan, Sensitivity
-from fmpq_fx.passes.plan.task import Task, make_task, widths_by_site
+from fmpq_fx.passes.plan.task import Task, fixed_widths, make_task
+from fmpq_fx.passes.plan.widths import MIXED, ActivationBits, Widths, activation_widths
 from fmpq_fx.passes.rewrite import activations_float, quantize
 from fmpq_fx.passes.sites import find_sites, left_out
 from fmpq_fx.passes.trace import trace
@@ -38,10 +39,11 @@ def prepare(
     calibration: Calibration = None,
     lmbda: float | None = None,
     bits: Iterable[int] | None = None,
-    activation_bits: int | None = 8,
+    activation_bits: ActivationBits = MIXED,
+    activation_budget: float = 0.1,
     planner: str = "adaptive",
     size: str = "nominal",
-    fixed: Mapping[str, int | None] | None = None,
+    fixed: Widths | None = None,
     sensitivity: Sensitivity | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     distortion: Given | None = None,
@@ -61,7 +63,11 @@ def prepare(
             crops of scikit-image's colour photographs. Eight crops suffice.
         lmbda: the Lagrangian of the RD loss; None makes rate and distortion weigh the same on the calibration.
         bits: candidate bit-widths of the weights; None is 2 … 10, or those of ``sensitivity``.
-        activation_bits: of every site's input; None keeps activations float.
+        activation_bits: of the sites' inputs: one number for all, None to keep them float, or "mixed", 16 where that
+            saves the most RD loss and 8 elsewhere. A mapping gives single sites theirs, by name or glob, and all
+            others are mixed: {"g_s.6": 16, "h_*": None}; {"*": 8, "g_s.6": 16}.
+        activation_budget: how many more products of 8-bit integers the inputs of 16 bits may take (two where one of
+            8 bits takes one), as a fraction of those with 8 bits everywhere.
         planner: "adaptive" (FMPQ's search for beta), "optimal" (knapsack) or "uniform" (the baseline).
         size: what counts as the weights' size: "nominal", parameters * bits / 8, or "coded", the bytes that the
             model file's entropy coder takes for them (see :func:`fmpq_fx.save`), which are fewer. Weight scales
@@ -93,6 +99,10 @@ def prepare(
     """
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; pass one of {', '.join(map(repr, SIZES))}")
+    if not 0 <= activation_budget < math.inf:
+        raise ValueError(
+            f"activation_budget is {activation_budget!r}; pass a part of all products, as 0.1, or 0"
+        )
     bits = None if bits is None else checked_bits(bits)
     model = unwrapped(model)
     job = begin_job(
@@ -108,7 +118,7 @@ def prepare(
     sites, measurable = find_sites(gm), checked_bits(bits) if job.known is None else job.known.bits
     coded = None
     if size == "coded":
-        given = widths_by_site(fixed, sites)
+        given = fixed_widths(fixed, sites)
         coded = measure_coded_sizes(gm, bits or measurable, given, ranks=job.ranks, progress=job.progress)
     task = make_task(  # tells of mistakes before the long measurement
         sites,
@@ -128,7 +138,7 @@ def prepare(
     else:
         with activations_float(quantized):
             weights_rd = mean_rd(quantized, bench, plan.lmbda)
-    rd = calibrate(quantized, bench)
+    rd = calibrate(quantized, bench, activation_widths(activation_bits, sites)[1], activation_budget)
     return _finished(quantized, Measured(float_rd, weights_rd, rd)).train(model.training)
 
 
@@ -197,11 +207,10 @@ def rewrite(model: nn.Module, plan: Plan) -> fx.GraphModule:
     Raises:
         FmpqError: the plan is of another model or not calibrated, or the model cannot be traced.
     """
-    quantized = {site for site, bits in plan.bits.items() if bits is not None}
-    if plan.activation_bits is not None and not quantized <= plan.ranges.keys():
+    if not plan.calibrated:
         raise FmpqError(
             "the plan has no activation ranges, which come from calibration images; pass the plan of a graph that "
-            "prepare() returned, or a plan with activation_bits=None"
+            "prepare() returned"
         )
     model = unwrapped(model)
     return quantize(trace(model, synthetic(model, plan.example)), plan).train(model.training)

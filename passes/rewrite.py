@@ -64,10 +64,11 @@ def quantize_site(model: nn.Module, plan: Plan, site: str, bits: int) -> Quantiz
     """Replace one site of ``model``, a graph or a model of any class, by its quantized layer and return that."""
     layer = model.get_submodule(site)
     clip = plan.clips.get(site, 1.0)
-    quantized = quantize_layer(layer, bits, plan.activation_bits, clip=clip).train(layer.training)
-    if quantized.input_quantizer is not None and site in plan.ranges:
-        low, high = plan.ranges[site]
-        quantized.input_quantizer.freeze(low, high, site in plan.integral)
+    quantized = quantize_layer(layer, bits, plan.activation_bits[site], clip=clip).train(layer.training)
+    if quantized.input_quantizer is not None and site in plan.inputs:
+        grid = plan.inputs[site]
+        quantized.set_spread(grid.log_spread)
+        quantized.input_quantizer.freeze(grid.low, grid.high, grid.whole)
     replace_module(model, layer, quantized)
     return quantized
 

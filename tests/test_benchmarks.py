@@ -29,7 +29,7 @@ def point(variant: Variant, rate: float = 1.0, lmbda: float = 0.01) -> Point:
 def test_a_point_is_the_mean_of_its_images() -> None:
     images = [ImageResult(str(i), 8, 8, bpp, bpp, psnr, None, 0.0, 0.0, 0) for i, (bpp, psnr) in
               enumerate([(0.2, 30.0), (0.6, 40.0)])]  # fmt: skip
-    found = Point.of(Variant(), 0.01, 32, 0.25, Evaluation(tuple(images)))
+    found = Point.of(Variant(), 0.01, 32, 0.25, 32, Evaluation(tuple(images)))
     assert (found.bpp, found.psnr) == (pytest.approx(0.4), 35)
     mse = [255**2 / 1000, 255**2 / 10000]  # PSNR is a logarithm, the RD loss is not
     assert found.rd_loss == pytest.approx((0.2 + 0.01 * mse[0] + 0.6 + 0.01 * mse[1]) / 2)

@@ -96,7 +96,7 @@ def test_a_plan_that_was_not_calibrated_is_refused(x: Tensor) -> None:
     plan = make_plan(fmpq_fx.analyze(model, calibration=x, bits=BITS), 0.2)
     with pytest.raises(FmpqError, match="no activation ranges"):
         fmpq_fx.rewrite(model, plan)
-    rewritten = fmpq_fx.rewrite(model, dataclasses.replace(plan, activation_bits=None))
+    rewritten = fmpq_fx.rewrite(model, dataclasses.replace(plan, activation_bits=dict.fromkeys(plan.bits)))
     assert fmpq_fx.plan_of(rewritten).bits == plan.bits
 
 
@@ -227,7 +227,7 @@ def test_steps_and_zero_points_keep_their_precision_in_a_narrow_model(dtype: tor
     before = copy.deepcopy(gm.state_dict())
     gm.to(dtype)
     for name, value in gm.state_dict().items():
-        quantizer = name.endswith(("log_scale", "zero_point"))
+        quantizer = name.endswith(("log_scale", "log_spread", "zero_point"))
         assert (
             torch.equal(value, before[name])
             if quantizer

@@ -17,6 +17,7 @@ from fmpq_fx.models.zoo import load_model
 from fmpq_fx.passes.annotation import plan_of
 from fmpq_fx.passes.plan.planners import PLANNERS
 from fmpq_fx.passes.plan.tables import Sensitivity
+from fmpq_fx.passes.plan.widths import MIXED
 from fmpq_fx.pipeline import SIZES, prepare
 from fmpq_fx.report.picture import plot_plan
 from fmpq_fx.report.table import bit_table
@@ -54,9 +55,18 @@ def add_prepare(command: argparse.ArgumentParser) -> None:
     add(
         "--activation-bits",
         type=_activation_bits,
-        default=8,
-        metavar="8|none",
-        help="bits of every layer's input; none keeps activations float",
+        action="append",
+        default=[],
+        metavar="mixed|8|none|SITE=BITS",
+        help="bits of the layers' inputs; default mixed: 16 where it pays, else 8; none keeps them float. "
+        "Repeated with SITE=BITS, single sites get theirs",
+    )
+    add(
+        "--activation-budget",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="how many more integer products inputs of 16 bits may take, as a fraction; default 0.1",
     )
     add(
         "--fixed",
@@ -95,7 +105,8 @@ def _prepare(args: argparse.Namespace) -> None:
             calibration=args.images,
             lmbda=args.lmbda,
             bits=args.bits,
-            activation_bits=args.activation_bits,
+            activation_bits={site: width for site, width in args.activation_bits if width != MIXED},
+            activation_budget=args.activation_budget,
             planner=args.planner,
             size=args.size,
             fixed=dict(args.fixed),
@@ -207,18 +218,25 @@ def _bits(text: str) -> list[int]:
     return bits
 
 
-def _activation_bits(text: str) -> int | None:
+def _width(text: str) -> int | None:
     try:
         return None if text.lower() == "none" else int(text)
     except ValueError:
         _refuse(f"expected a number of bits or 'none'; got {text!r}")
 
 
+def _activation_bits(text: str) -> tuple[str, int | str | None]:
+    """Parse "mixed", "8", "none" (for all sites) or "g_s.6=16"."""
+    if "=" in text:
+        return _fixed(text)
+    return "*", text if text == MIXED else _width(text)
+
+
 def _fixed(text: str) -> tuple[str, int | None]:
     site, equals, bits = text.rpartition("=")
     if not equals:
         _refuse(f"expected SITE=BITS, as g_s.6=8 or 'h_*=none'; got {text!r}")
-    return site, _activation_bits(bits)
+    return site, _width(bits)
 
 
 def _refuse(message: str) -> NoReturn:

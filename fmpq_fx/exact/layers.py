@@ -71,7 +71,11 @@ class ExactLayer(IntegerModule):
         if quantizer is not None and not quantizer.observing and not quantizer.whole:
             (step,) = exp(quantizer.log_scale)
             low, high = _range(quantizer)
-            self.input_rescaling = Rescaling([1 / (step * 2**FRACTION_BITS)])
+            spread = quantized.weight_quantizer.log_spread
+            factors = [Fraction(1)] if spread is None else exp(spread)
+            self.input_rescaling = Rescaling(
+                [1 / (step * factor * 2**FRACTION_BITS) for factor in factors], trailing=product.trailing
+            )
         limit = (WIDEST - 1) // largest_sum
         low, high = max(low, -limit), min(high, limit)
         self.register_buffer("input_range", torch.tensor([low, high], dtype=torch.float64))

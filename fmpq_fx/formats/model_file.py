@@ -33,7 +33,7 @@ from fmpq_fx.onnx.codec import BACKENDS, exported_with_sessions
 from fmpq_fx.passes.annotation import annotate_graph, graph_note, plan_of
 from fmpq_fx.passes.lower.entropy_path import EntropyPath, entropy_path
 from fmpq_fx.passes.plan.tables import Plan
-from fmpq_fx.passes.plan.task import WIDTHS
+from fmpq_fx.passes.plan.widths import WIDTHS
 from fmpq_fx.passes.rewrite import quantize_site
 from fmpq_fx.passes.swap import replace_module
 from fmpq_fx.pipeline import rewrite
@@ -244,11 +244,10 @@ def plan_in(words: dict[str, Any]) -> Plan:
         FmpqError: it is none, or has impossible bits.
     """
     plan = Plan.from_json(json.dumps(words["plan"]))
-    for site, bits in {**plan.bits, "activations": plan.activation_bits}.items():
+    for site, bits in (*plan.bits.items(), *plan.activation_bits.items()):
         if bits is not None and (type(bits) is not int or bits not in WIDTHS):
             raise FmpqError(f"{site!r} has {bits!r} bits")
-    quantized = {site for site, bits in plan.bits.items() if bits is not None}
-    if plan.activation_bits is not None and not quantized <= plan.ranges.keys():
+    if not plan.calibrated:
         raise FmpqError("its plan has no activation ranges")
     return plan
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from fmpq_fx.onnx.graph import Array, OnnxGraph, package
 from fmpq_fx.onnx.integers import BITS
-from fmpq_fx.onnx.layers import integer_weight, quantized
+from fmpq_fx.onnx.layers import integer_weight, quantized, without_spread
 from fmpq_fx.quant.layers import QuantizedConv2d
 
 
@@ -22,10 +22,12 @@ def integer_convolution(graph: OnnxGraph, node: fx.Node, layer: QuantizedConv2d,
     """Convolve ``x`` (B, C, H, W), rounded to 8 bits, with integer weights; the output is float32."""
     assert layer.input_quantizer is not None
     places = _places(node)
-    integers, grid = quantized(graph, layer.input_quantizer, graph.channels_last(x))
+    integers, grid = quantized(
+        graph, layer.input_quantizer, graph.channels_last(without_spread(graph, layer, x))
+    )
     patches = graph.add("DequantizeLinear", [_patches(graph, integers, grid[1], layer.layer), *grid])
     weight = _matrix(graph, integer_weight(graph, node, layer), tuple(layer.weight.shape), places)
-    steps = _by_place(layer.weight_quantizer.scale.detach().flatten().cpu().numpy(), places)
+    steps = _by_place(layer.weight_quantizer.output_scale.detach().flatten().cpu().numpy(), places)
     terms = []
     for byte, factor in _bytes(graph, weight, layer.bits):
         scale = graph.constant(steps * np.float32(factor), f"{node.target}.weight_scale")

@@ -51,6 +51,18 @@ def rounded_input(
     return graph.add("DequantizeLinear", [integers, *grid])
 
 
+def without_spread(graph: OnnxGraph, layer: QuantizedLayer, x: str) -> str:
+    """Return ``x`` with its channels divided by their spread, as the integers of the weights want them."""
+    log_spread = layer.weight_quantizer.log_spread
+    if log_spread is None:
+        return x
+    inverse = torch.exp(-log_spread.detach())
+    if x in graph.last:
+        return graph.channels_first(graph.add("Mul", [graph.last[x], graph.constant(inverse, "spread")]))
+    inverse = inverse.view(-1, *[1] * (-layer.channel_dim - 1))
+    return graph.add("Mul", [x, graph.constant(inverse, "spread")])
+
+
 def quantized(graph: OnnxGraph, quantizer: ActivationFakeQuant, x: str) -> tuple[str, list[str]]:
     """Return the integers of ``x`` on the grid of ``quantizer``, up to 16 bits, and its scale and zero point."""
     scale, zero_point = _grid(quantizer)
@@ -72,7 +84,7 @@ def convolution(graph: OnnxGraph, node: fx.Node, layer: Any, x: str) -> str:
     """Convolve ``x`` with a ``layer`` that is float or runs in float."""
     inner: Any = layer.layer if isinstance(layer, QuantizedLayer) else layer
     if isinstance(layer, QuantizedLayer):
-        x = rounded_input(graph, layer.input_quantizer, x, inner.in_channels)
+        x = rounded_input(graph, layer.input_quantizer, without_spread(graph, layer, x), inner.in_channels)
     inputs = [x, _float_weight(graph, node, layer), *_bias(graph, node, inner.bias)]
     if isinstance(inner, nn.ConvTranspose2d):
         if len(node.args) > 1 or node.kwargs:
@@ -89,7 +101,7 @@ def linear(graph: OnnxGraph, node: fx.Node, layer: Any, x: str) -> str:
     """Map the last dimension of ``x`` with a ``layer`` that is float or runs in float."""
     inner = layer.layer if isinstance(layer, QuantizedLinear) else layer
     if isinstance(layer, QuantizedLinear):
-        x = rounded_input(graph, layer.input_quantizer, x)
+        x = rounded_input(graph, layer.input_quantizer, without_spread(graph, layer, x))
     weight = graph.add("Transpose", [_float_weight(graph, node, layer)], perm=[1, 0])
     out = graph.add("MatMul", [x, weight], node.name)
     return out if inner.bias is None else graph.add("Add", [out, *_bias(graph, node, inner.bias)])
@@ -134,7 +146,7 @@ def _float_weight(graph: OnnxGraph, node: fx.Node, layer: Any) -> str:
     target = str(node.target)
     if isinstance(layer, QuantizedLayer):
         integers = integer_weight(graph, node, layer, "FLOAT")
-        scale = layer.weight_quantizer.scale.detach()
+        scale = layer.weight_quantizer.output_scale.detach()
         if isinstance(layer, QuantizedConvTranspose2d):  # (groups, 1, out / groups, 1, 1)
             scale = scale.expand(-1, layer.float_weight().size(1), -1, -1, -1).flatten(0, 1)
         return graph.add("Mul", [integers, graph.constant(scale, f"{target}.weight_scale")])

@@ -155,6 +155,8 @@ def _convolution(layer: nn.Module, axes: tuple[Axis, Axis]) -> nn.Module:
         if not isinstance(layer, QuantizedConvTranspose2d):
             return convolution.train(layer.training)  # type: ignore[no-any-return]
         quantized = QuantizedConv2d(convolution, layer.bits)
+        if (spread := layer.weight_quantizer.log_spread) is not None:
+            quantized.set_spread(spread.tolist())
         quantized.weight_quantizer.log_scale.copy_(layer.weight_quantizer.log_scale.repeat_interleave(places))
     quantized.weight_quantizer.leak = layer.weight_quantizer.leak
     quantized.input_quantizer = layer.input_quantizer

@@ -7,7 +7,6 @@ Backward lets gradients through the rounding (straight-through) and, with a smal
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -127,6 +126,11 @@ class WeightFakeQuant(_Quantizer):
     Integers lie in [-(2^(bits-1) - 1), 2^(bits-1) - 1], or in [0, 2^bits - 1] with ``signed=False``. The steps
     are kept as their logarithms, (channels,), so that they stay positive whatever the optimizer does.
 
+    Where the layer's input has a step per channel, its spread is folded in: the integers of the weights multiply those
+    of the input, so that the weight of output o and input c, of steps t_o and s * r_c, has the step t_o / r_c::
+
+        sum_c (W_oc t_o / r_c) (X_c s r_c)  =  t_o s  sum_c W_oc X_c
+
     Args:
         weight: the tensor to quantize; it sets the first steps, so that the largest magnitude of each channel
             is the last integer (min-max).
@@ -138,6 +142,7 @@ class WeightFakeQuant(_Quantizer):
     """
 
     log_scale: nn.Parameter
+    log_spread: nn.Parameter | None  # of r, (input channels,)
     zero_point: Tensor  # 0
 
     def __init__(
@@ -153,8 +158,10 @@ class WeightFakeQuant(_Quantizer):
         super().__init__()
         self.bits = bits
         self.low, self.high = integer_range(bits, signed)
-        self.leak, self.dims = leak, dims
-        scale = self._fitted(weight, clip)
+        self.leak, self.dims, self.clip = leak, dims, clip
+        self.register_parameter("log_spread", None)
+        self.spread_shape: tuple[int, ...] = ()  # in which the spread broadcasts against the weight
+        scale = self._fitted(weight)
         self.log_scale = nn.Parameter(scale.log().flatten())
         self.broadcast = scale.shape
         # LSQ's gradient scale, per channel: the elements that share a step are those of one channel.
@@ -164,17 +171,36 @@ class WeightFakeQuant(_Quantizer):
     @torch.no_grad()
     def fit(self, weight: Tensor, clip: float = 1.0) -> None:
         """Set the steps as if this was made for ``weight`` and ``clip``."""
-        self.log_scale.copy_(self._fitted(weight, clip).log().flatten())
+        self.clip = clip
+        self.log_scale.copy_(self._fitted(weight).log().flatten())
 
-    def _fitted(self, weight: Tensor, clip: float) -> Tensor:
+    @torch.no_grad()
+    def fold(self, weight: Tensor, log_spread: Tensor | None, shape: tuple[int, ...]) -> None:
+        """Fold the spread of the input in, (input channels,), or take it out (None), and fit the steps to ``weight``.
+
+        In ``shape`` it broadcasts against the weight.
+        """
+        self.log_spread, self.spread_shape = None if log_spread is None else nn.Parameter(log_spread), shape
+        self.fit(weight, self.clip)
+
+    def _fitted(self, weight: Tensor) -> Tensor:
         weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        peak = weight.abs().amax(self.dims, keepdim=True) * clip
+        if self.log_spread is not None:
+            weight = weight * self.log_spread.detach().exp().view(self.spread_shape)
+        peak = weight.abs().amax(self.dims, keepdim=True) * self.clip
         # A channel of zeros is represented by any step; 1 keeps its logarithm finite.
         return torch.where(peak > 0, peak / self.high, torch.ones_like(peak))
 
     @property
     def scale(self) -> Tensor:
         """The steps, in a shape that broadcasts against the weight."""
+        if self.log_spread is None:
+            return self.output_scale
+        return self.output_scale / self.log_spread.exp().view(self.spread_shape)
+
+    @property
+    def output_scale(self) -> Tensor:
+        """The steps but for the spread of the input, one for each output channel."""
         return self.log_scale.exp().view(self.broadcast)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -193,11 +219,14 @@ class WeightFakeQuant(_Quantizer):
 
 
 class ActivationFakeQuant(_Quantizer):
-    """Uniform affine fake quantization of a layer's input, one learned step and zero point per tensor.
+    """Uniform affine fake quantization of a layer's input, with a learned step and zero point.
 
-    It starts as an observer, which hands its input through and keeps the range it saw; :meth:`freeze` turns it
+    It starts as an observer, which hands its input through and keeps the range of each channel; :meth:`freeze` turns it
     into a fake-quantizer with integers in [0, 2^bits - 1]. The range always contains 0, so that the zeros of a
     padded convolution are represented exactly.
+
+    The step is one for the whole tensor, or that times the spread of each channel, which the layer folds into its
+    weights (see :class:`WeightFakeQuant`) and passes to :meth:`forward`.
 
     Where every value seen was a whole number and the range fits, the step is 1 for good: rounded latents then pass
     unchanged, and with no other step of that range they would. In training mode latents carry noise, which stands for
@@ -210,38 +239,55 @@ class ActivationFakeQuant(_Quantizer):
     log_scale: Tensor  # (1,)
     zero_point: Tensor  # (1,)
 
-    def __init__(self, bits: int, like: Tensor, *, leak: float = LEAK):
+    def __init__(self, bits: int, like: Tensor, *, channel_dim: int = -3, leak: float = LEAK):
         super().__init__()
-        self.bits = bits
-        self.high = 2**bits - 1
-        self.leak = leak
+        self.set_bits(bits)
+        self.channel_dim, self.leak = channel_dim, leak
         self.observe()
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.log_scale = nn.Parameter(like.new_zeros(1, dtype=dtype))
         self.zero_point = nn.Parameter(like.new_zeros(1, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` itself while observing, else ``x`` on the grid, of the same shape."""
+    def forward(self, x: Tensor, log_spread: Tensor | None = None) -> Tensor:
+        """Return ``x`` itself while observing, else ``x`` on the grid, of the same shape.
+
+        Args:
+            x: the input.
+            log_spread: of the channels, in a shape that broadcasts against ``x``; None is one step for all.
+        """
         if self.observing:
             self._widen(x.detach())
             return x
         if self.training and self.whole:
             return x
-        # LSQ's gradient scale for a whole tensor: one step for every element of a sample.
-        grad_scale = 1 / math.sqrt(max(1, x[:1].numel()) * self.high)
+        scale = (self.log_scale if log_spread is None else self.log_scale + log_spread).exp()
+        # LSQ's gradient scale: the elements of a sample that share a step.
+        grad_scale = 1 / math.sqrt(max(1, x[:1].numel() // scale.numel()) * self.high)
         zero_point = _ToInteger.apply(self.zero_point, 0, self.high)
-        return _fake_quantize(x, self.log_scale.exp(), zero_point, 0, self.high, self.leak, grad_scale)
+        return _fake_quantize(x, scale, zero_point, 0, self.high, self.leak, grad_scale)
+
+    def set_bits(self, bits: int) -> None:
+        """Let the integers have ``bits``; :meth:`freeze` then fits the step to them."""
+        self.bits, self.high = bits, 2**bits - 1
 
     def observe(self) -> None:
         """Forget the range and watch the input from now on, unquantized."""
         self.observing = True
         self.integral = True  # until a value is seen that is no whole number
         self.range = (0.0, 0.0)
+        self.seen: tuple[Tensor, Tensor] | None = None  # the least and the largest value of each channel
 
     def _widen(self, x: Tensor) -> None:
-        seen = [end.item() for end in torch.aminmax(x)]
-        # numpy's extremes, unlike Python's, keep a NaN, which calibration then reports.
-        self.range = (float(np.minimum(self.range[0], seen[0])), float(np.maximum(self.range[1], seen[1])))
+        x = x[None] if x.ndim == -self.channel_dim else x  # a single input
+        others = [dim for dim in range(x.ndim) if dim != x.ndim + self.channel_dim]
+        low, high = (
+            x.amin(others).clamp(max=0),
+            x.amax(others).clamp(min=0),
+        )  # a NaN stays, for calibration to report
+        if self.seen is not None:
+            low, high = torch.minimum(low, self.seen[0]), torch.maximum(high, self.seen[1])
+        self.seen = low, high
+        self.range = low.min().item(), high.max().item()
         self.integral = self.integral and bool(torch.equal(x, x.round()))
 
     @property
@@ -251,8 +297,11 @@ class ActivationFakeQuant(_Quantizer):
         return not self.observing and self.integral and high - low <= self.high
 
     def freeze(self, low: float, high: float, integral: bool) -> None:
-        """Quantize from now on, with steps that cover ``low`` … ``high`` (which contains 0)."""
-        self.observing, self.range, self.integral = False, (low, high), integral
+        """Quantize from now on, with steps that cover ``low`` … ``high`` (which contains 0).
+
+        Where the input has a step per channel, they are of the channels divided by their spread.
+        """
+        self.observing, self.range, self.integral, self.seen = False, (low, high), integral, None
         scale = 1.0 if self.whole or high == low else (high - low) / self.high
         for name, number in {"log_scale": math.log(scale), "zero_point": float(round(-low / scale))}.items():
             value = torch.full_like(getattr(self, name).detach(), number)

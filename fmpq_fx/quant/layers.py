@@ -4,6 +4,8 @@ The float layer stays inside, with its trained weight
 and bias, so that fine-tuning trains it and dequantization can always start from it again.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from compressai.layers import GDN, GDN1
@@ -30,6 +32,7 @@ class QuantizedLayer(nn.Module):
     signed = True
     weight_name = "weight"  # the float layer's parameter that is quantized
     float_names: tuple[str, ...] = ("bias",)  # parameters of the float layer that are not quantized
+    channel_dim = -3  # of the input
 
     def __init__(
         self,
@@ -48,7 +51,9 @@ class QuantizedLayer(nn.Module):
             weight, bits, self.shared_dims(weight), signed=self.signed, clip=clip, leak=leak
         )
         self.input_quantizer = (
-            None if activation_bits is None else ActivationFakeQuant(activation_bits, weight, leak=leak)
+            None
+            if activation_bits is None
+            else ActivationFakeQuant(activation_bits, weight, channel_dim=self.channel_dim, leak=leak)
         )
 
     @property
@@ -108,6 +113,26 @@ class QuantizedLayer(nn.Module):
         if self.kept_weight is not None:
             self.kept_weight = self.dequantized_weight()
 
+    def spread_shape(self) -> tuple[int, ...] | None:
+        """Return the shape in which a number per input channel broadcasts against the weight.
+
+        None is for layers whose input cannot have a step per channel.
+        """
+        return None
+
+    def set_spread(self, log_spread: Sequence[float]) -> None:
+        """Let the steps of the input differ by channel, by factors of these logarithms; without any they are the same.
+
+        The steps of the weights are fitted anew. The layer must have a :meth:`spread_shape`.
+        """
+        weight = self.float_weight()
+        values = (
+            weight.new_tensor(log_spread, dtype=self.weight_quantizer.log_scale.dtype) if log_spread else None
+        )
+        self.weight_quantizer.fold(weight, values, self.spread_shape() or ())
+        if self.kept_weight is not None:
+            self.kept_weight = self.dequantized_weight()
+
     def set_weight(self, weight: Tensor) -> None:
         """Make ``weight``, of the shape of :attr:`weight`, the float layer's."""
         self.layer.get_parameter(self.weight_name).copy_(self.parameter_of(weight))
@@ -118,7 +143,13 @@ class QuantizedLayer(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return ``x`` on the grid of its quantizer, or ``x`` where activations stay float."""
-        return x if self.input_quantizer is None else self.input_quantizer(x)
+        if self.input_quantizer is None:
+            return x
+        spread = self.weight_quantizer.log_spread
+        quantized: Tensor = self.input_quantizer(
+            x, None if spread is None else spread.view(-1, *[1] * (-self.channel_dim - 1))
+        )
+        return quantized
 
     def __repr__(self) -> str:
         """One line: readable where a whole graph is printed."""
@@ -132,6 +163,10 @@ class QuantizedConv2d(QuantizedLayer):
     """A convolution with one weight step per output channel, dimension 0 of its weight."""
 
     layer: nn.Conv2d
+
+    def spread_shape(self) -> tuple[int, ...] | None:
+        """Return the place of the input channels; with groups, each output has channels of its own."""
+        return (1, -1, 1, 1) if self.layer.groups == 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x`` (B, C, H, W)."""
@@ -176,6 +211,10 @@ class QuantizedConvTranspose2d(QuantizedLayer):
         """Return all dimensions but the group and the output channel in it."""
         return (1, 3, 4)
 
+    def spread_shape(self) -> tuple[int, ...] | None:
+        """Return the place of the input channels in the weight with its groups apart."""
+        return (1, -1, 1, 1, 1) if self.layer.groups == 1 else None
+
     def by_output(self, values: Tensor) -> Tensor:
         """Return ``values``, of the shape of :meth:`float_weight`, as (out, in, places), the outputs group by group."""
         return values.transpose(1, 2).flatten(0, 1).flatten(2)
@@ -206,6 +245,11 @@ class QuantizedLinear(QuantizedLayer):
     """A linear layer with one weight step per output feature."""
 
     layer: nn.Linear
+    channel_dim = -1
+
+    def spread_shape(self) -> tuple[int, ...] | None:
+        """Return the place of the input features."""
+        return (1, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the last dimension of ``x`` (…, in)."""

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fmpq_fx.passes.annotation import graph_note, plan_of
 from fmpq_fx.passes.plan.tables import FLOAT_BITS, Plan
+from fmpq_fx.passes.plan.widths import NARROW
 from fmpq_fx.rd import MSE
 
 WIDTH = 96  # columns that the lines below the table are wrapped to
@@ -19,9 +20,9 @@ GROUPS = 4  # kinds of float parameters that are listed; the others are added up
 def bit_table(gm: fx.GraphModule) -> str:
     """Return the bits of every site of ``gm`` as a table, with what the plan aimed at and what it costs.
 
-    A row is a site, in the order of the graph. Zeta is monotone and in % of the float model's RD loss, "-" where it
-    is not known, "~" before what is interpolated; bytes are nominal, parameters * bits / 8, or coded, as the plan
-    counts them; share is in % of all sites' bytes.
+    A row is a site, in the order of the graph. Bits are those of its weights, input those of its input. Zeta is
+    monotone and in % of the float model's RD loss, "-" where it is not known, "~" before what is interpolated; bytes
+    are nominal, parameters * bits / 8, or coded, as the plan counts them; share is in % of all sites' bytes.
     Below: size, what stays float, the search, and the RD loss, rate + lambda * distortion in bits per pixel
     (255^2 * MSE, where no other is named).
 
@@ -33,15 +34,17 @@ def bit_table(gm: fx.GraphModule) -> str:
     rows: list[Any] = []
     for site in plan.sites:
         b, name = plan.bits[site.name], site.name + " *" * (site.name in opaque)
-        width, zeta = "float" if b is None else str(b), _zeta(plan.zeta_of(site.name))
-        zeta = "~" * plan.interpolates(site.name) + zeta
-        rows.append((name, site.kind, *_numbers(plan, site.params, width, zeta, plan.bytes_of(site))))
-    params, average = sum(site.params for site in plan.sites), f"{plan.average_bits:.1f}"
+        inputs = plan.activation_bits[site.name] if b is not None else None
+        widths = _width(b), _width(inputs)
+        zeta = "~" * plan.interpolates(site.name) + _zeta(plan.zeta_of(site.name))
+        rows.append((name, site.kind, *_numbers(plan, site.params, widths, zeta, plan.bytes_of(site))))
+    params = sum(site.params for site in plan.sites)
+    average = f"{plan.average_bits:.1f}", f"{plan.average_activation_bits:.1f}"
     total = _numbers(plan, params, average, _zeta(plan.predicted), plan.size_bytes)
     rows += [SEPARATING_LINE, (_count(len(plan.sites), "site"), "", *total)]
     size = "bytes" if plan.coded is None else "coded bytes"
-    header = ("node", "kind", "parameters", "bits", "zeta %", size, "share %")
-    aligned = ("left", "left", *["right"] * 5)
+    header = ("node", "kind", "parameters", "bits", "input", "zeta %", size, "share %")
+    aligned = ("left", "left", *["right"] * 6)
     table = tabulate(rows, header, "simple", disable_numparse=True, colalign=aligned)
     if opaque:
         holders = ", ".join(f"{name} ({_count(n, 'site')})" for name, n in Counter(opaque.values()).items())
@@ -49,8 +52,8 @@ def bit_table(gm: fx.GraphModule) -> str:
     return f"{table}\n\n{_footer(gm, plan)}"
 
 
-def _numbers(plan: Plan, params: int, width: str, zeta: str, size: float) -> tuple[str, ...]:
-    return f"{params:,}", width, zeta, f"{size:,.0f}", f"{100 * size / plan.size_bytes:.1f}"
+def _numbers(plan: Plan, params: int, widths: tuple[str, str], zeta: str, size: float) -> tuple[str, ...]:
+    return f"{params:,}", *widths, zeta, f"{size:,.0f}", f"{100 * size / plan.size_bytes:.1f}"
 
 
 def _opaque_modules(gm: fx.GraphModule, plan: Plan) -> dict[str, str]:
@@ -69,6 +72,7 @@ def _footer(gm: fx.GraphModule, plan: Plan) -> str:
         search += f", {_count(len(plan.history), 'search step')}"
     lines = {
         "average bits": short_bits(plan),
+        "operations": _operations(plan),
         "size": sizes(plan),
         "CR": f"{plan.cr:.4f} ({factor(plan.cr)}), target {plan.target_cr:.4g} ({factor(plan.target_cr)})",
         "stays float": _float_remainder(gm, plan),
@@ -133,7 +137,7 @@ def _rd_loss(plan: Plan) -> str:
         ("weights quantized", f"{weights:.4f}", percent(weights / base - 1), f"({promise})"),
         ("activations too", f"{both:.4f}", percent(both / base - 1), ""),
     ]
-    if plan.activation_bits is None:
+    if not plan.rounded_inputs:
         rows.pop()
     aligned = ("left", "right", "right", "left")
     return tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=aligned)
@@ -162,10 +166,18 @@ def _images(plan: Plan) -> str:
 
 
 def short_bits(plan: Plan) -> str:
-    """Return the average bits in the usual short form: W6.1A8, W8A8 where the average is whole, A32 for float."""
-    average = plan.average_bits
-    weights = f"W{average:.0f}" if average.is_integer() else f"W{average:.1f}"
-    return f"{weights}A{plan.activation_bits or FLOAT_BITS}"
+    """Return the average bits in the usual short form: W6.1A8.3, W8A8 where averages are whole, A32 for float."""
+    averages = ("W", plan.average_bits), ("A", plan.average_activation_bits)
+    return "".join(f"{name}{bits:.1f}".removesuffix(".0") for name, bits in averages)
+
+
+def _operations(plan: Plan) -> str:
+    """Say how many products of integers the plan takes, where they were counted."""
+    if not plan.macs or not plan.rounded_inputs:
+        return ""
+    count, least = plan.products(), plan.products(NARROW)
+    more = f", {100 * (count / least - 1):.0f} % more than with inputs of {NARROW} bits" * (count > least)
+    return f"{count:,.0f} products of 8-bit integers per pixel{more}"
 
 
 def factor(cr: float) -> str:
@@ -189,6 +201,10 @@ def _size(count: float, beside: float = math.inf) -> str:
     value = count / scale
     digits = 0 if scale == 1 else max(0, 2 - math.floor(math.log10(value)))
     return f"{value:,.{digits}f} {unit}"
+
+
+def _width(bits: int | None) -> str:
+    return "float" if bits is None else str(bits)
 
 
 def _zeta(zeta: float) -> str:

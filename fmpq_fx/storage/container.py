@@ -18,7 +18,10 @@ from fmpq_fx.storage.files import replacing
 from fmpq_fx.storage.kinds import MODEL_FILE, SAFETENSORS, UNKNOWN, kind_of
 
 FORMAT = "fmpq_fx model"
-VERSION = 1
+VERSION = 2
+"""What is written. Version 1, whose plans have one step for all channels of an input, is read as well."""
+
+READ = (1, 2)
 
 _BLANK = "0" * 64  # where the checksum will be, while it is computed
 _PACKED_LIMIT = 1 << 26  # bytes that a packed text or table may have
@@ -79,9 +82,9 @@ def read(path: str | os.PathLike[str]) -> Container:
             f"{file} is a safetensors file, but no model file: its format is {found[0]!r}, expected {FORMAT!r}, as "
             "fmpq_fx.save() and 'fmpq-fx export model' write it"
         )
-    if found[1] != VERSION:
+    if found[1] not in READ:
         raise FmpqError(
-            f"{file} has version {found[1]!r} of the format, and this fmpq_fx reads version {VERSION}; install a "
+            f"{file} has version {found[1]!r} of the format, and this fmpq_fx reads versions 1 to {VERSION}; install a "
             "newer one, or write the file again"
         )
     claimed = str(about.get("sha256")).encode(errors="replace")

@@ -110,6 +110,6 @@ def learning_rate(plan: Plan) -> float:
     measured = plan.measured
     if measured is None:
         return 1e-4
-    rd = measured.weights_rd if plan.activation_bits is None else measured.rd
+    rd = measured.rd if plan.rounded_inputs else measured.weights_rd
     damage = max(0.0, rd / measured.float_rd - 1)
     return min(max(1e-4 * math.sqrt(damage / 0.1), Settings.lr), 2e-4)

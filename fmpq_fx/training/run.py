@@ -233,6 +233,8 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
             rates.pop(module.quantiles, None)
         if isinstance(module, WeightFakeQuant | ActivationFakeQuant):
             rates[module.log_scale] = settings.quantizer_lr
+        if isinstance(module, WeightFakeQuant) and module.log_spread is not None:
+            rates[module.log_spread] = settings.quantizer_lr
         if isinstance(module, ActivationFakeQuant):
             rates[module.zero_point] = settings.quantizer_lr * module.high
     return [

@@ -147,12 +147,31 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class InputGrid:
+    """What the integers of a site's input cover, as calibrated.
+
+    With a ``spread``, channel c has the step of the widest times 2^(-spread[c] / 8), and the range is that of the
+    channels divided by this factor.
+    """
+
+    low: float  # at most 0
+    high: float  # at least 0
+    whole: bool = False  # the input was whole numbers
+    spread: tuple[int, ...] = ()  # per channel, in eighths of an octave; (): one step for all
+
+    @property
+    def log_spread(self) -> list[float]:
+        """The logarithms of the channels' factors."""
+        return [-eighths / 8 * math.log(2) for eighths in self.spread]
+
+
+@dataclass(frozen=True)
 class Plan(JsonFile):
     """The bits of every site, the size they lead to, and how they were found."""
 
     sites: tuple[Site, ...]  # in the order of the graph
     bits: dict[str, int | None]  # per site; None stays float32
-    activation_bits: int | None  # of every site's input; None stays float
+    activation_bits: dict[str, int | None]  # of each site's input; None stays float
     target_cr: float  # the size asked for, as a fraction of float32
     planner: str  # "adaptive", "optimal" or "uniform"
     sensitivity: Sensitivity  # what the planner saw
@@ -161,8 +180,12 @@ class Plan(JsonFile):
     remarks: str = ""  # what the user should know of how the plan came about
     coded: Table | None = None  # bytes per site and width as the model file codes them; None: size is nominal
     clips: dict[str, float] = field(default_factory=dict)  # weight range kept per site, 1.0 is min-max
-    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # calibrated input range per site
-    integral: tuple[str, ...] = ()  # sites whose inputs were whole numbers
+    inputs: dict[str, InputGrid] = field(
+        default_factory=dict
+    )  # per site whose input is rounded, once calibrated
+    macs: dict[str, float] = field(
+        default_factory=dict
+    )  # multiply-accumulates per pixel of the image, counted then
     measured: Measured | None = None  # set once the graph has been rewritten and run
     example: tuple[int, int, int] | None = None  # (C, H, W) of the image that was traced
     left_out: dict[str, str] = field(default_factory=dict)  # layers that are no sites: why
@@ -212,6 +235,38 @@ class Plan(JsonFile):
         """Bits per weight, averaged over all weights of all sites, before entropy coding."""
         return FLOAT_BITS * (self.nominal_bytes / self.float_bytes)
 
+    @property
+    def rounded_inputs(self) -> list[str]:
+        """The sites whose inputs are rounded: those of quantized weights, where activations do not stay float."""
+        return [
+            s for s, bits in self.bits.items() if bits is not None and self.activation_bits[s] is not None
+        ]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it is known where inputs are rounded."""
+        return self.inputs.keys() >= set(self.rounded_inputs)
+
+    @property
+    def average_activation_bits(self) -> float:
+        """Bits per input, averaged over the multiply-accumulates of all sites; over the sites until these are known."""
+        weight = self.macs or dict.fromkeys(self.bits, 1.0)
+        rounded = set(self.rounded_inputs)
+        bits = {
+            s: (b if s in rounded and b is not None else FLOAT_BITS) for s, b in self.activation_bits.items()
+        }
+        return math.fsum(weight[s] * b for s, b in bits.items()) / math.fsum(weight.values())
+
+    def products(self, activation_bits: int | None = None) -> float:
+        """Return the products of two 8-bit integers per pixel of the image, of the sites with rounded inputs.
+
+        Numbers of more bits are two of 8 bits. With ``activation_bits``, all inputs would have these.
+        """
+        return math.fsum(
+            self.macs[site] * products_at(self.bits[site], activation_bits or self.activation_bits[site])
+            for site in self.rounded_inputs
+        )
+
     def zeta_of(self, site: str) -> float:
         """Monotone zeta of ``site`` at its bits: 0 where it stays float, NaN where it is not known."""
         bits = self.bits[site]
@@ -235,16 +290,34 @@ class Plan(JsonFile):
         fields["sites"] = tuple(Site(**site) for site in fields["sites"])
         fields["sensitivity"] = Sensitivity._from_fields(fields["sensitivity"])
         fields["history"] = tuple((float(beta), float(cr)) for beta, cr in fields["history"])
-        fields["ranges"] = {site: (float(low), float(high)) for site, (low, high) in fields["ranges"].items()}
-        fields["integral"] = tuple(fields["integral"])
+        fields["inputs"] = _inputs(fields)
+        if not isinstance(fields["activation_bits"], dict):  # of older plans, which have one for all sites
+            fields["activation_bits"] = dict.fromkeys(fields["bits"], fields["activation_bits"])
         fields["coded"] = None if fields["coded"] is None else _table(fields["coded"])
         measured = fields["measured"]
         fields["measured"] = None if measured is None else Measured(**measured)
         example = fields.get("example")  # older plans have none
         fields["example"] = None if example is None else tuple(map(int, example))
-        if set(fields["bits"]) != {site.name for site in fields["sites"]}:
+        names = {site.name for site in fields["sites"]}
+        if set(fields["bits"]) != names or set(fields["activation_bits"]) != names:
             raise ValueError("its bits are not of its sites")
         return cls(**fields)
+
+
+def products_at(bits: int | None, activation_bits: int | None) -> int:
+    """Return how many products of 8-bit integers one multiplication takes, of weights and inputs of so many bits."""
+    return math.prod(1 if width is None or width <= 8 else 2 for width in (bits, activation_bits))
+
+
+def _inputs(fields: dict[str, Any]) -> dict[str, InputGrid]:
+    """Take the grids of the inputs out of ``fields``; older plans have two fields for what they say."""
+    if "ranges" in fields:
+        ranges, integral = fields.pop("ranges"), fields.pop("integral")
+        return {s: InputGrid(float(low), float(high), s in integral) for s, (low, high) in ranges.items()}
+    return {
+        site: InputGrid(**{**grid, "spread": tuple(map(int, grid["spread"]))})
+        for site, grid in fields["inputs"].items()
+    }
 
 
 def total_bytes(sites: Iterable[Site], bits: Mapping[str, int | None]) -> float:

@@ -1,21 +1,17 @@
 """Sensitivity and a target size in, plan out: check what was asked for, then let a planner decide."""
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from fmpq_fx.passes.plan.planners import PLANNERS, Assignment
 from fmpq_fx.passes.plan.tables import FLOAT_BITS, Plan, Sensitivity, Site, Table
+from fmpq_fx.passes.plan.widths import MIXED, ActivationBits, Widths, activation_widths, by_site
 
 WINDOW = 0.01
 """How far below the target CR the adaptive search may end (Hossain, Duan, Zhu, arXiv 2506.01221)."""
-
-WIDTHS = range(2, 17)
-"""Bits that activations, and the weights of fixed sites, may have."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,9 @@ class Task:
     budget: float  # bytes that all sites may take together
     target: float  # the same as a fraction of float32
     planner: str
-    activation_bits: int | None
+    activation_bits: dict[
+        str, int | None
+    ]  # of the inputs; what is to be chosen by calibration has 8 until then
     coded: Table | None  # bytes per site and width as the model file codes them; None: size is nominal
 
     @property
@@ -79,8 +77,8 @@ def make_task(
     *,
     planner: str = "adaptive",
     bits: Iterable[int] | None = None,
-    fixed: Mapping[str, int | None] | None = None,
-    activation_bits: int | None = 8,
+    fixed: Widths | None = None,
+    activation_bits: ActivationBits = MIXED,
     coded: Table | None = None,
 ) -> Task:
     """Check what is asked of a planner: give every site its bits, so that all take at most ``target_cr``.
@@ -95,7 +93,7 @@ def make_task(
         bits: candidate widths, all of them ``measurable``; None means all that are.
         fixed: widths by site name or glob, which are not the planner's to choose: 2 to 16 bits, measurable or
             not, or None for float32. A name wins over a glob, a later glob over an earlier one.
-        activation_bits: 2 to 16 for the input of every site, or None for float. It takes no model size.
+        activation_bits: see :func:`activation_widths`. They take no model size.
         coded: bytes of each site at each of its widths, to plan with instead of the nominal ones.
 
     Raises:
@@ -104,11 +102,11 @@ def make_task(
         TypeError: ``target_cr`` is not a number, ``bits`` not iterable or ``fixed`` not a mapping.
     """
     target = _fraction(target_cr)
-    activations = _width(activation_bits, "activation_bits", "to keep activations float")
+    activations, _ = activation_widths(activation_bits, sites)
     if planner not in PLANNERS:
         raise ValueError(f"there is no planner {planner!r}; pass one of {', '.join(map(repr, PLANNERS))}")
     candidates = _candidates(bits, measurable)
-    given = widths_by_site(fixed, sites)
+    given = fixed_widths(fixed, sites)
 
     cost = _cost(sites, candidates, given, coded)
     float_bytes = sum(site.bytes_at(None) for site in sites)
@@ -131,6 +129,13 @@ def make_plan(sensitivity: Sensitivity, target_cr: float, **options: Any) -> Pla
     The options, and what is raised, are those of :func:`make_task`.
     """
     return make_task(sensitivity.sites, sensitivity.bits, target_cr, **options).plan(sensitivity)
+
+
+def fixed_widths(fixed: Widths | None, sites: Iterable[Site]) -> dict[str, int | None]:
+    """Return the bits of the sites whose bits are given (see :func:`by_site`)."""
+    return by_site(
+        {} if fixed is None else fixed, (s.name for s in sites), "fixed", "to keep the site float32"
+    )
 
 
 def _cost(
@@ -165,21 +170,6 @@ def _fraction(target_cr: object) -> float:
     return 1 / target if target > 1 else target
 
 
-def _width(value: object, what: str, instead: str) -> int | None:
-    """Return a width as an int, or None.
-
-    Raises:
-        ValueError: it is neither in WIDTHS nor None.
-    """
-    if value is None:
-        return None
-    if not isinstance(value, Integral) or int(value) not in WIDTHS:
-        raise ValueError(
-            f"{what} is {value!r}; pass a whole number from {WIDTHS[0]} to {WIDTHS[-1]}, or None {instead}"
-        )
-    return int(value)
-
-
 def _candidates(bits: Iterable[int] | None, measured: tuple[int, ...]) -> tuple[int, ...]:
     """Return the candidate widths, ascending.
 
@@ -201,37 +191,6 @@ def _candidates(bits: Iterable[int] | None, measured: tuple[int, ...]) -> tuple[
             "again with analyze(model, bits=...)"
         )
     return tuple(sorted({int(b) for b in chosen}))
-
-
-def widths_by_site(fixed: Mapping[str, int | None] | None, sites: Iterable[Site]) -> dict[str, int | None]:
-    """Resolve names and globs to {site: bits}: a name wins over a glob, a later glob over an earlier one.
-
-    Raises:
-        TypeError: ``fixed`` is not a mapping.
-        ValueError: a key matches no site, or a width is out of range.
-    """
-    fixed, names = {} if fixed is None else fixed, [site.name for site in sites]
-    if not isinstance(fixed, Mapping):
-        raise TypeError(
-            f"fixed is {fixed!r}; pass a mapping of site names or globs to bits, such as {{'h_*': 8}}"
-        )
-    by_glob: dict[str, int | None] = {}
-    by_name: dict[str, int | None] = {}
-    for key, value in fixed.items():
-        width = _width(value, f"fixed[{key!r}]", "to keep the site float32")
-        if key in names:
-            by_name[key] = width
-            continue
-        matches = [name for name in names if fnmatchcase(name, str(key))]
-        if not matches:
-            near = difflib.get_close_matches(str(key), names)
-            meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise ValueError(
-                f"fixed has {key!r}, which matches none of the {len(names)} sites; {meant}"
-                "[site.name for site in analyze(model).sites] lists them all"
-            )
-        by_glob |= dict.fromkeys(matches, width)
-    return by_glob | by_name
 
 
 def _budget(target: float, float_bytes: float) -> tuple[float, float]:

@@ -74,6 +74,15 @@ def test_a_saved_table_is_reused(
     assert "A32" in capsys.readouterr().out
 
 
+def test_inputs_of_single_layers_get_their_bits(photos: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    widths = ("--activation-bits", "6", "--activation-bits", "g_s.6=16", "--activation-bits", "h_*=none")
+    arguments = ("--images", photos, "--bits", "6", "--planner", "uniform", "--plan-out", plan)
+    assert prepare("--target-cr", 0.1875, *arguments, *widths) == 0
+    found = Plan.load(plan).activation_bits
+    assert (found["g_a.0"], found["g_s.6"], found["h_s.0"]) == (6, 16, None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -108,6 +117,7 @@ def test_mistakes_are_named_before_anything_is_measured(
         ["--bits", "two"],
         ["--bits", "8-4"],
         ["--activation-bits", "some"],
+        ["--activation-bits", "g_s.6=some"],
         ["--fixed", "g_s.6"],
         ["--planner", "best"],
     ],

@@ -59,6 +59,18 @@ def test_it_is_the_fake_quantized_layer_to_half_a_step(
 
 
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+def test_steps_per_channel_are_exact(make: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layer = quantized(make, 6, 8).double()
+    if layer.spread_shape() is None:
+        pytest.skip("its input has one step for all channels")
+    layer.set_spread([-0.3 * channel for channel in range(shape[layer.channel_dim])])
+    x = grid(3 * torch.randn(shape)).double()
+    with torch.no_grad():
+        assert (ExactLayer(layer)(x) - layer(x)).abs().max() < 0.51 * STEP
+
+
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
 def test_a_layer_that_the_plan_leaves_float_gets_weights_of_16_bits(
     make: Any, shape: tuple[int, ...]
 ) -> None:

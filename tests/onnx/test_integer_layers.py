@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fmpq_fx.quant import quantize_layer
 from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedConvTranspose2d, QuantizedGDN
 
 pytest.importorskip("onnx", reason="needs the extra: pip install 'fmpq-fx[onnx]'")
@@ -52,6 +53,23 @@ def test_an_integer_convolution_is_the_quantized_one(geometry: dict[str, Any], b
         assert "Conv" not in kinds
         with torch.no_grad():
             torch.testing.assert_close(found, layers(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "runs"), [(nn.Conv2d, "int8"), (nn.ConvTranspose2d, "int8"), (nn.Conv2d, "float32")]
+)
+def test_steps_per_channel_are_folded_into_the_weights(make: Any, runs: str) -> None:
+    torch.manual_seed(0)
+    layer = in_range(quantize_layer(make(16, 12, 4, 2, 1), 8, 8 if runs == "int8" else 16))
+    layer.set_spread([-0.2 * channel for channel in range(16)])
+    layers = nn.Sequential(layer)
+    x = torch.empty(1, 16, 9, 8).uniform_(-1, 1.3) * torch.exp(-0.2 * torch.arange(16.0)).view(-1, 1, 1)
+    found, _, computed_in = in_onnx(layers, x)
+    assert computed_in == runs
+    with torch.no_grad():
+        expected = layers(x)
+    # A value at a tie may be rounded the other way.
+    assert (found - expected).abs().median() < 1e-5 * expected.std()
 
 
 @pytest.mark.parametrize(("bits", "activation_bits"), [(8, 4), (8, 8), (15, 8)])

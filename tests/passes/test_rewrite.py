@@ -40,7 +40,7 @@ def plan_for(gm: fx.GraphModule, activation_bits: int | None = None, **bits: int
     chosen = {site.name: given.get(site.name, 2 + i % 6) for i, site in enumerate(sites)}
     zero = {site.name: {4: 0.0} for site in sites}
     table = Sensitivity(sites, 0.01, 1.0, 1.0, zero, zero, float_remainder(gm, sites), "none")
-    return Plan(sites, chosen, activation_bits, 0.25, "uniform", table)
+    return Plan(sites, chosen, dict.fromkeys(chosen, activation_bits), 0.25, "uniform", table)
 
 
 def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:

@@ -8,7 +8,7 @@ from compressai.layers import GDN, GDN1, CheckerboardMaskedConv2d, MaskedConv2d
 from torch import Tensor, nn
 
 from fmpq_fx.quant import QuantizedLayer, quantize_layer, quantized_class
-from support.layer_cases import Rule, each_layer, effective, gdn, gdn1, made, output_channels
+from support.layer_cases import Rule, each_layer, effective, gdn, gdn1, made, output_channels, transposed
 
 
 def naively_quantized(quantized: QuantizedLayer, bits: int) -> Tensor:
@@ -60,6 +60,44 @@ def test_what_the_weights_multiply_is_quantized(make: Callable[[], nn.Module], r
     expected = rule(layer, x, weight, on_grid) if rule in (gdn, gdn1) else rule(layer, on_grid, weight)
     assert torch.equal(quantized(x), expected)
     assert not torch.equal(quantized(x), float_input)
+
+
+@each_layer
+def test_steps_per_input_channel_are_folded_into_the_weight(
+    make: Callable[[], nn.Module], rule: Rule
+) -> None:
+    """The step of a weight is its output's divided by its input's, so that all products of an output have one step."""
+    quantized = quantize_layer(made(make), 5, 6)
+    layer, channel, x = quantized.layer, quantized.channel_dim, torch.randn(2, 4, 8, 8)
+    if quantized.spread_shape() is None:
+        return
+    assert quantized.input_quantizer is not None
+    spread = 0.5 ** torch.arange(x.size(channel))  # powers of two: nothing is rounded by them
+    quantized.set_spread(spread.log().tolist())
+    quantized.input_quantizer.freeze(-2.0, 2.5, False)
+
+    weight = effective(layer)
+    over_inputs = [1] * weight.ndim
+    over_inputs[0 if rule is transposed else 1] = -1
+    folded = weight * spread.view(over_inputs)
+    for row in output_channels(layer, folded):
+        step = row.abs().max() / 15
+        row.copy_(torch.round(row / step) * step)
+    of_channels = spread.view(-1, *[1] * (-channel - 1))
+    input_step, zero = 4.5 / 63, round(2.0 / (4.5 / 63))
+    steps = input_step * of_channels
+    on_grid = ((torch.round(x / steps) + zero).clamp(0, 63) - zero) * steps
+    torch.testing.assert_close(quantized.quantized_input(x), on_grid)
+    torch.testing.assert_close(quantized.weight, folded / spread.view(over_inputs))
+    torch.testing.assert_close(quantized(x), rule(layer, on_grid, quantized.weight))
+
+    quantized(x).square().sum().backward()
+    gradient = quantized.weight_quantizer.log_spread
+    assert gradient is not None
+    assert gradient.grad is not None
+    assert gradient.grad.count_nonzero() == len(spread), "the spread is learned"
+    quantized.set_spread(())
+    assert torch.equal(quantized.integers, quantize_layer(made(make), 5).integers)
 
 
 @each_layer

@@ -51,7 +51,7 @@ def plan(model: ScaleHyperprior) -> Plan:
     return Plan(
         sites=table.sites,
         bits={site.name: WIDTHS[i % 3] for i, site in enumerate(table.sites)},
-        activation_bits=8,
+        activation_bits={site.name: 8 for site in table.sites},
         target_cr=0.1875,
         planner="adaptive",
         sensitivity=table,
@@ -88,7 +88,7 @@ def number(text: str) -> float:
 def rows_of(table: str) -> dict[str, list[str]]:
     """Return the cells of each row behind its name; the row of sums, which has no kind, is under "sum"."""
     lines = table.split("\n\n")[0].splitlines()
-    assert re.sub(r" {2,}", "|", lines[0]) == "node|kind|parameters|bits|zeta %|bytes|share %"
+    assert re.sub(r" {2,}", "|", lines[0]) == "node|kind|parameters|bits|input|zeta %|bytes|share %"
     *sites, (_, *sums) = [re.split(r" {2,}", line.strip()) for line in lines[2:] if line[0] not in "-*"]
     return {**{name: cells for name, *cells in sites}, "sum": ["", *sums]}
 
@@ -113,13 +113,13 @@ def test_a_row_has_the_bytes_and_share_of_the_weights(model: ScaleHyperprior, sh
     layers = {name: model.get_submodule(name) for name in rows}
     numel = {name: (m.gamma if hasattr(m, "gamma") else m.weight).numel() for name, m in layers.items()}
     total = sum(numel[name] * bits[name] / 8 for name in rows)
-    for name, (kind, params, width, _, size, share) in rows.items():
-        assert (kind, params, width) == (type(layers[name]).__name__, f"{numel[name]:,}", str(bits[name]))
+    for name, (kind, *cells, _, size, share) in rows.items():
+        assert (kind, *cells) == (type(layers[name]).__name__, f"{numel[name]:,}", str(bits[name]), "8")
         assert number(size) == pytest.approx(numel[name] * bits[name] / 8, abs=0.51)
         assert number(share) == pytest.approx(100 * numel[name] * bits[name] / 8 / total, abs=0.051)
     assert sum(number(cells[-1]) for cells in rows.values()) == pytest.approx(100, abs=0.05 * len(rows))
     params, average = sum(numel.values()), f"{total * 8 / sum(numel.values()):.1f}"
-    assert (sums[1], sums[2], sums[4], sums[5]) == (f"{params:,}", average, f"{total:,.0f}", "100.0")
+    assert (*sums[1:4], *sums[5:]) == (f"{params:,}", average, "8.0", f"{total:,.0f}", "100.0")
 
 
 def test_sizes_and_search_below_the_table(plan: Plan, show: Show) -> None:
@@ -154,11 +154,11 @@ def test_the_loss_is_shown_in_steps_beside_its_prediction(plan: Plan, show: Show
     made_up = {s.name: {2: 0.03, 5: 0.02, 8: 0.01} for s in plan.sites}
     table = show({"rate": made_up, "distortion": made_up})
     # Of 20 sites 7, 7 and 6 have 2, 5 and 8 bits; rate and distortion each contribute 0.41.
-    assert rows_of(table)["sum"][3] == "82.000"
+    assert rows_of(table)["sum"][4] == "82.000"
     base, words = plan.sensitivity.float_rd, footer_of(table)["RD loss"]
     weights = f"weights quantized {1.05 * base:.4f} +5.00 % (sum of zeta: +82.00 %)"
     assert words == f"float {base:.4f} {weights} activations too {1.1 * base:.4f} +10.00 %"
-    weights_only = footer_of(show(activation_bits=None))
+    weights_only = footer_of(show(activation_bits=dict.fromkeys(plan.bits)))
     assert weights_only["average bits"].endswith("A32")
     assert "activations" not in weights_only["RD loss"]
 
@@ -169,16 +169,33 @@ def test_zeta_is_the_one_that_planners_saw(plan: Plan, show: Show) -> None:
     distortion |= {"g_a.3": dict.fromkeys(WIDTHS, -1e-9), "g_a.6": {2: 1e6, 5: 0.0, 8: 0.0}}
     rate = {site.name: dict.fromkeys(WIDTHS, 0.0) for site in plan.sites}
     rows = rows_of(show({"rate": rate, "distortion": distortion}))
-    assert [rows[f"g_a.{i}"][3] for i in (0, 1, 2, 3, 6)] == ["2.000", "0.200", "0.200", "0.000", "1e+08"]
+    assert [rows[f"g_a.{i}"][4] for i in (0, 1, 2, 3, 6)] == ["2.000", "0.200", "0.200", "0.000", "1e+08"]
 
 
 def test_a_float_site_and_one_of_unmeasured_width(plan: Plan, show: Show) -> None:
     table = show(bits={**plan.bits, "g_a.0": None, "g_s.6": 12})
     rows = rows_of(table)
-    assert rows["g_a.0"][1:5] == ["600", "float", "0.000", "2,400"]
-    assert rows["g_s.6"][1:5] == ["600", "12", "-", "900"]
+    assert rows["g_a.0"][1:6] == ["600", "float", "float", "0.000", "2,400"]
+    assert rows["g_s.6"][1:6] == ["600", "12", "8", "-", "900"]
     assert "nan" not in table
     assert "1 site unknown)" in footer_of(table)["RD loss"]
+
+
+def test_operations_are_those_of_the_widths(plan: Plan, show: Show) -> None:
+    names = [site.name for site in plan.sites]
+    macs = {name: 1.0 + i for i, name in enumerate(names)}
+    bits = dict.fromkeys(names, 8) | {names[0]: 9, names[1]: None}
+    inputs = dict.fromkeys(names, 8) | {names[0]: 16, names[2]: 12, names[3]: None}
+    footer = footer_of(show(bits=bits, activation_bits=inputs, macs=macs))
+    # Site 0 takes 4 products, site 2 takes 2, sites 1 and 3 are float: 4 * 1 + 2 * 3 + (5 + ... + 20), of 2 + 3 + 200.
+    assert (
+        footer["operations"]
+        == "210 products of 8-bit integers per pixel, 2 % more than with inputs of 8 bits"
+    )
+    average = (16 * 1 + 32 * 2 + 12 * 3 + 32 * 4 + 8 * 200) / 210
+    assert footer["average bits"].endswith(f"A{average:.1f}")
+    same = footer_of(show(macs=macs, bits=dict.fromkeys(names, 8)))
+    assert same["operations"] == "210 products of 8-bit integers per pixel"
 
 
 def test_what_was_not_measured_or_is_not_known_is_said(plan: Plan, show: Show) -> None:
@@ -202,7 +219,7 @@ def test_what_was_not_measured_or_is_not_known_is_said(plan: Plan, show: Show) -
 def test_a_plan_that_rests_on_no_zeta_says_so(plan: Plan, show: Show) -> None:
     nothing: Table = {site: {} for site in plan.bits}
     table = show({"rate": nothing, "distortion": nothing, "candidates": plan.sensitivity.bits})
-    assert all(row[3] == "-" for row in rows_of(table).values())
+    assert all(row[4] == "-" for row in rows_of(table).values())
     assert "zeta was not measured" in footer_of(table)["RD loss"]
     assert "nan" not in table
 
@@ -226,7 +243,8 @@ def test_sites_inside_an_opaque_module_are_marked(plan: Plan) -> None:
     gm = trace(WithCodec(nn.Conv2d(3, 4, 1), Codec(), nn.Conv2d(4, 3, 1)))
     table = measure_sensitivity(gm, make_bench(gm, [torch.rand(1, 3, 8, 8)]), Measurement(bits=(4,)))
     bits: dict[str, int | None] = dict.fromkeys(table.zeta, 4)
-    text = bit_table(quantize(gm, replace(plan, sites=table.sites, bits=bits, sensitivity=table)))
+    own = replace(plan, sites=table.sites, bits=bits, activation_bits=bits, sensitivity=table)
+    text = bit_table(quantize(gm, own))
     assert list(rows_of(text)) == ["0", "1.h *", "2", "sum"]
     assert "\n* inside a module that is one node of the graph: 1 (1 site)\n" in text
 
@@ -290,7 +308,8 @@ def test_labels_do_not_overlap(count: int, plan: Plan, figures: list[Figure]) ->
     zeta = {site.name: {b: 4.0**-b for b in range(2, 11)} for site in sites}
     table = replace(plan.sensitivity, sites=sites, rate=zeta, distortion=zeta)
     gm = fx.symbolic_trace(nn.Identity())
-    wide = replace(plan, sites=sites, bits=dict.fromkeys(zeta, 10), sensitivity=table)
+    bits: dict[str, int | None] = dict.fromkeys(zeta, 10)
+    wide = replace(plan, sites=sites, bits=bits, activation_bits=bits, sensitivity=table)
     annotate_graph(gm, model=nn.Identity(), plan=wide)
     plot_plan(gm, "plan.svg")
     figures[0].draw_without_rendering()

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import fmpq_fx
 from fmpq_fx.passes.annotation import annotate_graph, plan_of
-from fmpq_fx.passes.plan.tables import Sensitivity
+from fmpq_fx.passes.plan.tables import InputGrid, Sensitivity
 from fmpq_fx.passes.plan.task import make_plan
 from fmpq_fx.passes.rewrite import quantize
 from fmpq_fx.passes.sites import find_sites
@@ -80,8 +80,10 @@ def _observe(gm: fx.GraphModule, x: Tensor) -> None:
         quantizer.freeze(*quantizer.range, quantizer.integral)
     observed = replace(
         plan_of(gm),
-        ranges={site: quantizer.range for site, quantizer in quantizers.items()},
-        integral=tuple(site for site, quantizer in quantizers.items() if quantizer.integral),
+        inputs={
+            site: InputGrid(quantizer.range[0], quantizer.range[1], quantizer.integral)
+            for site, quantizer in quantizers.items()
+        },
     )
     annotate_graph(gm, plan=observed)
 

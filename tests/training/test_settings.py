@@ -73,7 +73,8 @@ def test_the_learning_rate_grows_with_the_damage(gm: fx.GraphModule) -> None:
         for damage in (-0.1, 0.001, 0.1, 0.2, 5.0)
     ]
     assert rates == pytest.approx([3e-5, 3e-5, 1e-4, 1e-4 * 2**0.5, 2e-4])
-    weights_only = dataclasses.replace(plan, activation_bits=None, measured=Measured(1.0, 1.1, 9.0))
+    float_inputs = dict.fromkeys(plan.bits)
+    weights_only = dataclasses.replace(plan, activation_bits=float_inputs, measured=Measured(1.0, 1.1, 9.0))
     assert learning_rate(weights_only) == pytest.approx(1e-4)
     assert learning_rate(dataclasses.replace(plan, measured=None)) == 1e-4
     assert tuned(gm, lr=None).settings.lr == learning_rate(plan)

@@ -1,5 +1,7 @@
 """Plans: targets, budgets, candidates, and what cannot be planned."""
 
+import dataclasses
+import json
 import math
 import re
 from typing import Any
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmpq_fx.passes.plan.planners import PLANNERS, optimal
-from fmpq_fx.passes.plan.tables import Plan, total_bytes
+from fmpq_fx.passes.plan.tables import InputGrid, Plan, total_bytes
 from fmpq_fx.passes.plan.task import make_plan
 from support.sensitivities import PARAMS, sensitivity
 
@@ -205,12 +207,45 @@ def test_planners_see_monotone_zeta() -> None:
 @pytest.mark.parametrize("bits", [2, 16, np.int64(8), None])
 def test_activation_bits(bits: int | None) -> None:
     plan = make_plan(sensitivity(), 0.25, activation_bits=bits)
-    assert plan.activation_bits == bits
+    assert plan.activation_bits == dict.fromkeys(plan.bits, bits)
     assert plan.bits == make_plan(sensitivity(), 0.25).bits
     assert Plan.from_json(plan.to_json()) == plan
 
 
-@pytest.mark.parametrize("bits", [1, 17, 0, 8.0, True, "8"])
+def test_activation_bits_of_single_sites() -> None:
+    names = [site.name for site in sensitivity().sites]
+    asked: dict[str, int | None] = {"*": 6, names[-1]: None, names[0]: 12}
+    plan = make_plan(sensitivity(), 0.25, activation_bits=asked)
+    assert plan.activation_bits == {**dict.fromkeys(names, 6), names[0]: 12, names[-1]: None}
+    # What is not named is for calibration to choose, and has 8 bits until then; so it is without any.
+    assert make_plan(sensitivity(), 0.25, activation_bits={names[0]: 12}).activation_bits == {
+        **dict.fromkeys(names, 8),
+        names[0]: 12,
+    }
+    assert make_plan(sensitivity(), 0.25).activation_bits == dict.fromkeys(names, 8)
+    with pytest.raises(ValueError, match="activation_bits has 'nowhere', which matches none"):
+        make_plan(sensitivity(), 0.25, activation_bits={"nowhere": 8})
+    with pytest.raises(ValueError, match="pass 'mixed', a whole number, None, or a mapping"):
+        make_plan(sensitivity(), 0.25, activation_bits="8")
+
+
+def test_a_plan_of_an_older_version_is_read() -> None:
+    plan = make_plan(sensitivity(), 0.25, activation_bits=8)
+    first, *others = plan.bits
+    plan = dataclasses.replace(
+        plan, inputs={name: InputGrid(-1.5, 2.0, name == first) for name in (first, *others)}
+    )
+    fields = json.loads(plan.to_json())
+    del fields["inputs"], fields["macs"]
+    fields |= {
+        "activation_bits": 8,
+        "ranges": {name: [-1.5, 2.0] for name in plan.bits},
+        "integral": [first],
+    }
+    assert Plan.from_json(json.dumps(fields)) == plan
+
+
+@pytest.mark.parametrize("bits", [1, 17, 0, 8.0, True])
 def test_activation_bits_out_of_range(bits: Any) -> None:
     text = f"activation_bits is {bits!r}; pass a whole number from 2 to 16, or None to keep activations float"
     with pytest.raises(ValueError, match=re.escape(text)):

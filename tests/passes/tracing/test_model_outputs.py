@@ -59,7 +59,7 @@ def test_a_model_of_other_images_goes_all_the_way(channels: int) -> None:
     gm = fmpq_fx.prepare(OfChannels(channels), 0.2, calibration=images[..., :64, :64], bits=[4, 6, 8])
     plan = fmpq_fx.plan_of(gm)
     assert plan.measured is not None
-    assert len(plan.ranges) == len(plan.sites)
+    assert len(plan.inputs) == len(plan.sites)
     history = fmpq_fx.finetune(gm, list(images), lmbda=0.01, steps=1, crop=64, workers=0)
     assert len(history.losses) == 1
     (image,) = fmpq_fx.evaluate(gm, {"one": images[0]}).images
