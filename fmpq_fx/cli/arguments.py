@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from fmpq_fx.images.distortions import DISTORTIONS, Given
@@ -76,4 +77,21 @@ def add_backend(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="what 'export onnx' wrote, or where to; default: beside the file",
     )
-    add("--threads", type=int, metavar="N", help="of torch and ONNX Runtime; default: their own choice")
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of torch and of what runs the transforms; default: their own choice",
+    )
+    add(
+        "--providers",
+        nargs="+",
+        metavar="NAME",
+        help="of ONNX Runtime, CUDAExecutionProvider say; the first that can compute an operation does",
+    )
+
+
+def set_threads(args: argparse.Namespace) -> None:
+    """Let torch compute with as many threads as the command line says."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from fmpq_fx import ranks
@@ -19,6 +18,7 @@ from fmpq_fx.cli.arguments import (
     add_memory,
     add_model,
     made_by,
+    set_threads,
 )
 from fmpq_fx.cli.outputs import GRAPHS, IMAGE_MARK, RESULTS, Output, declare
 from fmpq_fx.coding import fmi
@@ -51,8 +51,7 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    set_threads(args)
     model = _model(args).to(ranks.own_device(args.device))
     results = evaluate(model, args.images, memory=args.memory)
     if args.json is not None:
@@ -67,8 +66,6 @@ def _model(args: argparse.Namespace) -> nn.Module:
     """Return the model or what is in the file that the command names."""
     if args.backend != "torch" and Path(args.model).suffix != MODEL:
         raise ValueError(f"--backend {args.backend} runs model files (*{MODEL}); got {args.model}")
-    if args.backend != "torch" and args.device != "cpu":
-        raise ValueError(f"--backend {args.backend} runs on the CPU; leave --device {args.device} out")
     if not Path(args.model).is_file():
         return load_model(args.model, quality=args.quality, metric=args.metric, checkpoint=args.checkpoint)
     if (args.quality, args.metric, args.checkpoint) != (None, None, None):
@@ -77,10 +74,19 @@ def _model(args: argparse.Namespace) -> nn.Module:
         )
     if Path(args.model).suffix != MODEL:
         return load_state(args.model)
-    options: dict[str, Any] = {}
-    if args.backend != "torch":
-        options = {"backend": args.backend, "graphs": args.graphs, "threads": args.threads}
-    return load_codec(args.model, model=made_by(args), **options)
+    return _codec(args)
+
+
+def _codec(args: argparse.Namespace) -> nn.Module:
+    """Return the codec in the model file that the command names, run by its backend, or on its device."""
+    if args.backend == "torch":
+        return load_codec(args.model, model=made_by(args)).to(ranks.own_device(args.device))
+    if args.device != "cpu":
+        raise ValueError(f"--backend {args.backend} runs on the CPU; leave --device {args.device} out")
+    options: dict[str, Any] = {"graphs": args.graphs, "threads": args.threads}
+    if args.providers is not None:
+        options["providers"] = args.providers
+    return load_codec(args.model, model=made_by(args), backend=args.backend, **options)
 
 
 def add_encode(command: argparse.ArgumentParser) -> None:
@@ -110,13 +116,15 @@ def _add_coding(
     add("-m", "--model", required=True, metavar="F", help="the model file (.fmpq)")
     add("-o", "--out", type=Path, required=True, metavar="OUT", help=out)
     add_class(command)
+    add_backend(command)
     add_device(command)
     add_memory(command)
     output = Output(mark, check=lambda path: None, files=lambda args, path: jobs(args).values())
-    declare(command, reads=["source", "model"], writes=[("out", output)])
+    declare(command, reads=["source", "model"], writes=[("out", output), ("graphs", GRAPHS)])
 
 
 def _encode(args: argparse.Namespace) -> None:
+    set_threads(args)
     jobs, codec = _to_encode(args), _codec(args)
     _make_folder(args)
     pixels: list[int] = []
@@ -143,6 +151,7 @@ def _write_coded(data: bytes, out: Path) -> None:
 
 
 def _decode(args: argparse.Namespace) -> None:
+    set_threads(args)
     jobs, codec = _to_decode(args), _codec(args)
     _make_folder(args)
 
@@ -157,10 +166,6 @@ def _decode(args: argparse.Namespace) -> None:
                 f"fmpq-fx: note: {args.out.suffix} loses detail; .png keeps what was decoded", file=sys.stderr
             )
     _raise_any(failures, len(jobs), "decoded")
-
-
-def _codec(args: argparse.Namespace) -> nn.Module:
-    return load_codec(args.model, model=made_by(args)).to(ranks.own_device(args.device))
 
 
 def _make_folder(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from fmpq_fx.coding.conversion import export_checkpoint
 from fmpq_fx.formats.model_file import load, save
 from fmpq_fx.formats.state import load_state
 from fmpq_fx.onnx.export import export_onnx
+from fmpq_fx.onnx.forms import FORMS
 from fmpq_fx.report.file_bytes import file_report
 from fmpq_fx.storage.files import check_folder
 
@@ -28,12 +29,16 @@ def add_export(command: argparse.ArgumentParser) -> None:
         kind.add_argument("--out", type=Path, required=True, metavar="F", help=form)
         declare(kind, reads=["state"], writes=[("out", output)])
         kind.set_defaults(run=run)
-    onnx = kinds.add_parser(
-        "onnx", help="ONNX graphs with integer convolutions, one for each part of the model"
-    )
+    onnx = kinds.add_parser("onnx", help="ONNX graphs with integer weights, one for each part of the model")
     add = onnx.add_argument
     add("state", type=Path, metavar="STATE", help="what 'prepare' or 'finetune' wrote, or a .fmpq file")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the graphs and their manifest")
+    add(
+        "--form",
+        choices=FORMS,
+        default=FORMS[0],
+        help="of layers: what every runtime reads, or what ONNX Runtime is faster with on processors",
+    )
     add_class(onnx)
     declare(onnx, reads=["state"], writes=[("out", GRAPHS)])
     onnx.set_defaults(run=_export_onnx)
@@ -47,7 +52,7 @@ def _check_model(path: Path) -> None:
 
 def _export_onnx(args: argparse.Namespace) -> None:
     gm = load(args.state, model=made_by(args)) if args.state.suffix == MODEL else load_state(args.state)
-    print(export_onnx(gm, args.out))
+    print(export_onnx(gm, args.out, form=args.form))
     print(f"graphs: {args.out}")
 
 

@@ -135,9 +135,9 @@ def load_codec(
     arguments and what is raised are as for :func:`load`, and for ``exact`` as for ``convert``; nothing is traced, so
     that this is faster.
 
-    With the ``backend`` "onnxruntime" instead of "torch", ONNX Runtime runs the transforms; the ``options`` are
-    those of :func:`fmpq_fx.onnx.codec.exported_with_sessions`, ``graphs`` and ``threads``. Bitstreams are
-    interchangeable.
+    With the ``backend`` "onnxruntime" or "openvino" instead of "torch", that runs the transforms; the ``options`` are
+    those of :func:`fmpq_fx.onnx.codec.exported_with_sessions`: ``graphs``, ``threads``, ``providers`` of ONNX Runtime
+    and ``precision`` of OpenVINO. Bitstreams are interchangeable.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; pass one of {', '.join(map(repr, BACKENDS))}")
@@ -148,7 +148,7 @@ def load_codec(
         codec = with_exact_path(codec, EntropyPath(**words["entropy_path"]), exact)
     if backend == "torch":
         return codec
-    return exported_with_sessions(codec, lambda: load(path, model=model), path, **options)
+    return exported_with_sessions(codec, lambda: load(path, model=model), path, backend=backend, **options)
 
 
 @contextmanager

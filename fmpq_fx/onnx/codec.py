@@ -1,4 +1,4 @@
-"""A codec whose transforms ONNX Runtime runs.
+"""A codec whose transforms another runtime than torch runs.
 
 What decides how symbols are coded (entropy models, hyper-synthesis, context prediction, entropy parameters) stays in
 torch, so that what one backend encodes the other decodes: an analysis that rounds otherwise makes another bitstream,
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch import fx, nn
 
@@ -18,18 +19,25 @@ from fmpq_fx.coding.codec import Codec, codec_of, with_settings
 from fmpq_fx.coding.known import fingerprint_of
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.onnx.export import export_onnx
-from fmpq_fx.onnx.graph import package
 from fmpq_fx.onnx.manifest import NAME, OnnxManifest, PartFile, replacing_folder
-from fmpq_fx.onnx.session import Session
+from fmpq_fx.onnx.packages import package
+from fmpq_fx.onnx.runtimes import RUNTIMES
 
-BACKENDS = ("torch", "onnxruntime")
+BACKENDS = ("torch", *RUNTIMES)
 
 TRANSFORMS = ("analysis", "hyper_analysis", "synthesis")
-"""The parts that ONNX Runtime runs: none of them decides how symbols are coded."""
+"""The parts that a runtime runs: none of them decides how symbols are coded."""
 
 
-def with_sessions(codec: nn.Module, folder: str | os.PathLike[str], *, threads: int | None = None) -> Codec:
-    """Return ``codec`` with ONNX Runtime to run its transforms, with the graphs in ``folder``.
+def with_sessions(
+    codec: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    backend: str = "onnxruntime",
+    threads: int | None = None,
+    **options: Any,
+) -> Codec:
+    """Return ``codec`` with another runtime to run its transforms, with the graphs in ``folder``.
 
     It shares everything with ``codec``, which is not changed. Its modules stay where they are, with their weights, and
     so do its state and its fingerprint: other modules run in their places.
@@ -37,14 +45,19 @@ def with_sessions(codec: nn.Module, folder: str | os.PathLike[str], *, threads: 
     Args:
         codec: what :func:`fmpq_fx.convert` or :func:`fmpq_fx.load_codec` returned.
         folder: what :func:`fmpq_fx.export_onnx` wrote for the same model.
-        threads: that ONNX Runtime computes with; None is as many as torch does.
+        backend: "onnxruntime" or "openvino".
+        threads: that the runtime computes with; None is as many as torch does.
+        options: of the runtime's: ``providers`` of ONNX Runtime, its own names of them, the first that can compute an
+            operation does; ``precision`` of OpenVINO, "f32" or "bf16" for what is not integer.
 
     Raises:
-        FmpqError: onnxruntime is not installed, ``folder`` holds no export or one of another model, or none of its
+        FmpqError: the runtime is not installed, ``folder`` holds no export or one of another model, or none of its
             transforms is a module of ``codec``; or ``codec`` cannot code.
-        ValueError: ``threads`` is below 1.
+        TypeError: the runtime has no such option.
+        ValueError: ``threads`` is below 1, or ONNX Runtime has no such providers.
     """
-    package("onnxruntime")
+    runtime = RUNTIMES[backend]
+    runtime.version()
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; pass 1 or more, or None for as many as torch uses")
     manifest = OnnxManifest.of_folder(folder)
@@ -60,8 +73,13 @@ def with_sessions(codec: nn.Module, folder: str | os.PathLike[str], *, threads: 
             f"no transform of this {type(codec).__name__} is a module with one input and one output, which another "
             "backend could run in its place; make its analysis and its synthesis modules (nn.Sequential, say)"
         )
-    backend = {str(part.module): Session(_from_entry(Path(folder), part), threads) for part in run}
-    return with_settings(coder, backend=backend)
+    for part in run:
+        if backend in part.unusable:
+            raise FmpqError(f"{backend} cannot run the {part.name} of {folder}: {part.unusable[backend]}")
+    sessions = {
+        str(part.module): runtime(_from_entry(Path(folder), part), threads, **options) for part in run
+    }
+    return with_settings(coder, backend=sessions)
 
 
 def exported_with_sessions(
@@ -70,7 +88,8 @@ def exported_with_sessions(
     file: str | os.PathLike[str],
     *,
     graphs: str | os.PathLike[str] | None = None,
-    threads: int | None = None,
+    backend: str = "onnxruntime",
+    **options: Any,
 ) -> Codec:
     """Do what :func:`with_sessions` does, with graphs that are exported if there are none yet.
 
@@ -79,26 +98,36 @@ def exported_with_sessions(
         graph: what makes the rewritten graph; it is called only if there is something to export.
         file: the model file that ``codec`` is from.
         graphs: the folder of what :func:`fmpq_fx.export_onnx` wrote, or is to write; None is a folder beside ``file``
-            with its name and ".onnx" behind, whose graphs are replaced when ``file`` or the version of ONNX Runtime
-            is another. Where that cannot be written, or holds something else, the export is not kept.
-        threads: that ONNX Runtime computes with.
+            with its name and ".onnx" behind (".onnxruntime" in the form that is ONNX Runtime's own), whose graphs are
+            replaced when ``file`` or the version of the runtime is another. Where that cannot be written, or holds
+            something else, the export is not kept.
+        backend: as for :func:`with_sessions`.
+        options: ``threads`` and what else the runtime takes.
     """
-    version = package("onnxruntime").__version__
+    version = RUNTIMES[backend].version()
+    form = "onnxruntime" if backend == "onnxruntime" and not options.get("providers") else "portable"
+
+    def run(folder: str | os.PathLike[str]) -> Codec:
+        return with_sessions(codec, folder, backend=backend, **options)
+
     if graphs is not None:
         if not (Path(graphs) / NAME).is_file():
-            export_onnx(graph(), graphs)
-        return with_sessions(codec, graphs, threads=threads)
-    beside = Path(f"{os.fspath(file)}.onnx")
+            export_onnx(graph(), graphs, form=form)
+        return run(graphs)
+    beside = Path(f"{os.fspath(file)}.{'onnx' if form == 'portable' else form}")
     with suppress(FmpqError, OSError):
         manifest = OnnxManifest.of_folder(beside)
-        if manifest.checked_with == version and fingerprint_of(codec_of(codec)) in manifest.fingerprints:
-            return with_sessions(codec, beside, threads=threads)
+        if (
+            manifest.checked_with.get(backend) == version
+            and fingerprint_of(codec_of(codec)) in manifest.fingerprints
+        ):
+            return run(beside)
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary) / "onnx"
-        export_onnx(graph(), place)
+        export_onnx(graph(), place, form=form)
         with suppress(FmpqError, OSError), replacing_folder(beside) as kept:
             shutil.copytree(place, kept, dirs_exist_ok=True)
-        return with_sessions(codec, place, threads=threads)
+        return run(place)
 
 
 def _from_entry(folder: Path, part: PartFile) -> bytes:

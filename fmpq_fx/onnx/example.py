@@ -1,21 +1,18 @@
-"""A graph on an example image, and whether ONNX Runtime computes the same from it."""
+"""A graph on example images, and whether runtimes compute the same from its ONNX graphs."""
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.passes.shape_prop import ShapeProp
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.onnx.graph import package
-from fmpq_fx.onnx.session import Session
+from fmpq_fx.onnx.runtimes import RUNTIMES, Session
 from fmpq_fx.passes.parts import Part
 from fmpq_fx.passes.tracing.model_outputs import output_of
-
-_SIDE = 128  # pixels
 
 _NOISE = 1e-3
 """How much inputs are moved, relative to their size, to see how much outputs of a graph that rounds may differ."""
@@ -27,93 +24,115 @@ _LEAST = 0.02
 """…and by this much of their own size in any case: in a small part a single value at a tie matters."""
 
 
-def example_image(channels: int = 3, *, seed: int = 0) -> Tensor:
-    """Return noise (1, ``channels``, 128, 128) in 0 to 1, other noise for another ``seed``."""
-    return torch.rand(1, channels, _SIDE, _SIDE, generator=torch.Generator().manual_seed(seed))
+SIZES = ((2, 128, 256), (1, 256, 128))
+"""Images, height and width that graphs are exported with, none of them 1 and no two equal; and others, to check on."""
 
 
-class Example(ShapeProp):
-    """A run of a graph: notes the shapes of all values on its nodes, and keeps the values.
+def example_images(channels: int, size: tuple[int, int, int] = SIZES[0], seed: int = 0) -> Tensor:
+    """Return noise (B, ``channels``, H, W) in 0 to 1, other noise for another ``seed``; ``size`` is (B, H, W)."""
+    count, height, width = size
+    return torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+class Example(fx.Interpreter):
+    """A run of a graph that keeps all values.
 
     Args:
         gm: on the CPU, in float32.
-        x: an image (1, C, H, W).
+        x: images (B, C, H, W).
     """
 
     @torch.no_grad()
     def __init__(self, gm: fx.GraphModule, x: Tensor):
-        super().__init__(gm)
-        self.graph_module = gm
-        self.garbage_collect_values = False
-        self.constants: dict[fx.Node, Tensor] = {}  # values that depend on no input
-        self.channels = x.size(1)
+        super().__init__(gm, garbage_collect_values=False)
         output_of(self.run, x)
         self.values = dict(self.env)
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run ``n`` and keep what it computes if it depends on no input."""
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            constant = n.op not in ("placeholder", "output") and n.op != "call_module"
-            if constant and all(read in self.constants for read in n.all_input_nodes):
-                self.constants[n] = value.detach()
-        return value
-
-    def inputs_of(self, part: Part) -> list[Tensor]:
+    def inputs_of(self, part: Part) -> list[Any]:
         """Return what ``part`` reads on the example."""
-        return [self.values[node].clone() for node in part.inputs]
+        values = [self.values[node] for node in part.inputs]
+        return [value.clone() if isinstance(value, Tensor) else value for value in values]
 
     @torch.no_grad()
-    def outputs_of(self, part: Part, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def outputs_of(self, part: Part, inputs: Sequence[Any]) -> list[Any]:
         """Return what ``part`` makes of ``inputs``, which stay as they are."""
-        self.env = self.values | {node: x.clone() for node, x in zip(part.inputs, inputs, strict=True)}
+        self.env = self.values | dict(zip(part.inputs, inputs, strict=True))
         for node in part.nodes:
             self.env[node] = self.run_node(node)
         return [self.env[node] for node in part.outputs]
 
 
-def check_runs(example: Example, parts: Sequence[Part], folder: Path) -> str | None:
-    """Check that ONNX Runtime loads the graphs of ``parts`` and computes what the parts of the torch graph do.
+def check_runs(
+    gm: fx.GraphModule, parts: Sequence[Part], channels: int, folder: Path, runtimes: Sequence[str]
+) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Check that runtimes load the graphs of ``parts`` and compute what the parts of the torch graph do.
 
     A value that lies between two integers may be rounded up by one and down by the other, and later layers make more of
     that. So a graph passes if it differs by no more than the torch graph itself when its input has a little noise;
-    and it fails only if it does so on two images, since a tie is one image's and a mistake is every one's.
+    and it fails only if it does so on two images, since a tie is one image's and a mistake is every one's. That is so
+    for images of other sizes than that of the export as well, where ``gm`` can run on them.
 
     Args:
-        example: of the graph that was cut into ``parts``.
+        gm: the graph that was cut into ``parts``.
         parts: of it, whose graphs are compared.
+        channels: of its images.
         folder: holds the graphs, by the names of the parts.
+        runtimes: that are to run them, as far as they are installed; a warning is given if none is.
 
     Returns:
-        the version of ONNX Runtime; None, with a warning, if it is not installed, and then nothing is checked.
+        the versions of the runtimes, and for each part by its name why a runtime cannot be used for it, if it is so.
 
     Raises:
-        FmpqError: a graph does not load or run, or computes something else.
+        FmpqError: a part is one that no runtime can be used for.
+    """
+    versions, missing = {}, []
+    for name in runtimes:
+        try:
+            versions[name] = RUNTIMES[name].version()
+        except FmpqError as error:
+            missing.append(str(error))
+    if not versions:
+        warnings.warn(f"no runtime has run the ONNX graphs that are written: {missing[0]}", stacklevel=3)
+    examples = [_examples(gm, channels, SIZES[0])]
+    with suppress(Exception):  # its forward may allow no other size
+        examples.append(_examples(gm, channels, SIZES[1]))
+    failures: dict[str, dict[str, str]] = {}
+    for part in parts:
+        model = (folder / f"{part.name}.onnx").read_bytes()
+        found = {name: _failure(RUNTIMES[name], model, part, examples) for name in versions}
+        failures[part.name] = {name: why for name, why in found.items() if why}
+        if failures[part.name] and len(failures[part.name]) == len(versions):
+            raise FmpqError(
+                f"the ONNX graph of {part.name} cannot be used. {' '.join(failures[part.name].values())}. Nothing was "
+                "written; run the model in torch"
+            )
+        for why in failures[part.name].values():
+            warnings.warn(f"the ONNX graph of {part.name} cannot be used everywhere: {why}", stacklevel=3)
+    return versions, failures
+
+
+def _examples(gm: fx.GraphModule, channels: int, size: tuple[int, int, int]) -> list[Example]:
+    """Return runs of ``gm`` on two images of one size."""
+    return [Example(gm, example_images(channels, size, seed)) for seed in (0, 1)]
+
+
+def _failure(
+    runtime: type[Session], model: bytes, part: Part, examples: Sequence[Sequence[Example]]
+) -> str | None:
+    """Say why ``runtime`` cannot be used for ``model``, the graph of ``part``; None if it can.
+
+    It can if it computes the same on one of the ``examples`` of each size.
     """
     try:
-        runtime = package("onnxruntime")
-    except FmpqError as error:
-        warnings.warn(f"no runtime has run the ONNX graphs that are written: {error}", stacklevel=3)
-        return None
-    version: str = runtime.__version__
-    for part in parts:
-        try:
-            session = Session((folder / f"{part.name}.onnx").read_bytes())
-            difference = _difference(session, part, example)
-            if difference is not None:
-                other = example_image(example.channels, seed=1)
-                difference = _difference(session, part, Example(example.graph_module, other))
-        except Exception as error:  # of several types, which onnxruntime does not document
-            raise _unusable(part, f"ONNX Runtime {version} does not run it: {error}") from error
-        if difference is not None:
-            raise _unusable(part, f"ONNX Runtime {version} makes something else of an image: {difference}")
-    return version
-
-
-def _unusable(part: Part, why: str) -> FmpqError:
-    return FmpqError(
-        f"the ONNX graph of {part.name} cannot be used. {why}. Nothing was written; run the model in torch"
-    )
+        session = runtime(model)
+        for of_one_size in examples:
+            differences = (_difference(session, part, example) for example in of_one_size)
+            first = next(differences)
+            if first is not None and None not in differences:
+                return f"{runtime.title} {runtime.version()} makes something else of an image: {first}"
+    except Exception as error:  # of several types, which no runtime documents
+        return f"{runtime.title} {runtime.version()} does not run it: {error}"
+    return None
 
 
 def _difference(session: Session, part: Part, example: Example) -> str | None:
@@ -121,9 +140,16 @@ def _difference(session: Session, part: Part, example: Example) -> str | None:
     inputs = example.inputs_of(part)
     expected = example.outputs_of(part, inputs)
     generator = torch.Generator().manual_seed(0)
-    noisy = [x + _NOISE * _size(x) * torch.randn(x.shape, generator=generator) for x in inputs]
+    noisy = [
+        x + _NOISE * _size(x) * torch.randn(x.shape, generator=generator) if isinstance(x, Tensor) else x
+        for x in inputs
+    ]
     others = example.outputs_of(part, noisy)
     for node, ours, theirs, other in zip(part.outputs, session.run(inputs), expected, others, strict=True):
+        if not isinstance(theirs, Tensor):
+            if ours != theirs:
+                return f"{node.name} is {ours.item()} instead of {theirs}"
+            continue
         if ours.shape != theirs.shape:
             return f"{node.name} has the shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
         finite = theirs.isfinite() & other.isfinite()

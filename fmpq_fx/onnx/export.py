@@ -6,14 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from fmpq_fx.coding.conversion import quantized_model, with_exact_path
-from fmpq_fx.errors import FmpqError
 from fmpq_fx.models.identity import identity_of
-from fmpq_fx.onnx.example import Example, check_runs, example_image
-from fmpq_fx.onnx.graph import OPSET, OnnxGraph, checked_opset, failed, package, shape_of
-from fmpq_fx.onnx.integers import run_in_integers
+from fmpq_fx.onnx.example import Example, check_runs, example_images
+from fmpq_fx.onnx.exporting import exportable, onnx_of_parts
+from fmpq_fx.onnx.forms import FORMS, in_form, note_arithmetic
 from fmpq_fx.onnx.manifest import (
     NAME,
     VERSION,
@@ -23,8 +22,9 @@ from fmpq_fx.onnx.manifest import (
     replacing_folder,
     sha256,
 )
-from fmpq_fx.onnx.ops import emit
+from fmpq_fx.onnx.packages import OPSET, checked_opset
 from fmpq_fx.onnx.part_modules import modules_of_parts
+from fmpq_fx.onnx.runtimes import RUNTIMES
 from fmpq_fx.onnx.subpixel import subpixel
 from fmpq_fx.passes.annotation import Arithmetic, graph_note, note_of, plan_of
 from fmpq_fx.passes.lower.entropy_path import entropy_path
@@ -32,125 +32,95 @@ from fmpq_fx.passes.parts import Part, cut
 from fmpq_fx.passes.plan.tables import FLOAT_BITS, Plan
 from fmpq_fx.storage import fingerprint
 
-_CONTAINER_BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "int16": 16, "float32": FLOAT_BITS}
+_CONTAINER_BITS = {"int8": 8, "uint8": 8, "int16": 16, "uint16": 16, "int32": 32, "float32": FLOAT_BITS}
 
 
 def export_onnx(
     gm: fx.GraphModule,
     folder: str | os.PathLike[str],
     *,
+    form: str = "portable",
     opset: int = OPSET,
 ) -> OnnxManifest:
     """Write ``gm`` as ONNX graphs into ``folder``, with a manifest that says which is what.
 
-    Convolutions whose input has up to 8 bits are computed in integers, exactly; which are, and why others are not, the
-    manifest lists. Weights are stored as integers in any case. Transposed convolutions become
-    convolutions and a pixel shuffle. Batch, height and width are dynamic.
+    Weights are stored as integers, and inputs of layers are rounded to integers of 8 or 16 bits. Transposed
+    convolutions become convolutions and a pixel shuffle. Batch, height and width are dynamic. Convolutions whose input
+    and weights have up to 8 bits can run in integers; which those are, and why others are not, the manifest lists.
 
-    ONNX Runtime, where it is installed, loads each graph and runs it on an image before ``folder`` is there; where it
-    is not, a warning and the manifest say so.
+    Each runtime that is installed loads each graph and runs it on images before ``folder`` is there. A graph that no
+    runtime computes as torch does is an error; which runtime cannot be used for a graph that another can, and that
+    none is installed, a warning and the manifest say.
 
     Args:
         gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned, trained further or not. It is not
             modified.
         folder: is made; an export that is there already is replaced.
+        form: of layers: "portable", QuantizeLinear and DequantizeLinear around torch's own, which every runtime reads;
+            or "onnxruntime", with products of integer matrices, which ONNX Runtime is faster with on processors, and
+            which takes weights of up to 15 bits.
         opset: of ONNX, at least 21.
 
     Returns:
         the manifest; printed, it is a table of the layers.
 
     Raises:
-        FmpqError: onnx is not installed, the opset is too old, an operation has no ONNX form or a graph does not run as
-            the torch graph does (no file is left then), ``folder`` holds something else, or ``gm`` carries no plan.
+        FmpqError: onnx is not installed, the opset is too old, an operation has no ONNX form or no runtime runs a graph
+            as torch does (no file is left then), ``folder`` holds something else, or ``gm`` carries no plan.
         FileNotFoundError: the folder that ``folder`` is to be in does not exist.
+        ValueError: there is no such ``form``.
     """
+    if form not in FORMS:
+        raise ValueError(f"form is {form!r}; pass one of {', '.join(map(repr, FORMS))}")
     plan, opset = plan_of(gm), checked_opset(opset)
-    x = example_image(3 if plan.example is None else plan.example[0])
+    channels = 3 if plan.example is None else plan.example[0]
+    x = example_images(channels)
     codec = quantized_model(gm).cpu().float()
     # Before its entropy path is exact, which computes what the graph does up to fixed-point rounding.
-    modules = modules_of_parts(codec, gm, x)
+    modules = modules_of_parts(codec, gm, x[:1])
     fingerprints = [fingerprint.of_codec(codec)]
     fingerprints.append(fingerprint.of_codec(with_exact_path(codec, entropy_path(gm), True)))
-    lowered = run_in_integers(subpixel(gm).cpu().float().eval())
-    example, parts = Example(lowered, x), cut(lowered)
+    lowered = note_arithmetic(subpixel(gm).cpu().float().eval(), form)
+    exported, stored = in_form(lowered, form)
+    values = Example(lowered, x).values
+    parts = exportable(cut(lowered), values)
     with replacing_folder(folder) as temporary:
-        files: list[PartFile] = []
-        stored: dict[str, str] = {}
-        for part in parts:
-            graph, file = _written(lowered, part, example.constants, temporary, opset)
-            module = modules.get(part.name)
-            if module is not None and len(part.outputs) == 1:
-                entry = graph.values.get(module[1])
-                file = replace(file, module=module[0] if entry else None, entry=entry)
-            files.append(file)
-            stored |= graph.stored
+        starts = {entry for _, entry in modules.values()}
+        graphs = onnx_of_parts(exported, parts, values, opset, starts)
+        files = [_written(part, graphs[part.name], modules.get(part.name), temporary) for part in parts]
+        runtimes = list(RUNTIMES) if form == "portable" else [form]
+        checked_with, failures = check_runs(lowered, parts, channels, temporary, runtimes)
         layers = _layers(lowered, plan, stored)
         here = {layer.site for layer in layers if layer.part is not None}
         manifest = OnnxManifest(
             version=VERSION,
             model=identity_of(graph_note(gm).model),
             fingerprints=tuple(fingerprints),
+            form=form,
             opset=opset,
-            parts=tuple(files),
+            parts=tuple(replace(file, unusable=failures[file.name]) for file in files),
             layers=layers,
             nominal_bytes=sum(s.bytes_at(plan.bits[s.name]) for s in plan.sites if s.name in here),
-            checked_with=check_runs(example, parts, temporary),
+            checked_with=checked_with,
         )
         manifest.save(temporary / NAME)
     return manifest
 
 
-def _written(
-    gm: fx.GraphModule, part: Part, constants: Mapping[fx.Node, Tensor], folder: Path, opset: int
-) -> tuple[OnnxGraph, PartFile]:
+def _written(part: Part, model: Any, module: tuple[str, str] | None, folder: Path) -> PartFile:
     """Write the ONNX graph of ``part`` into ``folder``."""
-    onnx = package("onnx")
-    graph = OnnxGraph()
-    values: dict[fx.Node, Any] = {node: graph.name(node.name) for node in part.inputs}
-    outputs = {node: graph.name(f"{node.name}_out") for node in part.outputs}
-    for node in part.nodes:
-        for read in node.all_input_nodes:
-            if read not in values and read in constants:
-                values[read] = graph.constant(constants[read], read.name)
-        values[node] = emit(graph, gm, node, values)
-    for node, name in outputs.items():
-        if not isinstance(values[node], str):
-            raise failed(node, "an output of a part must be one tensor")
-        graph.nodes.append(onnx.helper.make_node("Identity", [values[node]], [name], name=name))
-    graph.values = {node.name: name for node, name in values.items() if isinstance(name, str)}
-    graph.pruned(list(outputs.values()))
-    shapes = [
-        {name: _dynamic(name, node) for node, name in names}
-        for names in ([(node, values[node]) for node in part.inputs], outputs.items())
-    ]
-    infos = [
-        [
-            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-            for name, shape in of.items()
-        ]
-        for of in shapes
-    ]
-    opsets = [onnx.helper.make_opsetid("", opset)]
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph(graph.nodes, part.name, *infos, list(graph.initializers.values())),
-        opset_imports=opsets,
-        producer_name="fmpq-fx",
-        ir_version=onnx.helper.find_min_ir_version_for(opsets),
-    )
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except Exception as error:  # of several types, which onnx does not document
-        raise FmpqError(f"the ONNX graph of {part.name} is not valid: {error}") from error
     path = folder / f"{part.name}.onnx"
     path.write_bytes(model.SerializeToString())
-    return graph, PartFile(part.name, path.name, sha256(path), path.stat().st_size, shapes[0], shapes[1])
-
-
-def _dynamic(name: str, node: fx.Node) -> list[int | str]:
-    """Return the shape of ``node`` with all but its channels dynamic."""
-    shape = shape_of(node)
-    words: list[int | str] = ["batch", *shape[1:2]]
-    return words + [f"{name}_{dimension}" for dimension in ("height", "width", "depth")[: len(shape) - 2]]
+    inputs, outputs = (
+        {
+            value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            for value in of
+        }
+        for of in (model.graph.input, model.graph.output)
+    )
+    return PartFile(
+        part.name, path.name, sha256(path), path.stat().st_size, inputs, outputs, *(module or (None, None))
+    )
 
 
 def _layers(gm: fx.GraphModule, plan: Plan, stored: Mapping[str, str]) -> tuple[LayerRun, ...]:

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.storage.files import JsonFile, followed, writing
 
 NAME = "manifest.json"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class PartFile:
     outputs: dict[str, list[int | str]]
     module: str | None = None  # the module of the model that computes "entry" to the output, if there is one
     entry: str | None = None  # value at which that module begins: an input, or one inside the graph
+    unusable: dict[str, str] = field(
+        default_factory=dict
+    )  # by runtime: why it does not compute what torch does
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class LayerRun:
     part: str | None  # None where torch runs it, inside of an opaque module
     bits: int | None  # None is float32
     runs: str  # "int8" or "float32"
-    stored: str  # "int4", "uint4", "int8", "uint8", "int16" or "float32"
+    stored: str  # an integer type, "int8" say, or "float32"
     bytes: float  # of the stored weights
     why: str
 
@@ -54,11 +57,12 @@ class OnnxManifest(JsonFile):
     fingerprints: tuple[
         str, ...
     ]  # of its codecs, with and without exact entropy path (:mod:`fmpq_fx.storage.fingerprint`)
+    form: str  # of the layers, one of :data:`fmpq_fx.onnx.forms.FORMS`
     opset: int
     parts: tuple[PartFile, ...]
     layers: tuple[LayerRun, ...]
     nominal_bytes: float  # parameters * bits / 8 over the layers that are in parts
-    checked_with: str | None = None  # the version of ONNX Runtime that ran all graphs; None: there was none
+    checked_with: dict[str, str]  # the runtimes that ran the graphs, with their versions
 
     @property
     def bytes(self) -> int:
@@ -76,9 +80,10 @@ class OnnxManifest(JsonFile):
             for r in self.layers
         ]
         table = tabulate(rows, ["layer", "part", "bits", "runs", "stored", "bytes", "why"])
-        checked = (
-            f"ONNX Runtime {self.checked_with} runs them" if self.checked_with else "no runtime has run them"
-        )
+        ran = [f"{name} {version}" for name, version in self.checked_with.items()]
+        checked = f"run by {' and '.join(ran)}" if ran else "no runtime has run them"
+        for part in self.parts:
+            checked += "".join(f"; {part.name} is not to be used: {why}" for why in part.unusable.values())
         return (
             f"{table}\n\n{len(self.parts)} graphs, {self.bytes:,} bytes; weights {self.stored_bytes:,.0f}, nominal "
             f"{self.nominal_bytes:,.0f}; {checked}"

@@ -112,25 +112,6 @@ def lowered_weight(weight: Tensor, groups: int, axes: tuple[Axis, Axis]) -> Tens
     return ordered.reshape(-1, inputs // groups, down.taps, right.taps)
 
 
-def original_weight(weight: Tensor, groups: int, axes: tuple[Axis, Axis]) -> Tensor:
-    """Return the transposed convolution's weight whose :func:`lowered_weight` is ``weight``."""
-    down, right = axes
-    places = down.stride * right.stride
-    apart = weight.reshape(
-        groups,
-        weight.size(0) // groups // places,
-        down.stride,
-        right.stride,
-        weight.size(1),
-        down.taps,
-        right.taps,
-    )
-    ordered = apart.permute(0, 4, 1, 5, 2, 6, 3).flip(3, 5)
-    padded = ordered.reshape(groups * weight.size(1), -1, down.taps * down.stride, right.taps * right.stride)
-    rows, columns = (slice(a.front, a.front + a.extent, a.dilation) for a in axes)
-    return padded[..., rows, columns]
-
-
 def _convolution(layer: nn.Module, axes: tuple[Axis, Axis]) -> nn.Module:
     """Return the convolution, quantized if ``layer`` is, with as much of the padding as it can do itself."""
     transposed = _float_layer(layer)

@@ -1,50 +1,88 @@
-"""Single layers in ONNX Runtime."""
+"""Layers in ONNX, many in one export, since each export takes seconds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
-from fmpq_fx.onnx.graph import OPSET, OnnxGraph, package
-from fmpq_fx.onnx.integers import run_in_integers
-from fmpq_fx.onnx.ops import emit
-from fmpq_fx.onnx.session import Session
+from fmpq_fx.onnx.exporting import onnx_of_parts
+from fmpq_fx.onnx.forms import in_form, note_arithmetic
+from fmpq_fx.onnx.packages import OPSET
+from fmpq_fx.onnx.runtimes import RUNTIMES
 from fmpq_fx.onnx.subpixel import subpixel
-from fmpq_fx.passes.annotation import note_of
-from fmpq_fx.quant import QuantizedLayer
+from fmpq_fx.passes.annotation import Arithmetic, note_of
+from fmpq_fx.passes.parts import Part
 
 
-class Tracer(fx.Tracer):
-    """Keeps quantized layers whole."""
+@dataclass(frozen=True)
+class Exported:
+    """Layers one after another that were exported, and an input of theirs."""
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, QuantizedLayer) or super().is_leaf_module(m, module_qualified_name)
+    model: bytes
+    x: Tensor
+    expected: Tensor  # what torch computes, its GDNs with their input unrounded
+    kinds: list[str]  # of the operations of the graph
+    arithmetic: Arithmetic  # of the first layer
+    stored: str  # its integers
+
+    def found(self, runtime: str = "onnxruntime") -> Tensor:
+        """Return what a runtime computes."""
+        found: Tensor = RUNTIMES[runtime](self.model, 1)(self.x)
+        return found
 
 
-def in_onnx(layers: nn.Sequential, x: Tensor) -> tuple[Tensor, set[str], str]:
-    """Return what ONNX Runtime makes of ``x``, the operations of the graph, and how the first layer runs."""
-    gm = run_in_integers(subpixel(fx.GraphModule(layers, Tracer().trace(layers))))
+def exported(layers: Mapping[str, tuple[nn.Module, Tensor]], form: str = "portable") -> dict[str, Exported]:
+    """Return ``layers`` in ONNX, by their names; each is a layer or an nn.Sequential, with an input."""
+    graph, ends = fx.Graph(), []
+    root = nn.ModuleDict({name: nn.Sequential(layer) for name, (layer, _) in layers.items()})
+    for name, (layer, _) in layers.items():
+        value = graph.placeholder(f"x_{name}")
+        paths = [f"0.{i}" for i in range(len(layer))] if isinstance(layer, nn.Sequential) else ["0"]
+        for path in paths:
+            value = graph.call_module(f"{name}.{path}", (value,))
+        ends.append(value)
+    graph.output(tuple(ends))
+    lowered = note_arithmetic(subpixel(fx.GraphModule(root, graph)), form)
+    run = _Values(lowered)
     with torch.no_grad():
-        ShapeProp(gm).propagate(x)
-    onnx, graph, values = package("onnx"), OnnxGraph(), {}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = graph.name("x")
-        elif node.op == "output":
-            out = values[node.args[0]]
-        else:
-            values[node] = emit(graph, gm, node, values)
-    graph.pruned([out])
-    ends = [
-        onnx.helper.make_tensor_value_info(
-            name, onnx.TensorProto.FLOAT, ["batch", channels, "height", "width"]
+        run.run(*(x for _, x in layers.values()))
+    parts = _parts(lowered)
+    twin, stored = in_form(lowered, form)
+    models = onnx_of_parts(twin, parts, run.values, OPSET)
+    found = {}
+    for name, part in zip(layers, parts, strict=True):
+        first = next(node for node in part.nodes if node.op == "call_module")
+        arithmetic = note_of(first).arithmetic
+        assert arithmetic is not None
+        found[name] = Exported(
+            models[part.name].SerializeToString(),
+            run.values[part.inputs[0]],
+            run.values[part.outputs[0]],
+            [node.op_type for node in models[part.name].graph.node],
+            arithmetic,
+            stored[str(first.target)],
         )
-        for name, channels in (("x", x.size(1)), (out, None))
+    return found
+
+
+def _parts(gm: fx.GraphModule) -> list[Part]:
+    """Return what is computed from each input, as a part."""
+    nodes = list(gm.graph.nodes)
+    starts = [index for index, node in enumerate(nodes) if node.op == "placeholder"]
+    (output,) = (node for node in nodes if node.op == "output")
+    return [
+        Part(nodes[start].name, tuple(nodes[start + 1 : end]), (nodes[start],), (out,))
+        for start, end, out in zip(starts, [*starts[1:], -1], output.args[0], strict=True)
     ]
-    opsets = [onnx.helper.make_opsetid("", OPSET)]
-    parts = (graph.nodes, "layers", ends[:1], ends[1:], list(graph.initializers.values()))
-    model = onnx.helper.make_model(onnx.helper.make_graph(*parts), opset_imports=opsets, ir_version=10)
-    onnx.checker.check_model(model, full_check=True)
-    kinds = {node.op_type for node in graph.nodes}
-    arithmetic = next(note_of(node).arithmetic for node in gm.graph.nodes if node.op == "call_module")
-    assert arithmetic is not None
-    return Session(model.SerializeToString(), 1)(x), kinds, arithmetic.kind
+
+
+class _Values(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule):
+        super().__init__(gm)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n] = super().run_node(n)
+        return self.values[n]

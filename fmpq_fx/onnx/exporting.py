@@ -1,0 +1,270 @@
+"""Parts of a graph through torch's own ONNX exporter, in one call: much of what it takes is the same for any graph."""
+
+import math
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.onnx.packages import package
+from fmpq_fx.passes.parts import Part
+from fmpq_fx.passes.tracing.functions import numpy_scalar
+
+
+class UnexportableError(FmpqError):
+    """A node has no ONNX form."""
+
+
+def output_name(node: fx.Node) -> str:
+    """Return the name that the value of ``node`` has in a graph that computes it, as one of its outputs."""
+    return f"{node.name}_out"
+
+
+def exportable(parts: Iterable[Part], values: Mapping[fx.Node, Any]) -> list[Part]:
+    """Return ``parts`` with tensors and sizes alone as inputs and outputs, and without those that make neither.
+
+    A part that reads something else, a dtype say, computes it itself from what that comes from.
+
+    Args:
+        parts: of one graph.
+        values: of all of its nodes on an example.
+    """
+    found = []
+    for part in parts:
+        inputs: list[fx.Node] = []
+        moved: list[fx.Node] = []
+        pending = list(part.inputs)
+        for node in pending:  # grows
+            if not _is_data(values[node]):
+                moved.append(node)
+                pending += node.all_input_nodes
+            elif node not in inputs:
+                inputs.append(node)
+        outputs = tuple(node for node in part.outputs if _is_data(values[node]))
+        order = [*part.nodes[0].graph.nodes]
+        nodes = (*sorted(set(moved), key=order.index), *part.nodes)
+        if outputs:
+            found.append(replace(part, nodes=nodes, inputs=tuple(inputs), outputs=outputs))
+    return found
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, Tensor) or type(value) is int
+
+
+def onnx_of_parts(
+    root: nn.Module,
+    parts: Sequence[Part],
+    values: Mapping[fx.Node, Any],
+    opset: int,
+    inner: Collection[str] = (),
+) -> dict[str, Any]:
+    """Return the ONNX graph of each of ``parts``, by its name.
+
+    Its inputs have the names of their nodes, its outputs those of :func:`output_name`. All dimensions but the channels
+    are dynamic, unless the graph computes with their sizes as with fixed ones.
+
+    Args:
+        root: has the modules that the nodes call, as they are to be exported.
+        parts: what :func:`exportable` returned.
+        values: of all nodes on an example whose sizes are all above 1, as torch takes a size of 1 for fixed.
+        opset: of ONNX.
+        inner: names of nodes inside of parts at whose values graphs may be cut: nothing that follows reads, for a size
+            say, what is before. The values have the names of the nodes.
+
+    Raises:
+        FmpqError: an operation has no ONNX form; node, module and line are named.
+    """
+    onnx = package("onnx")
+    package("onnxscript")
+    try:
+        model = _Joint(root, parts, inner).exported(values, opset)
+    except Exception as error:  # of several types, which torch does not document
+        *_, cause = _causes(error)
+        if isinstance(cause, UnexportableError):
+            raise cause from cause.__cause__
+        what = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        raise _failed(_culprit(root, parts, values, opset), what) from error
+    for name in inner:
+        _join(model, f"{name}_out", name)
+    extractor = onnx.utils.Extractor(model)
+    graphs = {}
+    for part in parts:
+        ends = [[node.name for node in part.inputs], [output_name(node) for node in part.outputs]]
+        graphs[part.name] = _tidied(extractor.extract_model(*ends), part.name)
+    return graphs
+
+
+class _Joint(nn.Module):
+    """Computes parts side by side, with one input for each value that some of them read.
+
+    Args:
+        root: has the modules that the nodes call.
+        parts: of one graph.
+        inner: names of nodes whose values are outputs as well, and inputs of what follows.
+    """
+
+    def __init__(self, root: nn.Module, parts: Iterable[Part], inner: Collection[str] = ()):
+        super().__init__()
+        graph = fx.Graph()
+        self.inputs = list(dict.fromkeys(node for part in parts for node in part.inputs))
+        self.outputs: dict[str, fx.Node] = {}
+        read = {node: graph.placeholder(node.name) for node in self.inputs}
+        constants: dict[fx.Node, fx.Node] = {}
+
+        def constant(node: fx.Node) -> fx.Node:
+            if node not in constants:
+                constants[node] = graph.node_copy(node, constant)
+            return constants[node]
+
+        for part in parts:
+            values = {node: read[node] for node in part.inputs}
+            for node in part.nodes:
+                values[node] = graph.node_copy(node, _found(values, constant))
+                if node.name in inner and node not in part.outputs:
+                    self.outputs[output_name(node)] = values[node]
+                    if node not in read:
+                        read[node] = graph.placeholder(node.name)
+                        self.inputs.append(node)
+                    values[node] = read[node]
+            self.outputs |= {output_name(node): values[node] for node in part.outputs}
+        graph.output(tuple(self.outputs.values()))
+        self.gm = fx.GraphModule(root, graph)
+
+    def forward(self, *inputs: Any) -> Any:
+        """Return what the parts compute."""
+        return _Naming(self.gm).run(*inputs)
+
+    def exported(self, values: Mapping[fx.Node, Any], opset: int) -> Any:
+        """Return the ONNX graph."""
+        optimizer = package("onnxscript.optimizer")
+        examples = tuple(values[node] for node in self.inputs)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of what torch deprecates in its own code
+            program = torch.onnx.export(
+                self,
+                examples,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=(tuple(map(_dynamic, examples)),),
+                input_names=[node.name for node in self.inputs],
+                output_names=list(self.outputs),
+                optimize=False,  # runtimes do that when they load a graph
+                verbose=False,
+            )
+        assert program is not None
+        # Not all that torch would optimize: tensors that are held once, and read by several layers, break kernels of
+        # ONNX Runtime.
+        optimizer.fold_constants(program.model)
+        optimizer.remove_unused_nodes(program.model)
+        return program.model_proto
+
+
+def _found(
+    values: Mapping[fx.Node, fx.Node], constant: Callable[[fx.Node], fx.Node]
+) -> Callable[[fx.Node], fx.Node]:
+    return lambda node: values[node] if node in values else constant(node)
+
+
+def _dynamic(value: Any) -> Any:
+    """Return what of an input's shape may be another one: all but the channels; a size may be another number."""
+    auto = torch.export.Dim.AUTO
+    return {dim: auto for dim in range(value.ndim) if dim != 1} if isinstance(value, Tensor) else auto
+
+
+class _Naming(fx.Interpreter):
+    """Names the node that cannot be run on sizes that are no numbers."""
+
+    def __init__(self, gm: fx.GraphModule):
+        super().__init__(gm)
+        self.extra_traceback = False
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is getattr and args[1] == "data":  # which torch.export loses
+            return args[0].detach()
+        if target is numpy_scalar and hasattr(math, args[0]):  # NumPy makes numbers of sizes
+            target, args = getattr(math, args[0]), args[1:]
+        return super().call_function(target, args, kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            return super().run_node(n)
+        except Exception as error:  # the user's code and torch's may raise anything
+            raise _failed(n, str(error).strip().partition("\n")[0]) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield ``error`` and what it comes from, up to what this module raised itself."""
+    while error is not None:
+        yield error
+        error = None if isinstance(error, UnexportableError) else error.__cause__
+
+
+def _culprit(root: nn.Module, parts: Sequence[Part], values: Mapping[fx.Node, Any], opset: int) -> fx.Node:
+    """Return the first node of ``parts`` with which what is before it cannot be exported."""
+    nodes = [node for part in parts for node in part.nodes]
+    low, high = 0, len(nodes) - 1
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            _Joint(root, _up_to(parts, middle + 1, values)).exported(values, opset)
+        except Exception:  # as above
+            high = middle
+        else:
+            low = middle + 1
+    return nodes[low]
+
+
+def _up_to(parts: Iterable[Part], count: int, values: Mapping[fx.Node, Any]) -> list[Part]:
+    """Return the first ``count`` nodes of ``parts``, with all outputs that nothing of them reads."""
+    found = []
+    for part in parts:
+        nodes = part.nodes[:count]
+        count -= len(nodes)
+        ends = [n for n in nodes if isinstance(values[n], Tensor) and not set(n.users) & set(nodes)]
+        if ends:
+            found.append(replace(part, nodes=nodes, outputs=tuple(ends)))
+    return found
+
+
+def _join(model: Any, output: str, name: str) -> None:
+    """Let ``output`` of ``model`` be what is read as ``name``, if it is one of its outputs."""
+    nodes = model.graph.node
+    for index, node in enumerate(nodes):
+        if output in node.output:
+            nodes.insert(index + 1, package("onnx").helper.make_node("Identity", [output], [name]))
+            return
+
+
+def _tidied(model: Any, name: str) -> Any:
+    """Return ``model`` without what is of the machine that it was exported on, and with names for dynamic sizes."""
+    graph = model.graph
+    model.producer_name, graph.name = "fmpq-fx", name
+    for entry in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        del entry.metadata_props[:]
+        entry.doc_string = ""
+    del graph.value_info[:]
+    for value in (*graph.input, *graph.output):
+        for dim, word in zip(value.type.tensor_type.shape.dim, _sizes_of(value.name), strict=False):
+            if not dim.HasField("dim_value"):
+                dim.dim_param = word
+    return model
+
+
+def _sizes_of(name: str) -> Iterator[str]:
+    yield "batch"
+    yield from (f"{name}_{word}" for word in ("channels", "height", "width", "depth"))
+
+
+def _failed(node: fx.Node, what: str) -> UnexportableError:
+    module = f", module {str(node.target)!r}" if node.op == "call_module" else ""
+    line = (node.stack_trace or "").strip().splitlines()
+    where = f"\n  {' '.join(part.strip() for part in line)}" if line else ""
+    return UnexportableError(
+        f"node {node.name!r}{module} has no ONNX form here: {what}. Nothing was written. Compute it with other "
+        f"operations in the model's forward, or run the model in torch{where}"
+    )

@@ -1,0 +1,119 @@
+"""The forms that layers are exported in, and which layers run in 8-bit integers in each."""
+
+import copy
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+from fmpq_fx.onnx.grids import InputGrid, WeightGrid
+from fmpq_fx.onnx.integer_convolution import IntegerConvolution
+from fmpq_fx.passes.annotation import Arithmetic, annotate, note_of
+from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedGDN, QuantizedLayer, QuantizedLinear
+
+FORMS = ("portable", "onnxruntime")
+"""QuantizeLinear and DequantizeLinear around the layers that torch has, which all runtimes read; and matrix products of
+integers in the place of convolutions, with which ONNX Runtime is faster on processors."""
+
+BITS = 8
+"""Of the integers that kernels multiply."""
+
+MOST_BITS = 15
+"""Of weights that the form of ONNX Runtime multiplies in two products, of their high and of their low part."""
+
+LEAST_CHANNELS = 16
+"""With fewer input channels a product of integer matrices is slower than a float convolution (measured)."""
+
+_WIDEST_SUM = 2**31 - 1  # kernels add up in int32
+
+
+def note_arithmetic(gm: fx.GraphModule, form: str) -> fx.GraphModule:
+    """Note on each node of ``gm`` that calls a quantized layer what the layer computes in.
+
+    Inputs and weights of quantized layers are integers anyway, and sums of their products are exact: a convolution
+    whose input has up to 8 bits computes in integers what it computes in float, up to float rounding.
+
+    Args:
+        gm: a calibrated graph that :func:`subpixel` lowered; it is changed.
+        form: one of :data:`FORMS`.
+
+    Returns:
+        ``gm``. The norms of GDN, which run in float, see their input unrounded in it: no kernel needs it rounded,
+        and that takes time.
+    """
+    for node in gm.graph.nodes:
+        layer = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(layer, QuantizedLayer):
+            continue
+        reason = _obstacle(layer) or (_obstacle_to_products(layer) if form == "onnxruntime" else None)
+        if reason is None and form == "portable" and layer.bits > BITS:
+            reason = f"its weights have {layer.bits} bits"
+        why = (
+            "its input and its weights are integers"
+            if layer.bits <= BITS
+            else "twice: its weights are two integers"
+        )
+        arithmetic = Arithmetic("float32", reason) if reason else Arithmetic("int8", why)
+        annotate(node, arithmetic=arithmetic)
+        if isinstance(layer, QuantizedGDN):
+            layer.input_quantizer = None
+    return gm
+
+
+def _obstacle(layer: QuantizedLayer) -> str | None:
+    """Say why no runtime can compute ``layer`` in integers; None if one can."""
+    quantizer = layer.input_quantizer
+    if isinstance(layer, QuantizedGDN):
+        return "its squares have more than 8 bits"
+    if not isinstance(layer, QuantizedConv2d | QuantizedLinear):
+        return f"there is no integer form of a {type(layer.layer).__name__}"
+    if quantizer is None or quantizer.bits > BITS:
+        return "its input is float" if quantizer is None else f"its input has {quantizer.bits} bits"
+    return None
+
+
+def _obstacle_to_products(layer: QuantizedLayer) -> str | None:
+    """Say why ``layer`` cannot be a product of integer matrices, or would not be faster; None if it can."""
+    inner, quantizer = layer.layer, layer.input_quantizer
+    assert quantizer is not None  # or it would have another obstacle
+    if not isinstance(inner, nn.Conv2d):
+        return f"there is no integer form of a {type(inner).__name__}"
+    if layer.bits > MOST_BITS:
+        return f"its weights have {layer.bits} bits"
+    if inner.in_channels < LEAST_CHANNELS:
+        return f"int8 is not faster with {inner.in_channels} input channels"
+    if inner.groups > 1:
+        return f"it has {inner.groups} groups"
+    if inner.padding_mode != "zeros":
+        return f"it pads with {inner.padding_mode!r}"
+    if layer.weight[0].numel() * quantizer.high * 2 ** (BITS - 1) > _WIDEST_SUM:
+        return "its sums may have more than 32 bits"
+    return None
+
+
+def in_form(gm: fx.GraphModule, form: str) -> tuple[nn.Module, Mapping[str, str]]:
+    """Return a copy of ``gm`` whose layers are those that are exported, and what the integers of each are stored in.
+
+    Args:
+        gm: what :func:`note_arithmetic` returned for ``form``.
+        form: one of :data:`FORMS`.
+    """
+    twin = copy.deepcopy(gm)
+    stored: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        site = str(node.target)
+        layer = twin.get_submodule(site) if node.op == "call_module" else None
+        if not isinstance(layer, QuantizedLayer) or site in stored:
+            continue
+        arithmetic = note_of(node).arithmetic
+        if form == "onnxruntime" and arithmetic is not None and arithmetic.kind == "int8":
+            assert isinstance(layer, QuantizedConv2d)
+            exported = IntegerConvolution(layer)
+            twin.set_submodule(site, exported)
+            stored[site] = exported.stored
+            continue
+        grid = WeightGrid(layer)
+        stored[site] = str(grid.dtype).removeprefix("torch.")
+        if layer.input_quantizer is not None:
+            layer.input_quantizer = InputGrid(layer)  # type: ignore[assignment]
+        layer.weight_quantizer = grid  # type: ignore[assignment]
+    return twin, stored

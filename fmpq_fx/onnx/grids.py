@@ -1,0 +1,108 @@
+"""How exported layers say what they are quantized to: QuantizeLinear and DequantizeLinear in the place of quantizers.
+
+The layers compute as they do in torch, with these modules instead of their fake quantizers. All runtimes read that
+form, and those that have integer kernels for a layer find it by it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmpq_fx.quant import QuantizedLayer
+
+WIDEST = 16
+"""Bits of activations that ONNX can round to; more are as good as float."""
+
+_CONTAINERS = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32)
+
+
+def container(low: int, high: int) -> torch.dtype:
+    """Return the least type of integers that holds those from ``low`` to ``high``."""
+    return next(t for t in _CONTAINERS if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max)
+
+
+def onnx_op(
+    op: str, inputs: tuple[Tensor, ...], like: Tensor, dtype: torch.dtype, **attributes: Any
+) -> Tensor:
+    """Return the output of an ONNX operation that has the shape of ``like``; only an export knows its values."""
+    out: Tensor = torch.onnx.ops.symbolic(op, inputs, attributes, dtype=dtype, shape=like.shape)
+    return out
+
+
+class InputGrid(nn.Module):
+    """Puts the input of ``layer`` on the grid of its quantizer, divided by the spread of its channels where it has one.
+
+    The weights of :class:`WeightGrid` are those for the divided input. Above 16 bits, the input is divided alone.
+    """
+
+    step: Tensor
+    zero_point: Tensor
+    inverse: Tensor | None
+
+    @torch.no_grad()
+    def __init__(self, layer: QuantizedLayer, channel_dim: int | None = None):
+        super().__init__()
+        quantizer, spread = layer.input_quantizer, layer.weight_quantizer.log_spread
+        assert quantizer is not None  # or there is no grid
+        dim = layer.channel_dim if channel_dim is None else channel_dim
+        inverse = None if spread is None else torch.exp(-spread).float().view(-1, *[1] * (-dim - 1))
+        self.register_buffer("inverse", inverse)
+        self.rounds = quantizer.bits <= WIDEST
+        self.bits, self.dtype = quantizer.bits, container(0, quantizer.high)
+        step, zero_point = quantizer.log_scale.exp(), quantizer.zero_point.round().clamp(0, quantizer.high)
+        self.register_buffer("step", step.float().reshape(()))
+        self.register_buffer("zero_point", zero_point.to(torch.int32).to(self.dtype).reshape(()))
+        # Floats, between which the grid lies. Where it fills 8 bits, QuantizeLinear cuts off what is outside; integers
+        # of 16 bits wrap around in OpenVINO.
+        ends = [float((end - zero_point) * step) for end in (0, quantizer.high)]
+        self.ends = None if quantizer.bits == 8 else ends
+
+    def integers(self, x: Tensor) -> Tensor:
+        """Return the integers that stand for ``x``."""
+        x = self._divided(x)
+        x = x if self.ends is None else x.clamp(*self.ends)
+        return onnx_op("QuantizeLinear", (x, self.step, self.zero_point), x, self.dtype)
+
+    def dequantized(self, integers: Tensor) -> Tensor:
+        """Return what ``integers`` stand for."""
+        return onnx_op("DequantizeLinear", (integers, self.step, self.zero_point), integers, torch.float32)
+
+    def _divided(self, x: Tensor) -> Tensor:
+        return x if self.inverse is None else x * self.inverse
+
+    def forward(self, x: Tensor, log_spread: None = None) -> Tensor:
+        """Return ``x`` on the grid; the layer has no spread to tell of, which is in the grid."""
+        return self.dequantized(self.integers(x)) if self.rounds else self._divided(x)
+
+
+class WeightGrid(nn.Module):
+    """Holds the integers of the weight of ``layer`` in the least container, and hands the dequantized weight out."""
+
+    log_spread = None  # the input is divided by it, see InputGrid
+    integers: Tensor  # dimensions with a step per element come first, as one
+    step: Tensor
+    zero_point: Tensor
+
+    @torch.no_grad()
+    def __init__(self, layer: QuantizedLayer):
+        super().__init__()
+        quantizer, weight = layer.weight_quantizer, layer.float_weight()
+        shared = layer.shared_dims(weight)
+        apart = [dim for dim in range(weight.ndim) if dim not in shared]
+        self.order, self.sizes = (*apart, *shared), [weight.size(dim) for dim in apart]
+        self.bits, self.dtype = quantizer.bits, container(quantizer.low, quantizer.high)
+        integers = quantizer.integers(weight).permute(self.order).flatten(0, len(apart) - 1)
+        self.register_buffer("integers", integers.to(self.dtype).contiguous())
+        self.register_buffer("step", quantizer.output_scale.float().flatten())
+        self.register_buffer("zero_point", torch.zeros(len(self.step), dtype=self.dtype))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the dequantized weight; the float one is not read."""
+        inputs = (self.integers, self.step, self.zero_point)
+        found: Tensor = onnx_op("DequantizeLinear", inputs, self.integers, torch.float32, axis=0)
+        if self.order == tuple(range(weight.ndim)):
+            return found
+        back = [self.order.index(dim) for dim in range(weight.ndim)]
+        apart: Tensor = found.unflatten(0, self.sizes)
+        return apart.permute(back)
