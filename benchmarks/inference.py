@@ -1,4 +1,4 @@
-"""Inference: transforms and whole codecs in eager torch, its variants, ONNX Runtime float32, and in integers.
+"""Inference: transforms and whole codecs in eager torch, its variants, other runtimes, and in integers.
 
 For each model, 512 x 768, the transforms alone (analysis, synthesis) and encoding and decoding with real bitstreams,
 all variants in turn in one run, so that a busy machine slows all of them alike; medians, and ratios to eager float32.
@@ -13,6 +13,7 @@ import copy
 import json
 import multiprocessing
 import pickle
+import platform
 import statistics
 import tempfile
 import time
@@ -99,12 +100,19 @@ def variants(gm: fx.GraphModule, model: Any, folder: Path) -> dict[str, Variant]
     except Exception as error:  # it needs a compiler, which not every machine has
         print(f"torch.compile does not work here: {type(error).__name__}: {str(error).splitlines()[0]}")
     everything_float = prepare(model, 1.0, calibration=torch.rand(1, 3, 64, 64), bits=[10], fixed={"*": None})
-    for index, (name, graph) in enumerate(
-        {"ONNX Runtime float32": everything_float, "ours, int8": gm}.items()
-    ):
-        place = folder / str(index)
-        export_onnx(graph, place)
-        found[name] = Variant(with_sessions(convert(graph), place))
+    runs: dict[str, tuple[fx.GraphModule, str, dict[str, Any]]] = {
+        "ONNX Runtime float32": (everything_float, "portable", {"backend": "onnxruntime"}),
+        "OpenVINO float32": (everything_float, "portable", {"backend": "openvino"}),
+        "OpenVINO bfloat16": (everything_float, "portable", {"backend": "openvino", "precision": "bf16"}),
+        "ours, ONNX Runtime": (gm, "onnxruntime", {"backend": "onnxruntime"}),
+        "ours, OpenVINO": (gm, "portable", {"backend": "openvino"}),
+        "ours, OpenVINO bfloat16": (gm, "portable", {"backend": "openvino", "precision": "bf16"}),
+    }
+    for name, (graph, form, options) in runs.items():
+        place = folder / f"{'quantized' if graph is gm else 'float'}_{form}"
+        if not place.exists():
+            export_onnx(graph, place, form=form)
+        found[name] = Variant(with_sessions(convert(graph), place, **options))
     return found
 
 
@@ -192,6 +200,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", category=UserWarning)
+    print(f"processor: {processor()}")
     content = []
     batches = crops.cut(args.images, count=args.crops) if args.images else crops.batches(args.calibration)
     for index, name in enumerate(args.models):
@@ -205,6 +214,14 @@ def main() -> None:
             )
             content.append({"model": name, "threads": threads, "rows": rows})
     write_text(args.out / "inference.json", json.dumps(content, indent=1) + "\n")
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _trained(name: str, checkpoint: Path | None) -> nn.Module:

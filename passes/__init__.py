@@ -22,7 +22,7 @@ What runs elsewhere than in torch is lowered by further passes, which :func:`fmp
 
 ==================  ===========================================  =====================================
 ``subpixel``        GraphModule -> GraphModule                   transposed convolutions as convolutions
-``integers``        GraphModule -> GraphModule                   decides which layers run in 8-bit integers
+``forms``           GraphModule -> GraphModule                   decides which layers can run in 8-bit integers
 ``parts``           GraphModule -> parts                         cuts it between entropy coding steps
 ==================  ===========================================  =====================================
 
