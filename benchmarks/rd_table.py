@@ -115,8 +115,12 @@ def print_losses(everything: Sequence[Points], steps: int) -> None:
 
 
 def plot_curves(everything: Sequence[Points], steps: int, path: Path) -> None:
-    """Draw PSNR over bits per pixel: one panel per size, before and after fine-tuning, with 8-bit activations."""
-    variants = [v for v in _common(everything) if v.activation_bits and v.size == "nominal"]
+    """Draw PSNR over bits per pixel: one panel per size, before and after fine-tuning, with float activations."""
+    variants = [
+        v
+        for v in _common(everything)
+        if v.planner != "float" and v.activation_bits is None and v.size == "nominal"
+    ]
     sizes = sorted({v.target_cr for v in variants}, reverse=True)
     if not sizes:
         return
@@ -139,7 +143,7 @@ def plot_curves(everything: Sequence[Points], steps: int, path: Path) -> None:
             )
         span = psnrs[-1] - psnrs[0]
         panel.set_ylim(psnrs[0] - BELOW * span, psnrs[-1] + MARGIN * span)
-        panel.set_title(f"{32 * size:g} bits per weight, A8 ({1 / size:.1f}x smaller)")
+        panel.set_title(f"{32 * size:g} bits per weight, A32 ({1 / size:.1f}x smaller)")
         panel.set_xlabel("bits per pixel, real bitstreams")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("PSNR (dB)")
