@@ -27,8 +27,9 @@ from fmpq_fx.passes.clip.descent import choose
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.measure.bench import Bench, mean_rd
 from fmpq_fx.passes.measure.changes import ChangeMeter
+from fmpq_fx.passes.measure.coded_sizes import coded_size
 from fmpq_fx.passes.plan.activations import wide_inputs
-from fmpq_fx.passes.plan.tables import InputGrid, products_at
+from fmpq_fx.passes.plan.tables import InputGrid, Plan, Table, products_at
 from fmpq_fx.passes.plan.widths import WIDE
 from fmpq_fx.passes.tracing.model_outputs import output_of
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, quantized_layers, weights_kept
@@ -92,6 +93,7 @@ def calibrate(gm: fx.GraphModule, bench: Bench, mixed: tuple[str, ...] = (), bud
     wide = wide_inputs(_zeta_of_inputs(gm, bench, candidates), products, spare) if candidates else ()
     for site in wide:
         inputs[site].widen()
+    coded = _coded(plan, inputs)
     annotate_graph(
         gm,
         plan=replace(
@@ -99,9 +101,10 @@ def calibrate(gm: fx.GraphModule, bench: Bench, mixed: tuple[str, ...] = (), bud
             activation_bits={**plan.activation_bits, **{site: one.bits for site, one in inputs.items()}},
             inputs={**plan.inputs, **{site: one.grid for site, one in inputs.items()}},
             macs=macs,
+            coded=coded,
         ),
     )
-    return mean_rd(gm, bench, plan.lmbda) if wide else rd
+    return rd if not wide and coded is None else mean_rd(gm, bench, plan.lmbda)
 
 
 class _Input:
@@ -196,6 +199,22 @@ def _zeta_of_inputs(gm: fx.GraphModule, bench: Bench, inputs: Mapping[str, _Inpu
     sums = meter.measure({site: (site, one.widened) for site, one in inputs.items()}, "activation bits")
     rd = meter.measure_base().rd(lmbda)
     return {site: (rd - widened.rd(lmbda)) / rd for site, widened in sums.items()}
+
+
+def _coded(plan: Plan, inputs: Mapping[str, _Input]) -> Table | None:
+    """Return the coded bytes of the plan with the weights as they are now; a spread that costs bytes is taken back."""
+    if plan.coded is None:
+        return None
+    coded = dict(plan.coded)
+    for site, one in inputs.items():
+        bits = plan.bits[site]
+        if one.grid.spread and bits is not None:
+            size = coded_size(one.layer)  # mostly less: the weights of narrow channels become small integers
+            if size <= coded[site][bits]:
+                coded[site] = {**coded[site], bits: size}
+            else:
+                one.set("power", 0.0)
+    return coded
 
 
 def _multiply_accumulates(gm: fx.GraphModule, bench: Bench) -> dict[str, float]:

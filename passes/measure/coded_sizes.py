@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 
-from torch import fx, nn
+from torch import fx
 
 from fmpq_fx.passes.plan.tables import Table
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.progress import reported
-from fmpq_fx.quant import quantize_layer
+from fmpq_fx.quant import QuantizedLayer, quantize_layer
 from fmpq_fx.ranks import ALONE, Ranks
 from fmpq_fx.storage.weight_coder import coded_bytes
 
@@ -39,13 +39,13 @@ def measure_coded_sizes(
         if b is not None
     ]
     bar = reported(ranks.share(jobs), "coded sizes", "width", show=progress)
-    sizes = ranks.merge([_coded_size(gm.get_submodule(site), b) for site, b in bar])
+    sizes = ranks.merge([coded_size(quantize_layer(gm.get_submodule(site), b)) for site, b in bar])
     for (site, b), size in zip(jobs, sizes, strict=True):
         table[site][b] = size
     return table
 
 
-def _coded_size(module: nn.Module, bits: int) -> float:
-    layer = quantize_layer(module, bits)
+def coded_size(layer: QuantizedLayer) -> float:
+    """Return the bytes of the weights of ``layer`` as the model file codes them."""
     quantizer = layer.weight_quantizer
     return float(coded_bytes(layer.integers.cpu().long().numpy(), quantizer.low, quantizer.high))
