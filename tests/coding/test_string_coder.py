@@ -115,6 +115,6 @@ for number in range(rounds):
 
 @pytest.mark.parametrize("name", ["mean-scale hyperprior", "mbt2018", "cheng2020-checkerboard"])
 def test_no_damage_crashes_or_hangs(name: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", FUZZ, str(TESTS), name, "8"]
+    command = [sys.executable, "-W", "ignore", "-c", FUZZ, str(TESTS), name, "4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]
