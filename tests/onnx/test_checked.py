@@ -1,20 +1,15 @@
-"""Graphs are there only if ONNX Runtime runs them as torch does, and stay beside the file that they are of."""
+"""Graphs are there only if a runtime runs them as torch does; what one cannot run is said."""
 
 import copy
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError, OnnxManifest
 from support.coded_models import graph_of
 from support.traced_models import Codec
@@ -22,8 +17,7 @@ from support.traced_models import Codec
 onnx = pytest.importorskip("onnx", reason="needs the extra: pip install 'fmpq-fx[onnx]'")
 runtime = pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'fmpq-fx[onnx]'")
 
-from fmpq_fx.onnx import codec as onnx_codec  # noqa: E402  (after what it needs is known to be there)
-from fmpq_fx.onnx import export  # noqa: E402
+from fmpq_fx.onnx import export  # noqa: E402  (after what it needs is known to be there)
 from fmpq_fx.onnx.exporting import onnx_of_parts  # noqa: E402
 from fmpq_fx.onnx.runtimes import OpenVinoSession  # noqa: E402
 
@@ -120,60 +114,3 @@ def test_without_a_runtime_the_manifest_says_that_nothing_ran(
     assert not manifest.checked_with
     assert OnnxManifest.of_folder(tmp_path / "not") == manifest
     assert "no runtime has run them" in str(manifest)
-
-
-@pytest.fixture
-def exports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Return a list of the folders that a load exported to; all but the first export is a copy of that."""
-    made: list[Any] = []
-    first: list[Path] = []
-
-    def counted(gm: fx.GraphModule, folder: Any, *, form: str) -> None:
-        made.append(folder)
-        if not first:
-            first.append(Path(tempfile.mkdtemp()) / "onnx")
-            export.export_onnx(gm, first[0], form=form)
-        shutil.copytree(first[0], folder)
-        manifest = OnnxManifest.of_folder(folder)
-        replace(manifest, checked_with={"onnxruntime": runtime.__version__}).save(folder / "manifest.json")
-
-    monkeypatch.setattr(onnx_codec, "export_onnx", counted)
-    yield made
-    for folder in first:
-        shutil.rmtree(folder.parent)
-
-
-def test_graphs_stay_beside_the_file(
-    x: Tensor, tmp_path: Path, exports: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file, beside = tmp_path / "model.fmpq", tmp_path / "model.fmpq.onnxruntime"
-
-    def coded() -> bytes:
-        return fmpq_fx.encode(fmpq_fx.load_codec(file, backend="onnxruntime", threads=1), x[0])
-
-    fmpq_fx.save(graph_of(small_model("bmshj2018-hyperprior"), x, bits=9), file)
-    first = coded()
-    manifest = OnnxManifest.of_folder(beside)
-    assert manifest.form == "onnxruntime"
-    assert manifest.checked_with == {"onnxruntime": runtime.__version__}
-    assert coded() == first
-    assert len(exports) == 1
-    # Graphs that are not whole, and those of another version, are exported again.
-    (beside / "synthesis.onnx").unlink()
-    assert coded() == first
-    assert len(exports) == 2
-    monkeypatch.setattr(runtime, "__version__", "99.0")
-    assert coded() == first
-    assert OnnxManifest.of_folder(beside).checked_with == {"onnxruntime": "99.0"}
-    # What is no export is left alone.
-    shutil.rmtree(beside)
-    beside.write_text("a user's own")
-    coded()
-    assert len(exports) == 4
-    assert beside.read_text() == "a user's own"
-    assert {path.name for path in tmp_path.iterdir()} == {file.name, beside.name}
-    # Those of another model under that name are exported again.
-    fmpq_fx.save(graph_of(small_model("bmshj2018-hyperprior"), x, bits=6), file)
-    with pytest.raises(FmpqError, match="the export of another"):
-        coded()  # of the copy
-    assert len(exports) == 5

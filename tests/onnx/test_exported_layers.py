@@ -1,13 +1,13 @@
 """Exported layers compute what the quantized layers compute, whatever their kind, geometry and widths."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fmpq_fx.quant import ActivationFakeQuant, quantize_layer
+from fmpq_fx.quant import quantize_layer
 from fmpq_fx.quant.layers import QuantizedConv2d
 
 pytest.importorskip("onnxscript", reason="needs the extra: pip install 'fmpq-fx[onnx]'")
@@ -22,7 +22,6 @@ from support.onnx_layers import Exported, exported
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "convolution": lambda: nn.Conv2d(16, 6, 3, padding=1),
-    "stride": lambda: nn.Conv2d(16, 6, 5, stride=2, padding=2),
     "groups": lambda: nn.Conv2d(16, 8, 3, groups=4),
     "reflected": lambda: nn.Conv2d(16, 6, 3, padding=1, padding_mode="reflect"),
     "masked": lambda: MaskedConv2d(16, 6, 5, padding=2),
@@ -36,29 +35,21 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 }
 SPREAD = ("convolution", "linear", "transposed")
 """Kinds whose input has a step per channel here."""
-WIDTHS = [(8, 8), (10, 16)]
+WIDTHS = {kind: [(8, 8) if index % 2 else (10, 16)] for index, kind in enumerate(KINDS)}
+WIDTHS |= {kind: [(8, 8), (10, 16)] for kind in ("convolution", "GDN")}
+"""Bits of the weight and of the input, one pair for most kinds: each layer more makes the export longer."""
 
 
-def away_from_ties(x: Tensor, quantizer: ActivationFakeQuant) -> Tensor:
-    """Return ``x`` with all values at least a tenth of a step from where ``quantizer`` rounds up or down."""
-    step = quantizer.log_scale.detach().exp()
+SPREADS = [0.1 * channel for channel in range(16)]
+"""Logarithms of the factors between the steps."""
+
+
+def away_from_ties(x: Tensor, layer: Any) -> Tensor:
+    """Return ``x`` with all values at least a tenth of a step from where ``layer`` rounds its input up or down."""
+    step: Tensor = layer.input_quantizer.log_scale.detach().exp()
+    if (spread := layer.weight_quantizer.log_spread) is not None:
+        step = step * spread.exp().view(-1, *[1] * (-layer.channel_dim - 1))
     return x - 0.2 * (x - (x / step).round() * step)
-
-
-def case(kind: str, bits: int, activation_bits: int | None) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    plain = KINDS[kind]()
-    layer: Any = quantize_layer(plain, bits, activation_bits).eval()
-    x = torch.empty(2, getattr(plain, "in_channels", 16), 6, 16).uniform_(
-        -1, 1.3
-    )  # beyond the range on both sides
-    if layer.input_quantizer is not None:
-        layer.input_quantizer.freeze(-0.7, 1.0, False)
-        if kind in SPREAD:
-            layer.set_spread([0.1 * channel for channel in range(16)])
-            return layer, x
-        x = away_from_ties(x, layer.input_quantizer)
-    return layer, x
 
 
 def in_range(layer: nn.Module, bits: int, activation_bits: int = 8, low: float = -0.7) -> Any:
@@ -68,44 +59,13 @@ def in_range(layer: nn.Module, bits: int, activation_bits: int = 8, low: float =
     return made
 
 
-@pytest.fixture(scope="module")
-def every_width() -> dict[str, Exported]:
-    named = {f"{kind}_{b}_{a}": case(kind, b, a) for kind in KINDS for b, a in WIDTHS}
-    return exported(named)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_width_in_every_kind_of_layer(kind: str, every_width: dict[str, Exported]) -> None:
-    for bits, activation_bits in WIDTHS:
-        layer = every_width[f"{kind}_{bits}_{activation_bits}"]
-        torch.testing.assert_close(layer.found(), layer.expected, rtol=1e-4, atol=1e-4)
-        unsigned = "GDN" in kind and bits == 8  # gamma is never negative
-        assert layer.stored == ("uint8" if unsigned else "int8" if bits <= 8 else "int16")
-        integers = "GDN" not in kind and kind != "transposed_not_lowered" and bits <= 8
-        assert layer.arithmetic.kind == ("int8" if integers else "float32")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_openvino_computes_the_same(kind: str, every_width: dict[str, Exported]) -> None:
-    pytest.importorskip("openvino", reason="needs the extra: pip install 'fmpq-fx[openvino]'")
-    for bits, activation_bits in WIDTHS:
-        layer = every_width[f"{kind}_{bits}_{activation_bits}"]
-        torch.testing.assert_close(layer.found("openvino"), layer.expected, rtol=1e-4, atol=1e-4)
-
-
-GEOMETRIES: dict[str, dict[str, Any]] = {
-    "point": {"kernel_size": 1},
-    "stride": {"kernel_size": 5, "stride": 2, "padding": 2, "bias": False},
-    "stride_3": {"kernel_size": 4, "stride": 3, "padding": 1},
-    "oblong": {"kernel_size": (1, 3), "stride": (1, 2), "padding": (0, 2), "dilation": (1, 2)},
-    "dilation": {"kernel_size": 3, "padding": 2, "dilation": 2},
-}
-
-
-def convolution(bits: int, geometry: dict[str, Any]) -> tuple[nn.Module, Tensor]:
+def case(kind: str, bits: int, activation_bits: int) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    layer = in_range(nn.Conv2d(16, 20, **geometry), bits)
-    return layer, away_from_ties(torch.empty(2, 16, 11, 14).uniform_(-1, 1.3), layer.input_quantizer)
+    layer = in_range(KINDS[kind](), bits, activation_bits)
+    if kind in SPREAD:
+        layer.set_spread(SPREADS)
+    # Beyond the range on both sides.
+    return layer, away_from_ties(torch.empty(2, 16, 6, 16).uniform_(-1, 1.3), layer)
 
 
 def largest(bits: int, activation_bits: int) -> tuple[nn.Module, Tensor]:
@@ -115,7 +75,63 @@ def largest(bits: int, activation_bits: int) -> tuple[nn.Module, Tensor]:
     return in_range(layer, bits, activation_bits, low=0.0), torch.ones(2, 64, 8, 9)
 
 
-GEOMETRIES_AND_BITS = [(name, 15 if name in ("point", "stride_3", "dilation") else 5) for name in GEOMETRIES]
+def uneven(kind: str, bits: int, activation_bits: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    first = getattr(nn, kind)(3, 16, 3, padding=1)
+    with torch.no_grad():
+        first.weight.select(0 if kind == "Conv2d" else 1, 0).mul_(1000)
+    second = in_range(nn.Conv2d(16, 4, 1), 8, low=0.0)
+    layers = nn.Sequential(in_range(first, bits, activation_bits), nn.ReLU(), second)
+    return layers, torch.empty(2, 3, 16, 24).uniform_(-0.5, 0.9)
+
+
+UNEVEN = [("Conv2d", 8, 8), ("Conv2d", 8, 16), ("ConvTranspose2d", 10, 8)]
+
+
+@pytest.fixture(scope="module")
+def portable() -> dict[str, Exported]:
+    """Return all that is tried in the portable form, in one export."""
+    named = {f"{kind}_{b}_{a}": case(kind, b, a) for kind in KINDS for b, a in WIDTHS[kind]}
+    named |= {f"uneven_{kind}_{b}_{a}": uneven(kind, b, a) for kind, b, a in UNEVEN}
+    return exported({**named, "largest": largest(8, 8)})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_width_in_every_kind_of_layer(kind: str, portable: dict[str, Exported]) -> None:
+    for bits, activation_bits in WIDTHS[kind]:
+        layer = portable[f"{kind}_{bits}_{activation_bits}"]
+        torch.testing.assert_close(layer.found(), layer.expected, rtol=1e-4, atol=1e-4)
+        unsigned = "GDN" in kind and bits == 8  # gamma is never negative
+        assert layer.stored == ("uint8" if unsigned else "int8" if bits <= 8 else "int16")
+        integers = "GDN" not in kind and kind != "transposed_not_lowered" and bits <= 8
+        assert layer.arithmetic.kind == ("int8" if integers else "float32")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_openvino_computes_the_same(kind: str, portable: dict[str, Exported]) -> None:
+    pytest.importorskip("openvino", reason="needs the extra: pip install 'fmpq-fx[openvino]'")
+    for bits, activation_bits in WIDTHS[kind]:
+        layer = portable[f"{kind}_{bits}_{activation_bits}"]
+        torch.testing.assert_close(layer.found("openvino"), layer.expected, rtol=1e-4, atol=1e-4)
+
+
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "point": {"kernel_size": 1},
+    "stride": {"kernel_size": 5, "stride": 2, "padding": 2, "bias": False},
+    "oblong": {"kernel_size": (1, 3), "stride": (1, 2), "padding": (0, 2), "dilation": (1, 2)},
+}
+
+
+def convolution(
+    bits: int, geometry: dict[str, Any], spread: Sequence[float] = ()
+) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    layer = in_range(nn.Conv2d(16, 20, **geometry), bits)
+    layer.set_spread(spread)
+    return layer, away_from_ties(torch.empty(2, 16, 11, 14).uniform_(-1, 1.3), layer)
+
+
+GEOMETRIES_AND_BITS = [("point", 15), ("stride", 5), ("oblong", 15)]
 SUMS = [(8, 8), (15, 8)]
 OBSTACLES: dict[str, Callable[[], QuantizedConv2d]] = {
     "has 2 groups": lambda: in_range(nn.Conv2d(16, 16, 3, groups=2), 8),
@@ -130,6 +146,7 @@ OBSTACLES: dict[str, Callable[[], QuantizedConv2d]] = {
 def own_form() -> dict[str, Exported]:
     """Layers in the form of ONNX Runtime."""
     named = {f"{name}_{bits}": convolution(bits, GEOMETRIES[name]) for name, bits in GEOMETRIES_AND_BITS}
+    named["spread"] = convolution(8, GEOMETRIES["point"], SPREADS)
     named |= {f"largest_{bits}_{activations}": largest(bits, activations) for bits, activations in SUMS}
     return exported(named, "onnxruntime")
 
@@ -142,6 +159,13 @@ def test_a_product_of_matrices_is_the_convolution(
     assert layer.arithmetic.kind == "int8"
     assert ("twice" in layer.arithmetic.why) == (bits > 8)
     assert layer.kinds.count("MatMul") == (2 if bits > 8 else 1)
+    assert "Conv" not in layer.kinds
+    torch.testing.assert_close(layer.found(), layer.expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_of_matrices_has_a_step_per_input_channel(own_form: dict[str, Exported]) -> None:
+    layer = own_form["spread"]
+    assert layer.arithmetic.kind == "int8"
     assert "Conv" not in layer.kinds
     torch.testing.assert_close(layer.found(), layer.expected, rtol=1e-5, atol=1e-5)
 
@@ -167,35 +191,12 @@ def test_layers_that_cannot_be_products_say_why(reason: str) -> None:
     assert not any(isinstance(layer, IntegerConvolution) for layer in layers.modules())
 
 
-def uneven(kind: str, bits: int, activation_bits: int) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    first = getattr(nn, kind)(3, 16, 3, padding=1)
-    with torch.no_grad():
-        first.weight.select(0 if kind == "Conv2d" else 1, 0).mul_(1000)
-    second = in_range(nn.Conv2d(16, 4, 1), 8, low=0.0)
-    layers = nn.Sequential(in_range(first, bits, activation_bits), nn.ReLU(), second)
-    return layers, torch.empty(2, 3, 16, 24).uniform_(-0.5, 0.9)
-
-
-@pytest.fixture(scope="module")
-def between_quantizers() -> dict[str, Exported]:
-    named = {
-        f"{kind}_{bits}_{a}": uneven(kind, bits, a)
-        for kind in ("Conv2d", "ConvTranspose2d")
-        for bits, a in ((8, 8), (10, 8), (8, 16))
-    }
-    named["sums_8_8"] = largest(8, 8)
-    return exported(named)
-
-
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_layers_between_quantizers_keep_their_weights(
-    runtime: str, between_quantizers: dict[str, Exported]
-) -> None:
+def test_layers_between_quantizers_keep_their_weights(runtime: str, portable: dict[str, Exported]) -> None:
     # ONNX Runtime rounds float weights there to 8 bits with one step for the tensor: next to the first output channel,
     # all others would be zero. And both runtimes may saturate sums of integers.
     pytest.importorskip(runtime)
-    for layers in between_quantizers.values():
+    for layers in (portable[name] for name in portable if name.startswith(("uneven", "largest"))):
         expected = layers.expected
         # A value at a tie of the second quantizer may be rounded the other way, which four outputs see.
         assert (layers.found(runtime) - expected).abs().median() < 1e-5 * expected.std()
