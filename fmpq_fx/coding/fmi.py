@@ -177,7 +177,9 @@ def _most_symbols(codec: Codec, size: Size) -> int:
 
 def _plain(shape: Any) -> Any:
     """Return the shape of latents in a form that JSON has."""
-    return {key: _plain(value) for key, value in shape.items()} if isinstance(shape, dict) else list(shape)
+    if isinstance(shape, dict):
+        return {key: _plain(value) for key, value in shape.items()}
+    return [_plain(side) if isinstance(side, list | tuple) else side for side in shape]
 
 
 def _shape(text: bytes, most: int) -> Any:
@@ -191,6 +193,8 @@ def _shape(text: bytes, most: int) -> Any:
 def _sizes(shape: Any, most: int) -> Any:
     if isinstance(shape, dict):
         return {key: _sizes(value, most) for key, value in shape.items()}
+    if isinstance(shape, list) and shape and isinstance(shape[0], list):  # of groups of channels
+        return [_sizes(group, most) for group in shape]
     count = 1
     for side in shape if isinstance(shape, list) else [None]:
         if type(side) is not int or side < 1 or (count := count * side) > most:

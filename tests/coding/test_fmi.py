@@ -75,8 +75,9 @@ def test_strings_within_strings_are_refused() -> None:
         encode(model, picture(40, 70))
 
 
-def test_a_latent_codec_is_told_the_sizes_of_all_its_latents() -> None:
-    codec = ready(lively(WITH_CODEC["cheng2020-checkerboard"]))
+@pytest.mark.parametrize("name", ["cheng2020-checkerboard", "elic-official"])
+def test_a_latent_codec_is_told_the_sizes_of_all_its_latents(name: str) -> None:
+    codec = ready(lively(WITH_CODEC[name]))
     decoded = decode(codec, encode(codec, picture(64, 100)))
     assert decoded.shape == (3, 64, 100)
     assert decoded.isfinite().all()
@@ -139,6 +140,7 @@ def test_a_newer_version_is_named() -> None:
         (forged(shape=[True, 2]), "impossible shape"),
         (forged(shape="x" * 200), "impossible shape"),
         (forged(shape={"y": [1.5]}), "impossible shape"),
+        (forged(shape={"y": [[1, 2], [1, -2]]}), "impossible shape"),
         (forged(shape=[1, 2]), "cannot be decoded"),
         (forged(shape=[1, 2], strings=(b"", b"", b"")), "cannot be decoded"),
     ],
