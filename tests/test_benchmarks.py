@@ -69,7 +69,8 @@ def test_deltas_are_zero_for_the_same_curve_and_the_excess_for_one_of_more_rate(
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:
-    variants = [Variant(), Variant(steps=9), Variant("adaptive", 0.25, 8), Variant("adaptive", 0.25, 8, 9)]
+    plan = "adaptive", 0.25
+    variants = [Variant(), Variant(steps=9), Variant(*plan), Variant(*plan, steps=9)]
     everything = [{v: point(v, 1.1, lmbda) for v in variants} for lmbda in (0.005, 0.01, 0.02, 0.03)]
     rd_table.plot_curves(everything, 9, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
