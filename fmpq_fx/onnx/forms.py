@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from fmpq_fx.onnx.grids import InputGrid, WeightGrid
+from fmpq_fx.onnx.grids import IntegerWeight, RoundedInput
 from fmpq_fx.onnx.integer_convolution import IntegerConvolution
 from fmpq_fx.passes.annotation import Arithmetic, annotate, note_of
 from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedGDN, QuantizedLayer, QuantizedLinear
@@ -111,9 +111,9 @@ def in_form(gm: fx.GraphModule, form: str) -> tuple[nn.Module, Mapping[str, str]
             twin.set_submodule(site, exported)
             stored[site] = exported.stored
             continue
-        grid = WeightGrid(layer)
+        grid = IntegerWeight(layer)
         stored[site] = str(grid.dtype).removeprefix("torch.")
         if layer.input_quantizer is not None:
-            layer.input_quantizer = InputGrid(layer)  # type: ignore[assignment]
+            layer.input_quantizer = RoundedInput(layer)  # type: ignore[assignment]
         layer.weight_quantizer = grid  # type: ignore[assignment]
     return twin, stored

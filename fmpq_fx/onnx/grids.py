@@ -30,10 +30,10 @@ def onnx_op(
     return out
 
 
-class InputGrid(nn.Module):
+class RoundedInput(nn.Module):
     """Puts the input of ``layer`` on the grid of its quantizer, divided by the spread of its channels where it has one.
 
-    The weights of :class:`WeightGrid` are those for the divided input. Above 16 bits, the input is divided alone.
+    The weights of :class:`IntegerWeight` are those for the divided input. Above 16 bits, the input is divided alone.
     """
 
     step: Tensor
@@ -76,10 +76,10 @@ class InputGrid(nn.Module):
         return self.dequantized(self.integers(x)) if self.rounds else self._divided(x)
 
 
-class WeightGrid(nn.Module):
+class IntegerWeight(nn.Module):
     """Holds the integers of the weight of ``layer`` in the least container, and hands the dequantized weight out."""
 
-    log_spread = None  # the input is divided by it, see InputGrid
+    log_spread = None  # the input is divided by it, see RoundedInput
     integers: Tensor  # dimensions with a step per element come first, as one
     step: Tensor
     zero_point: Tensor

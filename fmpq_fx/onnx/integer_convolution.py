@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmpq_fx.onnx.grids import InputGrid, onnx_op
+from fmpq_fx.onnx.grids import RoundedInput, onnx_op
 from fmpq_fx.quant.layers import QuantizedConv2d
 
 
@@ -25,7 +25,7 @@ class IntegerConvolution(nn.Module):
     @torch.no_grad()
     def __init__(self, layer: QuantizedConv2d):
         super().__init__()
-        self.layer, self.grid = layer.layer, InputGrid(layer, channel_dim=-1)
+        self.layer, self.grid = layer.layer, RoundedInput(layer, channel_dim=-1)
         self.pad_with = int(self.grid.zero_point.int())
         matrix = layer.weight_quantizer.integers(layer.float_weight()).permute(2, 3, 1, 0).flatten(0, 2)
         steps = layer.weight_quantizer.output_scale.float().flatten()
