@@ -1,10 +1,11 @@
 """What a layer is once it is quantized: fake quantization and the layers built on it. It knows no graph."""
 
-from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant, integer_range
+from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant
 from fmpq_fx.quant.kept_weights import weights_kept
 from fmpq_fx.quant.latents import QuantizeLatent
 from fmpq_fx.quant.layers import QUANTIZERS, QuantizedLayer
 from fmpq_fx.quant.registry import quantize_layer, quantized_class, quantized_layers
+from fmpq_fx.quant.rounding import integer_range
 
 __all__ = [
     "QUANTIZERS",

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from compressai.layers import GDN, GDN1
 from torch import Tensor, nn
 
-from fmpq_fx.quant.fake_quant import LEAK, ActivationFakeQuant, WeightFakeQuant
+from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant
 from fmpq_fx.quant.masked import mask_of
+from fmpq_fx.quant.rounding import LEAK
 
 QUANTIZERS = ("weight_quantizer.", "input_quantizer.")
 """In the state dict of a :class:`QuantizedLayer`, the names of its quantizers' tensors start with these."""
@@ -33,6 +34,9 @@ class QuantizedLayer(nn.Module):
     weight_name = "weight"  # the float layer's parameter that is quantized
     float_names: tuple[str, ...] = ("bias",)  # parameters of the float layer that are not quantized
     channel_dim = -3  # of the input
+    spread_over: tuple[int, ...] | None = (
+        None  # as what a number per input channel broadcasts against the weight
+    )
 
     def __init__(
         self,
@@ -114,11 +118,11 @@ class QuantizedLayer(nn.Module):
             self.kept_weight = self.dequantized_weight()
 
     def spread_shape(self) -> tuple[int, ...] | None:
-        """Return the shape in which a number per input channel broadcasts against the weight.
+        """Return :attr:`spread_over`, or None where the input cannot have a step per channel.
 
-        None is for layers whose input cannot have a step per channel.
+        With groups, outputs have input channels of their own.
         """
-        return None
+        return self.spread_over if getattr(self.layer, "groups", 1) == 1 else None
 
     def set_spread(self, log_spread: Sequence[float]) -> None:
         """Let the steps of the input differ by channel, by factors of these logarithms; without any they are the same.
@@ -163,10 +167,7 @@ class QuantizedConv2d(QuantizedLayer):
     """A convolution with one weight step per output channel, dimension 0 of its weight."""
 
     layer: nn.Conv2d
-
-    def spread_shape(self) -> tuple[int, ...] | None:
-        """Return the place of the input channels; with groups, each output has channels of its own."""
-        return (1, -1, 1, 1) if self.layer.groups == 1 else None
+    spread_over = (1, -1, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x`` (B, C, H, W)."""
@@ -197,6 +198,7 @@ class QuantizedConvTranspose2d(QuantizedLayer):
     """
 
     layer: nn.ConvTranspose2d
+    spread_over = (1, -1, 1, 1, 1)  # the groups are apart
 
     def float_weight(self) -> Tensor:
         """Return the weight with its groups apart, (groups, in / groups, out / groups, kH, kW)."""
@@ -210,10 +212,6 @@ class QuantizedConvTranspose2d(QuantizedLayer):
     def shared_dims(self, weight: Tensor) -> tuple[int, ...]:
         """Return all dimensions but the group and the output channel in it."""
         return (1, 3, 4)
-
-    def spread_shape(self) -> tuple[int, ...] | None:
-        """Return the place of the input channels in the weight with its groups apart."""
-        return (1, -1, 1, 1, 1) if self.layer.groups == 1 else None
 
     def by_output(self, values: Tensor) -> Tensor:
         """Return ``values``, of the shape of :meth:`float_weight`, as (out, in, places), the outputs group by group."""
@@ -246,10 +244,7 @@ class QuantizedLinear(QuantizedLayer):
 
     layer: nn.Linear
     channel_dim = -1
-
-    def spread_shape(self) -> tuple[int, ...] | None:
-        """Return the place of the input features."""
-        return (1, -1)
+    spread_over = (1, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the last dimension of ``x`` (…, in)."""

@@ -3,7 +3,6 @@
 from compressai.layers import GDN, GDN1, MaskedConv2d
 from torch import nn
 
-from fmpq_fx.quant.fake_quant import LEAK
 from fmpq_fx.quant.layers import (
     QuantizedConv2d,
     QuantizedConvTranspose2d,
@@ -14,6 +13,7 @@ from fmpq_fx.quant.layers import (
     QuantizedMaskedConv2d,
 )
 from fmpq_fx.quant.masked import mask_name
+from fmpq_fx.quant.rounding import LEAK
 
 _REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Conv2d: QuantizedConv2d,

@@ -29,7 +29,8 @@ from fmpq_fx.passes.measure.bench import Bench, mean_rd
 from fmpq_fx.passes.measure.changes import ChangeMeter
 from fmpq_fx.passes.measure.coded_sizes import coded_size
 from fmpq_fx.passes.plan.activations import wide_inputs
-from fmpq_fx.passes.plan.tables import InputGrid, Plan, Table, products_at
+from fmpq_fx.passes.plan.inputs import InputGrid, products_at
+from fmpq_fx.passes.plan.tables import Plan, Table
 from fmpq_fx.passes.plan.widths import WIDE
 from fmpq_fx.passes.tracing.model_outputs import output_of
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, quantized_layers, weights_kept

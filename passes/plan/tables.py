@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import isotonic_regression
 
+from fmpq_fx.passes.plan.inputs import InputGrid, grids_in, products_at
 from fmpq_fx.passes.plan.interpolation import interpolated
 from fmpq_fx.rd import MSE
 from fmpq_fx.storage.files import JsonFile
@@ -147,25 +148,6 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class InputGrid:
-    """What the integers of a site's input cover, as calibrated.
-
-    With a ``spread``, channel c has the step of the widest times 2^(-spread[c] / 8), and the range is that of the
-    channels divided by this factor.
-    """
-
-    low: float  # at most 0
-    high: float  # at least 0
-    whole: bool = False  # the input was whole numbers
-    spread: tuple[int, ...] = ()  # per channel, in eighths of an octave; (): one step for all
-
-    @property
-    def log_spread(self) -> list[float]:
-        """The logarithms of the channels' factors."""
-        return [-eighths / 8 * math.log(2) for eighths in self.spread]
-
-
-@dataclass(frozen=True)
 class Plan(JsonFile):
     """The bits of every site, the size they lead to, and how they were found."""
 
@@ -290,7 +272,7 @@ class Plan(JsonFile):
         fields["sites"] = tuple(Site(**site) for site in fields["sites"])
         fields["sensitivity"] = Sensitivity._from_fields(fields["sensitivity"])
         fields["history"] = tuple((float(beta), float(cr)) for beta, cr in fields["history"])
-        fields["inputs"] = _inputs(fields)
+        fields["inputs"] = grids_in(fields)
         if not isinstance(fields["activation_bits"], dict):  # of older plans, which have one for all sites
             fields["activation_bits"] = dict.fromkeys(fields["bits"], fields["activation_bits"])
         fields["coded"] = None if fields["coded"] is None else _table(fields["coded"])
@@ -302,22 +284,6 @@ class Plan(JsonFile):
         if set(fields["bits"]) != names or set(fields["activation_bits"]) != names:
             raise ValueError("its bits are not of its sites")
         return cls(**fields)
-
-
-def products_at(bits: int | None, activation_bits: int | None) -> int:
-    """Return how many products of 8-bit integers one multiplication takes, of weights and inputs of so many bits."""
-    return math.prod(1 if width is None or width <= 8 else 2 for width in (bits, activation_bits))
-
-
-def _inputs(fields: dict[str, Any]) -> dict[str, InputGrid]:
-    """Take the grids of the inputs out of ``fields``; older plans have two fields for what they say."""
-    if "ranges" in fields:
-        ranges, integral = fields.pop("ranges"), fields.pop("integral")
-        return {s: InputGrid(float(low), float(high), s in integral) for s, (low, high) in ranges.items()}
-    return {
-        site: InputGrid(**{**grid, "spread": tuple(map(int, grid["spread"]))})
-        for site, grid in fields["inputs"].items()
-    }
 
 
 def total_bytes(sites: Iterable[Site], bits: Mapping[str, int | None]) -> float:

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 import fmpq_fx
 from fmpq_fx.passes.annotation import annotate_graph, plan_of
-from fmpq_fx.passes.plan.tables import InputGrid, Sensitivity
+from fmpq_fx.passes.plan.inputs import InputGrid
+from fmpq_fx.passes.plan.tables import Sensitivity
 from fmpq_fx.passes.plan.task import make_plan
 from fmpq_fx.passes.rewrite import quantize
 from fmpq_fx.passes.sites import find_sites

@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from fmpq_fx import Plan, Sensitivity
-from fmpq_fx.passes.plan.tables import InputGrid
+from fmpq_fx.passes.plan.inputs import InputGrid
 from fmpq_fx.passes.rewrite import quantize
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.trace import trace

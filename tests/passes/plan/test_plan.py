@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fmpq_fx.passes.plan.inputs import InputGrid
 from fmpq_fx.passes.plan.planners import PLANNERS, optimal
-from fmpq_fx.passes.plan.tables import InputGrid, Plan, total_bytes
+from fmpq_fx.passes.plan.tables import Plan, total_bytes
 from fmpq_fx.passes.plan.task import make_plan
 from support.sensitivities import PARAMS, sensitivity
 
