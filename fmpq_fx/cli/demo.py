@@ -19,7 +19,7 @@ from fmpq_fx.pipeline import analyze, prepare
 from fmpq_fx.rd import psnr
 from fmpq_fx.report.file_bytes import file_report
 from fmpq_fx.report.picture import plot_plan
-from fmpq_fx.report.table import bit_table, factor
+from fmpq_fx.report.table import bit_table, factor, short_bits
 from fmpq_fx.storage.files import replacing
 
 TARGET_CR = 0.1875
@@ -64,15 +64,15 @@ def demo(out: Path) -> None:
     print(
         f"\nOn photographs that were not calibrated on ({crops.describe(batches)} of {', '.join(held_out)}):\n"
     )
-    rows: list[list[str]] = [["float32", "32", "1.000", f"{float_rd:.4f}", "", ""]]
+    rows: list[list[str]] = [["float32", "W32A32", "1.000", f"{float_rd:.4f}", "", ""]]
     for name, gm in (("FMPQ", by_fmpq), ("uniform", uniform)):
         plan = plan_of(gm)
         rd = mean_rd(gm, bench, LMBDA)
         with activations_float(gm):
             weights_rd = mean_rd(gm, bench, LMBDA)
         changes = [f"{100 * (value / float_rd - 1):+.2f} %" for value in (weights_rd, rd)]
-        rows.append([name, f"{plan.average_bits:.2f}", f"{plan.cr:.3f}", f"{rd:.4f}", *changes])
-    headers = ["model", "bits", "CR", "RD loss", "weights only (A32)", "with 8-bit activations (A8)"]
+        rows.append([name, short_bits(plan), f"{plan.cr:.3f}", f"{rd:.4f}", *changes])
+    headers = ["model", "bits", "CR", "RD loss", "weights only", "inputs rounded too"]
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 5)))
     picture = out / _PICTURE
     plot_plan(by_fmpq, picture)
