@@ -37,6 +37,7 @@ from fmpq_fx.onnx.codec import with_sessions
 from fmpq_fx.passes.plan.planners import PLANNERS
 from fmpq_fx.passes.swap import with_replaced
 from fmpq_fx.rd import RDSums, rd_sums
+from fmpq_fx.report.table import short_bits
 from fmpq_fx.storage.files import write_text
 
 HEIGHT, WIDTH = 512, 768
@@ -247,7 +248,7 @@ def measure(name: str, model: Any, batches: list[Tensor], args: argparse.Namespa
         lmbda=args.lmbda,
         planner=args.planner,
     )
-    print(f"{name}: {args.planner}, W{plan_of(gm).average_bits:.2f}A8", flush=True)
+    print(f"{name}: {args.planner}, {short_bits(plan_of(gm))}", flush=True)
     photo = samples.photos()["astronaut"][None]
     x = F.interpolate(photo, (HEIGHT, WIDTH), mode="bicubic").clamp(0, 1)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
