@@ -21,7 +21,7 @@ from fmpq_fx.passes.measure.lazy import plan_lazily
 from fmpq_fx.passes.measure.sensitivity import Measurement, begin, checked_bits, measure_sensitivity
 from fmpq_fx.passes.plan.tables import Measured, Plan, Sensitivity
 from fmpq_fx.passes.plan.task import Task, fixed_widths, make_task
-from fmpq_fx.passes.plan.widths import MIXED, ActivationBits, Widths, activation_widths
+from fmpq_fx.passes.plan.widths import MIXED, ActivationBits, Widths
 from fmpq_fx.passes.rewrite import activations_float, quantize
 from fmpq_fx.passes.sites import find_sites, left_out
 from fmpq_fx.passes.trace import trace
@@ -138,7 +138,7 @@ def prepare(
     else:
         with activations_float(quantized):
             weights_rd = mean_rd(quantized, bench, plan.lmbda)
-    rd = calibrate(quantized, bench, activation_widths(activation_bits, sites)[1], activation_budget)
+    rd = calibrate(quantized, bench, task.mixed, activation_budget)
     return _finished(quantized, Measured(float_rd, weights_rd, rd)).train(model.training)
 
 

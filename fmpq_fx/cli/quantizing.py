@@ -105,7 +105,9 @@ def _prepare(args: argparse.Namespace) -> None:
             calibration=args.images,
             lmbda=args.lmbda,
             bits=args.bits,
-            activation_bits={site: width for site, width in args.activation_bits if width != MIXED},
+            activation_bits={
+                site: width for site, width in dict(args.activation_bits).items() if width != MIXED
+            },
             activation_budget=args.activation_budget,
             planner=args.planner,
             size=args.size,

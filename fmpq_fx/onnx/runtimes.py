@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from fmpq_fx.onnx.packages import OPSET, package
 
 
-class Session(nn.Module):
+class Session(nn.Module, ABC):
     """Runs an ONNX graph; as a module, one with one input and one output.
 
     Args:
@@ -37,9 +38,9 @@ class Session(nn.Module):
         version: str = package(cls.package).__version__
         return version.partition("-")[0]
 
+    @abstractmethod
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return all outputs for ``inputs`` in the order of the graph, in float32 on the CPU."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output for ``x`` (B, C, H, W), with its device and dtype."""

@@ -185,10 +185,8 @@ class ActivationFakeQuant(_Quantizer):
     def _widen(self, x: Tensor) -> None:
         x = x[None] if x.ndim == -self.channel_dim else x  # a single input
         others = [dim for dim in range(x.ndim) if dim != x.ndim + self.channel_dim]
-        low, high = (
-            x.amin(others).clamp(max=0),
-            x.amax(others).clamp(min=0),
-        )  # a NaN stays, for calibration to report
+        # A NaN stays, for calibration to report.
+        low, high = x.amin(others).clamp(max=0), x.amax(others).clamp(min=0)
         if self.seen is not None:
             low, high = torch.minimum(low, self.seen[0]), torch.maximum(high, self.seen[1])
         self.seen = low, high

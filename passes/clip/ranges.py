@@ -85,8 +85,10 @@ def calibrate(gm: fx.GraphModule, bench: Bench, mixed: tuple[str, ...] = (), bud
     graded = {site: one for site, one in open_sites.items() if not one.integral}
     set_power = {s: partial(one.set, "power") for s, one in graded.items() if one.layer.spread_shape()}
     set_clip = {site: partial(one.set, "clip") for site, one in graded.items()}
-    choose(gm, bench, plan.lmbda, set_power, POWERS, "activation steps")
-    _, rd = choose(gm, bench, plan.lmbda, set_clip, CLIPS, "activation ranges")
+    if set_power:
+        choose(gm, bench, plan.lmbda, set_power, POWERS, "activation steps")
+    if set_clip:
+        _, rd = choose(gm, bench, plan.lmbda, set_clip, CLIPS, "activation ranges")
 
     products = {site: macs[site] * products_at(plan.bits[site], one.bits) for site, one in inputs.items()}
     candidates = {site: one for site, one in open_sites.items() if site in mixed}
@@ -173,10 +175,8 @@ def _observed(gm: fx.GraphModule, bench: Bench, layers: Mapping[str, QuantizedLa
     inputs = {}
     for (site, layer), of_ranks in zip(layers.items(), zip(*seen, strict=True), strict=True):
         lows, highs, integral = zip(*(ends or _NOTHING_SEEN for ends in of_ranks), strict=True)
-        low, high = (
-            np.minimum.reduce(np.broadcast_arrays(*lows)),
-            np.maximum.reduce(np.broadcast_arrays(*highs)),
-        )
+        low = np.minimum.reduce(np.broadcast_arrays(*lows))
+        high = np.maximum.reduce(np.broadcast_arrays(*highs))
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise FmpqError(
                 f"the input of {site!r} is not finite on the calibration images once the weights are quantized; "

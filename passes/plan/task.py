@@ -24,9 +24,8 @@ class Task:
     budget: float  # bytes that all sites may take together
     target: float  # the same as a fraction of float32
     planner: str
-    activation_bits: dict[
-        str, int | None
-    ]  # of the inputs; what is to be chosen by calibration has 8 until then
+    activation_bits: dict[str, int | None]  # of the inputs
+    mixed: tuple[str, ...]  # the sites whose inputs have 8 bits until calibration chooses theirs
     coded: Table | None  # bytes per site and width as the model file codes them; None: size is nominal
 
     @property
@@ -102,7 +101,7 @@ def make_task(
         TypeError: ``target_cr`` is not a number, ``bits`` not iterable or ``fixed`` not a mapping.
     """
     target = _fraction(target_cr)
-    activations, _ = activation_widths(activation_bits, sites)
+    activations, mixed = activation_widths(activation_bits, sites)
     if planner not in PLANNERS:
         raise ValueError(f"there is no planner {planner!r}; pass one of {', '.join(map(repr, PLANNERS))}")
     candidates = _candidates(bits, measurable)
@@ -116,7 +115,7 @@ def make_task(
         among = f"candidates of {', '.join(map(str, candidates))} bits"
         among += f" and {len(given)} of {len(cost)} sites fixed" if given else ""
         raise ValueError(_unreachable(target_cr, target, low / float_bytes, high / float_bytes, among))
-    return Task(sites, given, cost, budget, target, planner, activations, coded)
+    return Task(sites, given, cost, budget, target, planner, activations, mixed, coded)
 
 
 def make_plan(sensitivity: Sensitivity, target_cr: float, **options: Any) -> Plan:

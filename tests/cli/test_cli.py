@@ -81,6 +81,9 @@ def test_inputs_of_single_layers_get_their_bits(photos: Path, tmp_path: Path) ->
     assert prepare("--target-cr", 0.1875, *arguments, *widths) == 0
     found = Plan.load(plan).activation_bits
     assert (found["g_a.0"], found["g_s.6"], found["h_s.0"]) == (6, 16, None)
+    last = ("--activation-bits", "6", "--activation-bits", "mixed", "--activation-budget", "0")
+    assert prepare("--target-cr", 0.1875, *arguments, *last) == 0
+    assert set(Plan.load(plan).activation_bits.values()) == {8}, "the last word counts"
 
 
 @pytest.mark.parametrize(
