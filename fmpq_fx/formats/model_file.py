@@ -99,7 +99,7 @@ def load(path: str | os.PathLike[str], *, model: Model | None = None) -> fx.Grap
             or a callable that makes one. It is not modified.
 
     Raises:
-        FmpqError: the file is damaged, of a newer version or something else, or its model cannot be made.
+        FmpqError: the file is damaged, of another version or something else, or its model cannot be made.
         Exception: whatever ``model`` raises when it is called.
     """
     held = container.read(path)

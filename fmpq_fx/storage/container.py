@@ -18,10 +18,8 @@ from fmpq_fx.storage.files import replacing
 from fmpq_fx.storage.kinds import MODEL_FILE, SAFETENSORS, UNKNOWN, kind_of
 
 FORMAT = "fmpq_fx model"
-VERSION = 2
-"""What is written. Version 1, whose plans have one step for all channels of an input, is read as well."""
-
-READ = (1, 2)
+VERSION = 3
+"""What is written and read. Up to version 2, weights were coded by CompressAI's coder."""
 
 _BLANK = "0" * 64  # where the checksum will be, while it is computed
 _PACKED_LIMIT = 1 << 26  # bytes that a packed text or table may have
@@ -61,7 +59,7 @@ def read(path: str | os.PathLike[str]) -> Container:
     """Return what :func:`write` wrote to ``path``.
 
     Raises:
-        FmpqError: there is no such file; it is something else, of a newer version, or not as it was written.
+        FmpqError: there is no such file; it is something else, of another version, or not as it was written.
     """
     file = Path(path)
     if not file.is_file():
@@ -82,10 +80,10 @@ def read(path: str | os.PathLike[str]) -> Container:
             f"{file} is a safetensors file, but no model file: its format is {found[0]!r}, expected {FORMAT!r}, as "
             "fmpq_fx.save() and 'fmpq-fx export model' write it"
         )
-    if found[1] not in READ:
+    if found[1] != VERSION:
         raise FmpqError(
-            f"{file} has version {found[1]!r} of the format, and this fmpq_fx reads versions 1 to {VERSION}; install a "
-            "newer one, or write the file again"
+            f"{file} has version {found[1]!r} of the format, and this fmpq_fx reads version {VERSION} alone; write the "
+            "file again, with fmpq_fx.save() or 'fmpq-fx export model', or install the fmpq_fx that wrote it"
         )
     claimed = str(about.get("sha256")).encode(errors="replace")
     if hashlib.sha256(data.replace(claimed, _BLANK.encode(), 1)).hexdigest().encode() != claimed:

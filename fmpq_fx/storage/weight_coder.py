@@ -1,4 +1,4 @@
-"""Lossless entropy coding of integer weights, by CompressAI's range coder under a model that fits in few bytes.
+"""Lossless entropy coding of integer weights (:mod:`fmpq_fx.storage.rans`), under a model that fits in few bytes.
 
 The spread of a weight is roughly a product of three factors: of its output channel, of its input channel and of its
 place in the kernel. So every channel and place gets a factor (a byte, in eighths of an octave), and weights are sorted
@@ -13,46 +13,35 @@ The coded form, in this order:
 (out + in + places)   factors, int8, if ``step`` is not 0
 per class             one byte: a number in the bank, or 255 and then one byte per symbol
 ceil(size * raw / 8)  the ``raw`` lowest bits of every integer, where they have more than 10
-the rest              the range coder's string, of what is above those
+the rest              the coder's string, of what is above those
 ====================  ============================================================================================
 
-The range coder (rANS) keeps one number of 64 bits, its state. Of a symbol of frequency f, with c the frequencies of
-the symbols before it in the table added up, both out of 2^16::
-
-    encode, last symbol first     state = (state // f) * 2^16 + state % f + c
-    decode, first symbol first    c <= state % 2^16 < c + f says which symbol it is, then
-                                  state = f * (state // 2^16) + state % 2^16 - c
-
-The state is at least 2^31. Before it would reach 2^63, the encoder puts its lowest 32 bits away as a word; when it
-falls below 2^31, the decoder takes the next word in. The string is the last state, then the words, the last one first.
+The string goes place by place. Within a place it goes through the pairs of an output and an input channel by the sum
+of their factors, so that the weights of a class are a run.
 
 Decoding is the same on every machine: frequencies come from integers and from additions, multiplications and
 divisions of float64 in a fixed order, which IEEE 754 rounds alike everywhere. What the encoder chooses rests on
 logarithms, which may differ in the last bit; any choice decodes.
 """
 
-import sys
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from compressai.ans import RansDecoder, RansEncoder
 from numpy.typing import NDArray
 
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.storage import rans
 from fmpq_fx.storage.byte_reader import ByteReader
 
 Integers = NDArray[np.int64]
 
-PRECISION = 16  # bits of CompressAI's cumulative frequencies
-MODELED_BITS = (
-    10  # highest bits of an integer, which get a model; a frequency for each symbol leaves room for no more
-)
+MODELED_BITS = 10  # highest bits of an integer, which get a model; more would be noise, and slow
 STEPS = (2, 4, 8)  # widths of a class that are tried, eighths of an octave
 FACTOR = 8.0  # steps of a factor in an octave
+LEAST = 128  # frequency of a symbol, of 2^24; outliers, which are more than a logistic distribution has, stay cheap
 COUNTED = 255  # stands for a table of frequencies where a number in the bank is expected
-LEAST = 4  # symbols that a string has at least; with fewer, CompressAI's coder writes outside its buffer
-_LEAST_STATE = 1 << 31  # of the range coder, between two symbols
 _FITS = 3  # rounds of fitting the factors; the third changes little
 
 
@@ -62,7 +51,7 @@ class Coded:
 
     side: bytes  # what the model of the symbols takes
     raw: bytes  # the lowest bits of integers of many bits
-    symbols: bytes  # the range coder's string
+    symbols: bytes  # the coder's string
 
     def __bytes__(self) -> bytes:
         return self.side + self.raw + self.symbols
@@ -79,14 +68,11 @@ def encode(weights: Integers, low: int, high: int) -> Coded:
     """
     raw, symbols = _split(weights, low, high)
     size = (high - low >> raw) + 1
-    candidates = [_single(symbols, size), *(_by_factors(symbols, size, step) for step in STEPS)]
+    factors = _factors(symbols - symbols.mean().round())
+    candidates = [_fitted(symbols, size, step, factors) for step in (0, *STEPS)]
     model = min(candidates, key=lambda candidate: candidate.bits)
-    # The coder writes its state, two words, into a buffer with a word for each symbol: a few are repeated.
-    values, classes = symbols.ravel().tolist(), model.classes.ravel().tolist()
-    repeated = max(1, -(-LEAST // len(values)))
-    string = RansEncoder().encode_with_indexes(
-        values * repeated, classes * repeated, *_cumulative(model.frequencies)
-    )
+    parts = np.split(model.runs.sorted(symbols), model.runs.counts.cumsum()[:-1])
+    string = rans.encode(list(zip(parts, model.runs.distributions(model.frequencies), strict=True)))
     return Coded(model.side, _packed(weights - low, raw), string)
 
 
@@ -95,27 +81,24 @@ def coded_bytes(weights: Integers, low: int, high: int) -> int:
     return len(bytes(encode(weights, low, high)))
 
 
-def decode(data: bytes, shape: tuple[int, ...], low: int, high: int) -> Integers:
+def decode(data: bytes, shape: tuple[int, ...], low: int, high: int) -> NDArray[np.int32]:
     """Return the weights that :func:`encode` was given, (out, in, places).
 
     Raises:
         FmpqError: ``data`` is not the coded form of weights of that shape and range.
     """
     raw, reader = _raw_bits(low, high), ByteReader(data)
-    classes, frequencies = _read_model(reader, shape, (high - low >> raw) + 1)
-    count = classes.size
-    lowest = _unpacked(reader.take(-(-count * raw // 8)), count, raw)
-    string = reader.rest()
-    if len(string) < 8 or int.from_bytes(string[:8], sys.byteorder) < _LEAST_STATE:
-        raise FmpqError("the string of a layer is not one that the coder writes")
-    # The coder does not look where its string ends. It takes in at most a word per symbol, because these tables have
-    # no escape. So a word of zeros per symbol keeps it inside the string, whatever the string is.
-    string += bytes(4 * count)
-    symbols = RansDecoder().decode_with_indexes(string, classes.ravel().tolist(), *_cumulative(frequencies))
-    weights = (np.array(symbols, np.int64) << raw) + lowest + low
+    runs, frequencies = _read_model(reader, shape, (high - low >> raw) + 1)
+    lowest = reader.take(-(-math.prod(shape) * raw // 8))
+    models = runs.distributions(frequencies)
+    symbols = rans.decode(reader.rest(), zip(runs.counts.tolist(), models, strict=True))
+    weights = runs.unsorted(symbols, shape)
+    if raw:
+        weights = (weights << raw) + _unpacked(lowest, shape, raw)
+    weights += low
     if weights.max() > high:
         raise FmpqError(f"a weight of {weights.max()}, above {high}")
-    return weights.reshape(shape)
+    return weights
 
 
 def side_bytes(data: bytes, shape: tuple[int, ...], low: int, high: int) -> int:
@@ -126,42 +109,65 @@ def side_bytes(data: bytes, shape: tuple[int, ...], low: int, high: int) -> int:
 
 
 @dataclass(frozen=True)
+class _Runs:
+    """The order in which weights are coded, in which those of a class follow one another."""
+
+    pairs: Integers  # numbers of the pairs (output, input channel), in the order in which they come in each place
+    classes: Integers  # the class of every run
+    counts: Integers  # weights in every run
+
+    def distributions(self, frequencies: list[Integers]) -> list[rans.Distribution]:
+        """Return the distribution of every run, from the frequencies of every class."""
+        made = [rans.distribution(row) for row in frequencies]
+        return [made[c] for c in self.classes.tolist()]
+
+    def sorted(self, weights: Integers) -> rans.Symbols:
+        """Return ``weights``, (out, in, places), in this order."""
+        rows = weights.reshape(len(self.pairs), -1)
+        return rows[self.pairs].T.astype(np.int32).ravel()
+
+    def unsorted(self, symbols: rans.Symbols, shape: tuple[int, ...]) -> rans.Symbols:
+        """Return the weights of which :meth:`sorted` returned ``symbols``."""
+        weights = np.empty((len(self.pairs), shape[2]), np.int32)
+        weights[self.pairs] = symbols.reshape(shape[2], -1).T
+        return weights.reshape(shape)
+
+
+@dataclass(frozen=True)
 class _Model:
     """A way to code an array of symbols."""
 
-    classes: Integers  # the class of every symbol
-    frequencies: list[Integers]  # of the symbols in each class, summing to 2^PRECISION
+    runs: _Runs
+    frequencies: list[Integers]  # of the symbols in each class
     side: bytes  # what tells a decoder all of this
     bits: float  # that the symbols and `side` take
 
 
-def _single(symbols: Integers, size: int) -> _Model:
-    return _fitted(symbols, np.zeros_like(symbols), size, bytes(1))
-
-
-def _by_factors(symbols: Integers, size: int, step: int) -> _Model:
-    factors = _factors(symbols - symbols.mean().round())
-    header = bytes([step]) + b"".join(f.tobytes() for f in factors)
-    return _fitted(symbols, _classes(factors, step), size, header)
-
-
-def _fitted(symbols: Integers, classes: Integers, size: int, header: bytes) -> _Model:
-    """Give each class the distribution that codes its symbols in the fewest bits."""
-    number = int(classes.max()) + 1
-    counts = np.bincount((classes * size + symbols).ravel(), minlength=number * size).reshape(number, size)
+def _fitted(symbols: Integers, size: int, step: int, factors: list[NDArray[np.int8]]) -> _Model:
+    """Sort ``symbols`` into classes, and give each the distribution that codes its symbols in the fewest bits."""
+    runs = _runs(symbols.shape, step, factors)
+    header = bytes([step]) + (b"".join(f.tobytes() for f in factors) if step else b"")
+    number = int(runs.classes.max()) + 1
+    places = np.repeat(runs.classes, runs.counts) * size + runs.sorted(symbols)
+    counts = np.bincount(places, minlength=number * size).reshape(number, size)
     bank = _bank(size)
-    banked = -counts @ np.log2(bank / 2**PRECISION).T
+    levels = _levels(counts)
+    own = _frequencies(_from_levels(levels))
+    counted = 8 * size + (counts * _costs(own)).sum(1)
     choices, frequencies, bits = [], [], 8.0 * len(header)
-    for row, costs in zip(counts, banked, strict=True):
+    for c, costs in enumerate(counts @ _costs(bank).T):
         best = int(costs.argmin())
-        levels = _levels(row)
-        own = _frequencies(_from_levels(levels))
-        counted = 8 * size - row @ np.log2(own / 2**PRECISION)
-        smaller = counted < costs[best]
-        choices.append(bytes([COUNTED]) + levels.tobytes() if smaller else bytes([best]))
-        frequencies.append(own if smaller else bank[best])
-        bits += 8 + min(counted, costs[best])
-    return _Model(classes, frequencies, header + b"".join(choices), bits)
+        smaller = counted[c] < costs[best]
+        choices.append(bytes([COUNTED]) + levels[c].tobytes() if smaller else bytes([best]))
+        frequencies.append(own[c] if smaller else bank[best])
+        bits += 8 + min(counted[c], costs[best])
+    return _Model(runs, frequencies, header + b"".join(choices), bits)
+
+
+def _costs(frequencies: Integers) -> NDArray[np.float64]:
+    """Return the bits that a symbol of each of ``frequencies`` takes."""
+    bits: NDArray[np.float64] = -np.log2(frequencies / 2**rans.PRECISION)
+    return bits
 
 
 def _factors(deviations: NDArray[np.float64]) -> list[NDArray[np.int8]]:
@@ -179,40 +185,47 @@ def _factors(deviations: NDArray[np.float64]) -> list[NDArray[np.int8]]:
     return [np.clip(np.rint(FACTOR * log), -128, 127).astype(np.int8) for log in logs]
 
 
-def _classes(factors: list[NDArray[np.int8]], step: int) -> Integers:
-    """Return the class of every weight: the number of its step among the steps that sums of factors lie on."""
+def _runs(shape: tuple[int, ...], step: int, factors: list[NDArray[np.int8]]) -> _Runs:
+    """Return the runs of a layer: the class of a weight is the step on which the sum of its factors lies.
+
+    Steps on which none lies are left out. Where ``step`` is 0, there is one class, whatever the factors.
+    """
+    if not step:
+        return _Runs(np.arange(shape[0] * shape[1]), np.zeros(1, np.int64), np.array([math.prod(shape)]))
     outputs, inputs, places = (f.astype(np.int64) for f in factors)
-    total = outputs[:, None, None] + inputs[:, None] + places
-    level = total // step - (total // step).min()
-    occurs = np.bincount(level.ravel()) > 0
-    classes: Integers = (np.cumsum(occurs) - 1)[level]
-    return classes
+    sums = (outputs[:, None] + inputs).ravel()
+    pairs = sums.argsort(kind="stable")
+    least, most = ((end(sums) + end(places)) // step for end in (np.min, np.max))
+    bounds = np.arange(least, most + 2) * step - places[:, None]  # of a sum, for each step in each place
+    counts = np.diff(np.searchsorted(sums[pairs], bounds), axis=1)
+    classes = np.cumsum(counts.any(0)) - 1
+    place, level = counts.nonzero()
+    return _Runs(pairs, classes[level], counts[place, level])
 
 
 @lru_cache
 def _bank(size: int) -> Integers:
     """Return frequencies of logistic distributions about the middle of ``size`` symbols, one in a row.
 
-    Their scale grows by about a quarter from row to row. With r = exp(-1 / (2 s)), the probability of a distance
-    of at most k + 1/2 from the middle follows from 1 / (1 + r^(2k + 1)). A middle at the first symbol, for
-    integers that are never negative, comes as a second half of the bank.
+    Their scale doubles up to 1, from where on it grows by about a quarter from row to row. With r = exp(-1 / (2 s)),
+    the probability of a distance of at most k + 1/2 from the middle follows from 1 / (1 + r^(2k + 1)). A middle at the
+    first symbol, for integers that are never negative, comes as a second half of the bank.
     """
-    rows = []
-    for center in (size // 2, 0):
-        scale = 1
-        while scale < 8 * size:
-            powers = np.multiply.accumulate(np.full(2 * size, scale / (scale + 4)))
-            inside = 1 / (1 + powers[::2])
-            weight = np.concatenate([[2 * inside[0] - 1], np.diff(inside)])
-            rows.append(_frequencies(weight[np.abs(np.arange(size) - center)]))
-            scale += max(1, scale // 4)
-    return np.stack(rows)
+    scales = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+    while (scale := scales[-1] + max(1, scales[-1] // 4)) < 8 * size:
+        scales.append(scale)
+    ratios = np.array([[scale / (scale + 4)] for scale in scales])
+    powers = np.multiply.accumulate(ratios.repeat(2 * size, 1), axis=1)
+    inside = 1 / (1 + powers[:, ::2])
+    weights = np.concatenate([2 * inside[:, :1] - 1, np.diff(inside)], axis=1)
+    centers = (np.abs(np.arange(size) - center) for center in (size // 2, 0))
+    return _frequencies(np.concatenate([weights[:, distance] for distance in centers]))
 
 
 def _levels(counts: Integers) -> NDArray[np.uint8]:
-    """Return counts as logarithms, in eighths of an octave below the largest; 255 is never."""
+    """Return rows of counts as logarithms, in eighths of an octave below the largest; 255 is never."""
     with np.errstate(divide="ignore"):
-        below = FACTOR * np.log2(max(1, counts.max()) / counts)
+        below = FACTOR * np.log2(counts.max(1, keepdims=True) / counts)
     return np.where(counts > 0, np.rint(np.minimum(below, 254)), 255).astype(np.uint8)
 
 
@@ -223,44 +236,38 @@ def _from_levels(levels: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def _frequencies(weights: NDArray[np.float64]) -> Integers:
-    """Return integers, at least 1 each, in proportion to ``weights`` and with the sum 2^PRECISION."""
-    total = np.add.accumulate(weights)[-1]  # in this order, unlike sum()
-    if not total > 0:
+    """Return rows of integers, at least LEAST each, in proportion to ``weights`` and with the coder's sum."""
+    total = np.add.accumulate(weights, axis=1)[:, -1:]  # in this order, unlike sum()
+    if not (total > 0).all():
         raise FmpqError("a class in which no symbol ever occurs")
-    frequencies = 1 + np.floor(weights / total * (2**PRECISION - len(weights))).astype(np.int64)
-    frequencies[weights.argmax()] += 2**PRECISION - frequencies.sum()
+    whole = 1 << rans.PRECISION
+    shared = np.floor(weights / total * (whole - LEAST * weights.shape[1])).astype(np.int64)
+    frequencies = LEAST + shared
+    frequencies[np.arange(len(weights)), weights.argmax(1)] += whole - frequencies.sum(1)
     result: Integers = frequencies
     return result
 
 
-def _cumulative(frequencies: list[Integers]) -> tuple[list[list[int]], list[int], list[int]]:
-    """Return tables as CompressAI's coder takes them: cumulative, their lengths, and the first symbols.
-
-    The last of its symbols is the escape to what is not in the table: it has no frequency here.
-    """
-    tables = [[0, *np.add.accumulate(f).tolist(), 2**PRECISION] for f in frequencies]
-    return tables, [len(table) for table in tables], [0] * len(tables)
-
-
-def _read_model(reader: ByteReader, shape: tuple[int, ...], size: int) -> tuple[Integers, list[Integers]]:
-    """Return the class of every symbol, and the frequencies of each class."""
+def _read_model(reader: ByteReader, shape: tuple[int, ...], size: int) -> tuple[_Runs, list[Integers]]:
+    """Return the runs of a layer, and the frequencies of each class."""
     step = reader.take(1)[0]
     if step not in (0, *STEPS):
         raise FmpqError(f"a class is {step} eighths of an octave wide")
-    classes = np.zeros(shape, np.int64)
-    if step:
-        classes = _classes([np.frombuffer(reader.take(count), np.int8) for count in shape], step)
-    return classes, [_read_frequencies(reader, size) for _ in range(int(classes.max()) + 1)]
+    factors = [np.frombuffer(reader.take(count), np.int8) for count in shape] if step else []
+    runs = _runs(shape, step, factors)
+    return runs, [_read_frequencies(reader, size) for _ in range(int(runs.classes.max()) + 1)]
 
 
 def _read_frequencies(reader: ByteReader, size: int) -> Integers:
     number = reader.take(1)[0]
     if number == COUNTED:
-        return _frequencies(_from_levels(np.frombuffer(reader.take(size), np.uint8)))
+        levels = np.frombuffer(reader.take(size), np.uint8)
+        row: Integers = _frequencies(_from_levels(levels[None]))[0]
+        return row
     bank = _bank(size)
     if number >= len(bank):
         raise FmpqError(f"distribution {number} of {len(bank)}")
-    row: Integers = bank[number]
+    row = bank[number]
     return row
 
 
@@ -282,7 +289,8 @@ def _packed(values: Integers, bits: int) -> bytes:
     return np.packbits(places.astype(np.uint8)).tobytes()
 
 
-def _unpacked(data: bytes, count: int, bits: int) -> Integers:
-    places = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits).reshape(count, bits)
-    values: Integers = places.astype(np.int64) @ (1 << np.arange(bits))
+def _unpacked(data: bytes, shape: tuple[int, ...], bits: int) -> rans.Symbols:
+    count = math.prod(shape)
+    places = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits).reshape(*shape, bits)
+    values: rans.Symbols = places.astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))
     return values

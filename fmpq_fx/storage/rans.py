@@ -1,0 +1,72 @@
+"""Entropy coding of whole arrays: constriction's rANS coder, under frequencies that are integers.
+
+The coder keeps a number of 64 bits, its state, and a stack of words of 32 bits. Of a symbol of frequency f, with c the
+frequencies of the symbols before it added up, both out of 2^24::
+
+    encode, last symbol first     where state // 2^40 >= f: push state % 2^32, state = state // 2^32
+                                  state = (state // f) * 2^24 + state % f + c
+    decode, first symbol first    c <= state % 2^24 < c + f says which symbol it is, then
+                                  state = f * (state // 2^24) + state % 2^24 - c
+                                  where state < 2^32: state = state * 2^32 + the word that is popped, if there is one
+
+A string is the stack, then the state's low and its high word (none for a high word of 0), little-endian. The encoder
+starts with the state 2^31. So a decoder that does not find this state, and no word, behind the last symbol was given
+another string than the encoder of these symbols makes. One whose stack is empty goes on, and reads nothing else.
+
+No float decides, although the library takes floats: of 2^24 it gives 1 to each of n symbols, and shares out 2^24 - n
+in proportion to the floats. Here they are f - 1, whose sum is 2^24 - n. Integers below 2^53 add up exactly, the factor
+of proportion is 1, and each symbol gets 1 + (f - 1), on every machine.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import constriction
+import numpy as np
+from numpy.typing import NDArray
+
+from fmpq_fx.errors import FmpqError
+
+PRECISION = 24
+"""Frequencies add up to 2 to this power."""
+
+Symbols = NDArray[np.int32]
+Distribution = Any
+"""What :func:`distribution` returns; the library has no types."""
+
+_START = np.array([1 << 31], np.uint32)
+
+
+def distribution(frequencies: NDArray[np.int64]) -> Distribution:
+    """Return the distribution of the symbols 0, 1 … of these ``frequencies``.
+
+    Raises:
+        ValueError: there are fewer than two, one is below 1, or their sum is not 2^PRECISION.
+    """
+    if len(frequencies) < 2 or frequencies.min() < 1 or frequencies.sum() != 1 << PRECISION:
+        raise ValueError(f"{len(frequencies)} frequencies are not at least 1 with the sum 2^{PRECISION}")
+    return constriction.stream.model.Categorical((frequencies - 1).astype(np.float64), perfect=False)
+
+
+def encode(runs: Sequence[tuple[Symbols, Distribution]]) -> bytes:
+    """Return the string of all symbols of ``runs``, in order, each run under a distribution of its own."""
+    coder = constriction.stream.stack.AnsCoder(_START)
+    for symbols, model in reversed(runs):
+        coder.encode_reverse(symbols, model)
+    string: bytes = coder.get_compressed().astype("<u4").tobytes()
+    return string
+
+
+def decode(string: bytes, runs: Iterable[tuple[int, Distribution]]) -> Symbols:
+    """Return all symbols of ``string``, which has runs of these lengths and distributions.
+
+    Raises:
+        FmpqError: the string is not the one that :func:`encode` makes of such symbols.
+    """
+    if len(string) % 4 or string[-4:] == bytes(4):
+        raise FmpqError("a string is not one that the coder writes")
+    coder = constriction.stream.stack.AnsCoder(np.frombuffer(string, "<u4").astype(np.uint32))
+    symbols = [coder.decode(model, count) for count, model in runs]
+    if not np.array_equal(coder.get_compressed(), _START):
+        raise FmpqError("a string does not end with its last symbol")
+    return np.concatenate(symbols)
