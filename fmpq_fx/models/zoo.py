@@ -1,5 +1,6 @@
 """Find a model by the name that the command line was given."""
 
+import functools
 import importlib
 import inspect
 import os
@@ -161,15 +162,16 @@ def _empty(name: str, state: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _names(name: str) -> list[str]:
-    """Return the names in the state dict of a model of the zoo, which are those of any size."""
+@functools.cache
+def _names(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Return the names in the state dict of a class of the zoo, which are those of any size."""
     sizes = {"N": 8, "M": 320}  # little to make; ELIC divides its 320 latent channels unevenly
-    taken = inspect.signature(MODELS[name]).parameters
-    return list(MODELS[name](**{key: size for key, size in sizes.items() if key in taken}).state_dict())
+    taken = inspect.signature(cls).parameters
+    return tuple(cls(**{key: size for key, size in sizes.items() if key in taken}).state_dict())
 
 
 def _from_state_dict(name: str, state: dict[str, Any]) -> nn.Module:
-    names = _names(name)
+    names = _names(MODELS[name])
     found = weights.renamed(state, names)
     try:
         model = _empty(name, found)

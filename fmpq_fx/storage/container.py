@@ -23,6 +23,7 @@ VERSION = 3
 
 _BLANK = "0" * 64  # where the checksum will be, while it is computed
 _PACKED_LIMIT = 1 << 26  # bytes that a packed text or table may have
+_DICTIONARY = 1 << 12, 1 << 26  # bytes of the smallest that LZMA takes, and of its strongest preset
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,11 @@ def read(path: str | os.PathLike[str]) -> Container:
 
 def packed(data: bytes) -> bytes:
     """Return ``data`` compressed by LZMA."""
-    return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+    # A dictionary longer than the data finds no more, and getting its memory takes longer than compressing small data.
+    smallest, largest = _DICTIONARY
+    dictionary = min(max(smallest, len(data)), largest)
+    strongest = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": dictionary}
+    return lzma.compress(data, filters=[strongest])
 
 
 def unpacked(data: bytes, limit: int = _PACKED_LIMIT) -> bytes:

@@ -1,6 +1,6 @@
 """The command line as a user types it: what it prints, what it writes, and what it says of mistakes."""
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -185,11 +185,13 @@ def test_an_interruption_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_python_m_is_the_same_program() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "fmpq_fx", "prepare", "--help"], capture_output=True, text=True, check=True
-    )
-    assert "--target-cr" in result.stdout
+def test_python_m_is_the_same_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fmpq_fx", "prepare", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_module("fmpq_fx", run_name="__main__")
+    assert "--target-cr" in capsys.readouterr().out
 
 
 TRAIN = ("--steps", 6, "--crop", 64, "--validate-every", 2, "--workers", 0, "--lr", "1e-3")

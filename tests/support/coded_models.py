@@ -25,6 +25,9 @@ from support.traced_models import PLAIN, WITH_CODEC
 
 NAMES = ("scale hyperprior", "mean-scale hyperprior", "mbt2018", "cheng2020-anchor", "cheng2020-attention")
 CODED = {name: PLAIN[name] for name in NAMES} | WITH_CODEC
+WAYS_TO_CODE = [name for name in CODED if name not in ("cheng2020-attention", "elic-chandelier")]
+"""One model of each way to code; the two others differ from their like in the transforms alone."""
+
 CODED["mbt2018"] = lambda: zoo.JointAutoregressiveHierarchicalPriors(12, 12)  # whose compress() wants N = M
 
 
