@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from fmpq_fx.coding.conversion import Exact, quantized_model, with_exact_path
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.history import History
-from fmpq_fx.models.identity import Model, given, identity_of, load_state, made
+from fmpq_fx.models.identity import Model, given, identity_of, made
 from fmpq_fx.onnx.codec import BACKENDS, exported_with_sessions
 from fmpq_fx.passes.annotation import annotate_graph, graph_note, plan_of
 from fmpq_fx.passes.lower.entropy_path import EntropyPath, entropy_path
@@ -213,10 +213,9 @@ def _codec(held: container.Container, own: nn.Module | None) -> tuple[nn.Module,
     _check_sizes(words, held.size)
     state = tensor_packing.unpacked(held.data["model"], words["model"])
     state |= tensor_packing.unpacked_tables(held.data["tables"], words["tables"])
-    state |= {name: torch.zeros(1, dtype=dtype).expand(shape) for name, shape in words["weights"].items()}
+    state |= {name: torch.zeros(shape, dtype=dtype) for name, shape in words["weights"].items()}
     tensor_packing.check_tables(state)
     codec = made(identity, state, own).eval()
-    load_state(codec, state)
 
     quantizers = tensor_packing.unpacked(held.data["quantizers"], words["quantizers"])
     for site, bits in plan.bits.items():

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from compressai.entropy_models import EntropyModel
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.models.zoo import model_names, model_of_state, zoo_name
+from fmpq_fx.models.zoo import model_names, sized, zoo_name
 from fmpq_fx.storage.tensor_packing import name_of
 
 Model = nn.Module | Callable[[], nn.Module]
@@ -22,7 +22,7 @@ def identity_of(model: nn.Module) -> dict[str, Any]:
     """Return what :func:`made` needs, besides the state dict, to make ``model`` again, as JSON can hold it."""
     state = model.state_dict()
     name = zoo_name(model)
-    if name is not None and _shapes(_imagined(name, state)) != _shapes(state):
+    if name is not None and _blank(name, state) is None:
         name = None  # the shapes of the weights do not tell all that its constructor was given
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     cls = type(model)
@@ -34,17 +34,27 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-def _imagined(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict of the model ``name`` of the zoo with the shapes of ``state``; it takes no memory.
+class _Mixing(TorchFunctionMode):
+    """Within the block, tensors without values may meet those that a constructor makes from a list of numbers."""
 
-    It is empty where the zoo cannot make such a model.
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(value, Tensor) and value.is_meta for value in args):
+            args = [value.to("meta") if isinstance(value, Tensor) else value for value in args]
+        return func(*args, **(kwargs or {}))
+
+
+def _blank(name: str, state: dict[str, Tensor]) -> nn.Module | None:
+    """Return a model ``name`` of the zoo that has the names and shapes of ``state``, and no values yet.
+
+    It takes no memory, whatever the shapes. It is None where the zoo cannot make such a model.
     """
-    with FakeTensorMode(), torch.no_grad():
-        fakes = {key: torch.empty(value.shape, dtype=value.dtype) for key, value in state.items()}
-        try:
-            return model_of_state(name, fakes).state_dict()
-        except (FmpqError, RuntimeError):  # ELIC's class asks for values, which there are none of
-            return {}
+    try:
+        with torch.device("meta"), torch.no_grad(), _Mixing():
+            model = sized(name, {key: value.to("meta") for key, value in state.items()})
+    except (RuntimeError, KeyError, IndexError):  # ELIC's class asks for values, which there are none of
+        return None
+    _make_room(model, state)
+    return model if _shapes(model.state_dict(keep_vars=True)) == _shapes(state) else None
 
 
 def given(model: Model | None, path: str | os.PathLike[str]) -> nn.Module | None:
@@ -64,7 +74,7 @@ def given(model: Model | None, path: str | os.PathLike[str]) -> nn.Module | None
 
 
 def made(identity: dict[str, Any], state: dict[str, Tensor], own: nn.Module | None) -> nn.Module:
-    """Return a model with the shapes of ``state``, whatever its values.
+    """Return a model with the values of ``state``, whose tensors become those of a model of the zoo.
 
     Args:
         identity: what :func:`identity_of` returned.
@@ -72,12 +82,13 @@ def made(identity: dict[str, Any], state: dict[str, Tensor], own: nn.Module | No
         own: the user's model (:func:`given`), which is used instead of one of the zoo.
 
     Raises:
-        FmpqError: the zoo does not have the model, or cannot make it with these shapes, or ``own`` is no model.
+        FmpqError: the zoo does not have the model, or cannot make it with these shapes, or ``own`` is no model or
+            has other tensors.
     """
     if own is not None:
         if not isinstance(own, nn.Module):
             raise FmpqError(f"model= made a {type(own).__name__}; pass a model, or what makes one")
-        return own
+        return _loaded(own, state)
     name = identity["zoo"]
     if name is not None and name not in model_names():  # what else a name may mean is not for a file to say
         raise FmpqError(f"it names the model {name!r}, which CompressAI's zoo does not have")
@@ -86,23 +97,16 @@ def made(identity: dict[str, Any], state: dict[str, Tensor], own: nn.Module | No
             f"it holds a {identity['class']}, which CompressAI's zoo cannot make from its weights; pass model=, such "
             "a model or what makes one (on the command line: --class package.module:callable)"
         )
-    if _shapes(_imagined(name, state)) != _shapes(state):
+    model = _blank(name, state)
+    if model is None:
         raise FmpqError(f"its tensors are not those of a {name}")
-    return model_of_state(name, state)
+    nn.Module.load_state_dict(model, state, assign=True)
+    return model
 
 
-def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load ``state`` into ``model``; its CDF tables may have other sizes before, and its numbers other types.
-
-    Raises:
-        FmpqError: the names or shapes are others.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, EntropyModel):
-            for key in dict(module.named_buffers(recurse=False)):
-                stored = state.get(f"{name}.{key}" if name else key)
-                if stored is not None:
-                    module.register_buffer(key, stored.clone())
+def _loaded(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """Load ``state`` into ``model``, whose numbers may have other types before, and return it."""
+    _make_room(model, state)
     for name, value in model.state_dict(keep_vars=True).items():
         if name in state and value.dtype != state[name].dtype:
             value.data = value.data.to(state[name].dtype)
@@ -110,3 +114,14 @@ def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         nn.Module.load_state_dict(model, state)
     except RuntimeError as error:
         raise FmpqError(f"its tensors are not those of the model: {error}") from error
+    return model
+
+
+def _make_room(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give the buffers of entropy models, CDF tables above all, the sizes that they have in ``state``."""
+    for name, module in model.named_modules():
+        if isinstance(module, EntropyModel):
+            for key in dict(module.named_buffers(recurse=False)):
+                stored = state.get(f"{name}.{key}" if name else key)
+                if stored is not None:
+                    module.register_buffer(key, stored.clone())

@@ -144,7 +144,7 @@ def _pretrained(spec: str, quality: int | None, metric: str | None) -> nn.Module
     return model.eval()
 
 
-def _empty(name: str, state: dict[str, Any]) -> nn.Module:
+def sized(name: str, state: dict[str, Any]) -> nn.Module:
     """Return a model of the zoo of the sizes that the tensors ``state`` have, with whatever weights.
 
     Its class reads the sizes off them in ``from_state_dict``, which also loads them, and fails where CDF tables are
@@ -174,7 +174,7 @@ def _from_state_dict(name: str, state: dict[str, Any]) -> nn.Module:
     names = _names(MODELS[name])
     found = weights.renamed(state, names)
     try:
-        model = _empty(name, found)
+        model = sized(name, found)
     except (RuntimeError, KeyError, IndexError) as error:
         raise FmpqError(f"the checkpoint is not of a {name}: {weights.differences(found, names)}") from error
     return weights.load(model, found, f"a {name}").eval()
