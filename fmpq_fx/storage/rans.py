@@ -18,7 +18,7 @@ in proportion to the floats. Here they are f - 1, whose sum is 2^24 - n. Integer
 of proportion is 1, and each symbol gets 1 + (f - 1), on every machine.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import constriction
@@ -57,7 +57,7 @@ def encode(runs: Sequence[tuple[Symbols, Distribution]]) -> bytes:
     return string
 
 
-def decode(string: bytes, runs: Iterable[tuple[int, Distribution]]) -> Symbols:
+def decode(string: bytes, runs: Sequence[tuple[int, Distribution]]) -> Symbols:
     """Return all symbols of ``string``, which has runs of these lengths and distributions.
 
     Raises:
@@ -66,7 +66,10 @@ def decode(string: bytes, runs: Iterable[tuple[int, Distribution]]) -> Symbols:
     if len(string) % 4 or string[-4:] == bytes(4):
         raise FmpqError("a string is not one that the coder writes")
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(string, "<u4").astype(np.uint32))
-    symbols = [coder.decode(model, count) for count, model in runs]
+    symbols, position = np.empty(sum(count for count, _ in runs), np.int32), 0
+    for count, model in runs:
+        symbols[position : position + count] = coder.decode(model, count)
+        position += count
     if not np.array_equal(coder.get_compressed(), _START):
         raise FmpqError("a string does not end with its last symbol")
-    return np.concatenate(symbols)
+    return symbols

@@ -91,7 +91,7 @@ def decode(data: bytes, shape: tuple[int, ...], low: int, high: int) -> NDArray[
     runs, frequencies = _read_model(reader, shape, (high - low >> raw) + 1)
     lowest = reader.take(-(-math.prod(shape) * raw // 8))
     models = runs.distributions(frequencies)
-    symbols = rans.decode(reader.rest(), zip(runs.counts.tolist(), models, strict=True))
+    symbols = rans.decode(reader.rest(), list(zip(runs.counts.tolist(), models, strict=True)))
     weights = runs.unsorted(symbols, shape)
     if raw:
         weights = (weights << raw) + _unpacked(lowest, shape, raw)
