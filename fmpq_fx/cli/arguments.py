@@ -52,6 +52,19 @@ def add_memory(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_robust(command: argparse.ArgumentParser) -> None:
+    """Add the argument that says how what is coded survives another machine."""
+    command.add_argument(
+        "--robust",
+        type=lambda text: None if text == "none" else text,
+        choices=["auto", "exact", "guarded", None],
+        default="auto",
+        metavar="{auto,exact,guarded,none}",
+        help="how it decodes on another machine: in exact arithmetic, or with its CDFs guarded where the model has "
+        "none (auto)",
+    )
+
+
 def add_class(command: argparse.ArgumentParser) -> None:
     """Add the argument that makes a model of a class of the user's own."""
     command.add_argument(

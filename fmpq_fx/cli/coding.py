@@ -17,6 +17,7 @@ from fmpq_fx.cli.arguments import (
     add_device,
     add_memory,
     add_model,
+    add_robust,
     made_by,
     set_threads,
 )
@@ -46,6 +47,7 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     add_backend(command)
     add_device(command)
     add_memory(command)
+    add_robust(command)
     declare(command, reads=["model", "checkpoint", "images"], writes=[("json", RESULTS), ("graphs", GRAPHS)])
     command.set_defaults(run=_evaluate)
 
@@ -53,7 +55,7 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     set_threads(args)
     model = _model(args).to(ranks.own_device(args.device))
-    results = evaluate(model, args.images, memory=args.memory)
+    results = evaluate(model, args.images, robust=args.robust, memory=args.memory)
     if args.json is not None:
         write_text(args.json, results.to_json())
     print(results)
@@ -93,6 +95,13 @@ def add_encode(command: argparse.ArgumentParser) -> None:
     """Add the arguments of ``encode``."""
     source, out = "an image, or a folder of them", f"the file ({CODED}), or a folder for them"
     _add_coding(command, source, out, fmi.MAGIC, _to_encode)
+    add_robust(command)
+    command.add_argument(
+        "--margin",
+        type=float,
+        metavar="M",
+        help="guard against scales that differ by this part; default: measured",
+    )
     command.set_defaults(run=_encode)
 
 
@@ -132,7 +141,7 @@ def _encode(args: argparse.Namespace) -> None:
 
     def encoded(source: Path) -> bytes:
         image = reading.read(source)
-        data = fmi.encode(codec, image, memory=args.memory)
+        data = fmi.encode(codec, image, robust=args.robust, margin=args.margin, memory=args.memory)
         pixels.append(image[0].numel())
         sizes.append(len(data))
         return data

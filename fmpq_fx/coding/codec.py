@@ -9,6 +9,7 @@ run the methods of the user's class, on a shallow copy of the codec in which oth
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,10 +17,13 @@ from compressai.entropy_models import EntropyModel
 from torch import Tensor, nn
 
 from fmpq_fx.coding import wavefront
+from fmpq_fx.coding.guard import Chooser
 from fmpq_fx.coding.string_coder import CheckedCoder
 from fmpq_fx.coding.tiles import Tiled, Transform, untiled
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.lower.entropy_path import compares_scales
 from fmpq_fx.passes.swap import shallow_copy, with_replaced
+from fmpq_fx.quant import QuantizedLayer
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Settings:
         default_factory=dict
     )  # what runs in tiles, and what is known of it
     budget: int = 0  # bytes that a tile may take
+    chooser: Chooser | None = None  # chooses the CDFs of one image
 
 
 class Codec(nn.Module):
@@ -152,13 +157,23 @@ def _running(codec: Codec, others: Mapping[nn.Module, nn.Module] | None = None) 
 
 
 def _coding(codec: Codec) -> Codec:
-    """Return what :func:`_running` returns, with entropy models whose coder is checked."""
-    checked: dict[nn.Module, nn.Module] = {}
-    for prior in codec.modules():
-        if isinstance(prior, EntropyModel) and prior.entropy_coder.name == CheckedCoder.name:
-            checked[prior] = twin = shallow_copy(prior, type(prior))
-            twin.entropy_coder = CheckedCoder()  # type: ignore[assignment]
-    return _running(codec, checked)
+    """Return what :func:`_running` returns, with entropy models whose coder is checked, and whose CDFs are chosen."""
+    others: dict[nn.Module, nn.Module] = {}
+    chooser = codec.fmpq.chooser
+    for name, module in codec.named_modules():
+        if isinstance(module, EntropyModel) and module.entropy_coder.name == CheckedCoder.name:
+            others[module] = prior = shallow_copy(module, type(module))
+            prior.entropy_coder = CheckedCoder(None if chooser is None else chooser.note)  # type: ignore[assignment]
+            if chooser is not None and compares_scales(module):
+                prior.build_indexes = partial(chooser.indexes, module)  # type: ignore[assignment]
+        elif chooser is not None and isinstance(module, QuantizedLayer) and module.input_quantizer:
+            others[module] = layer = shallow_copy(module, type(module))
+            layer.quantized_input = partial(_input, chooser, name, module)  # type: ignore[assignment]
+    return _running(codec, others)
+
+
+def _input(chooser: Chooser, name: str, layer: QuantizedLayer, x: Tensor) -> Tensor:
+    return x if chooser.is_float(name) else layer.quantized_input(x)
 
 
 def _codec_class(kind: type[Codec], cls: type[nn.Module]) -> type[Codec]:

@@ -17,10 +17,12 @@ from compressai.ops import compute_padding
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
+from fmpq_fx.coding import guarded
 from fmpq_fx.coding.cdf_tables import update_tables
 from fmpq_fx.coding.codec import Codec, codec_of
 from fmpq_fx.coding.conversion import convert
 from fmpq_fx.coding.fmi import STRIDE, padded_size
+from fmpq_fx.coding.guarded import Robust
 from fmpq_fx.coding.tiling import within
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images import reading
@@ -45,6 +47,7 @@ class ImageResult:
     encode_seconds: float
     decode_seconds: float
     deviation: int  # largest difference of the decoded image from the forward pass's, in 8-bit levels
+    guard_bytes: int = 0  # of what is on the wire, for other machines to decode the same
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,11 @@ class Evaluation:
         """The largest :attr:`ImageResult.deviation`."""
         return max(image.deviation for image in self.images)
 
+    @property
+    def guard_bytes(self) -> float:
+        """Mean over the images of :attr:`ImageResult.guard_bytes`."""
+        return self._mean("guard_bytes")
+
     def to_json(self) -> str:
         """Return the means and the results per image as a JSON text."""
         means = {name: getattr(self, name) for name in ("bpp", "estimated_bpp", "psnr")}
@@ -103,9 +111,15 @@ class Evaluation:
             "decode (s)",
             "deviation",
         ]
-        rows = [_row(i.name, f"{i.width} x {i.height}", i, i.deviation) for i in self.images]
-        rows.append(_row("mean", "", self, self.deviation))
-        return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 8))
+        guarded = self.guard_bytes > 0
+        rows = [
+            _row(i.name, f"{i.width} x {i.height}", i, i.deviation) + [str(i.guard_bytes)] * guarded
+            for i in self.images
+        ]
+        rows.append(_row("mean", "", self, self.deviation) + [f"{self.guard_bytes:.0f}"] * guarded)
+        headers += ["guard (bytes)"] * guarded
+        right = ["right"] * (len(headers) - 1)
+        return tabulate(rows, headers, disable_numparse=True, colalign=("left", *right))
 
     @property
     def encode_seconds(self) -> float:
@@ -137,6 +151,7 @@ def evaluate(
     model: nn.Module,
     images: str | os.PathLike[str] | Mapping[str, Tensor],
     *,
+    robust: Robust = "auto",
     memory: int | str | None = None,
     progress: bool | None = None,
 ) -> Evaluation:
@@ -147,15 +162,17 @@ def evaluate(
             ``decompress``. It is not modified.
         images: an image folder, or (C, H, W) tensors in [0, 1] by name, of as many channels as the model takes; of any
             size.
+        robust: how images survive another machine; see :func:`fmpq_fx.encode`. None measures what the codec's own
+            class codes, as published figures do.
         memory: the most that this may take beside the codec, in bytes or as "2GB"; None is a quarter of the
             machine's. An image that would take more is transformed in tiles (:func:`fmpq_fx.coding.tiling.within`).
         progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
 
     Returns:
-        bits per pixel of the image as it is, not as it was padded; PSNR and MS-SSIM of images rounded to 8 bits,
-        as CompressAI computes them. ``deviation`` tells whether what was decoded is what the forward pass
-        predicted; in models that predict means (all but the factorized and the scale hyperprior) the forward
-        pass rounds latents otherwise than coding does, and a deviation is no fault.
+        bits per pixel of the image as it is, not as it was padded, and with what guards it; PSNR and MS-SSIM of
+        images rounded to 8 bits, as CompressAI computes them. ``deviation`` tells whether what was decoded is what
+        the forward pass predicted; in models that predict means (all but the factorized and the scale hyperprior)
+        the forward pass rounds latents otherwise than coding does, and a deviation is no fault.
 
     Raises:
         FmpqError: the model cannot code, or none of the images can be read and coded within the ``memory`` given.
@@ -171,7 +188,7 @@ def evaluate(
             try:
                 x = load().to(parameter.device, parameter.dtype)
                 tiled = within(codec, padded_size(*x.shape[-2:]), memory, images=_IMAGES)
-                results.append(_code(tiled, name, x))
+                results.append(_code(tiled, name, x, robust))
             except FmpqError as error:
                 skipped.append(str(error) if name in str(error) else f"{name}: {error}")
                 warnings.warn(f"image skipped: {skipped[-1]}", stacklevel=2)
@@ -202,17 +219,18 @@ def _named(images: str | os.PathLike[str] | Mapping[str, Tensor]) -> Iterator[tu
             yield path.name, lambda path=path: reading.read(path)
 
 
-def _code(codec: Codec, name: str, x: Tensor) -> ImageResult:
+def _code(codec: Codec, name: str, x: Tensor, robust: Robust) -> ImageResult:
     """Code the image ``x`` (C, H, W), and measure."""
     height, width = x.shape[-2:]
     pad, unpad = compute_padding(height, width, min_div=STRIDE)
     padded = F.pad(x.unsqueeze(0), pad)
     start = time.perf_counter()
-    coded = codec.compress(padded)
+    coded = guarded.compress(codec, padded, robust)
     middle = time.perf_counter()
-    decoded = codec.decompress(coded["strings"], coded["shape"])["x_hat"]
+    decoded = guarded.decompress(codec, coded, most=padded.numel())
     end = time.perf_counter()
-    bits = 8 * sum(len(strings[0]) for strings in coded["strings"])
+    guard_bytes = len(coded.guard)
+    bits = 8 * (guard_bytes + sum(len(strings[0]) for strings in coded.strings))
     x_hat = _to_8_bits(F.pad(decoded, unpad))
     del coded, decoded
     forward = codec(padded)
@@ -233,6 +251,7 @@ def _code(codec: Codec, name: str, x: Tensor) -> ImageResult:
         encode_seconds=middle - start,
         decode_seconds=end - middle,
         deviation=deviation,
+        guard_bytes=guard_bytes,
     )
 
 

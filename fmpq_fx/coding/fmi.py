@@ -10,9 +10,13 @@ Big-endian, in this order:
 4 + 4      height and width of the image, pixels
 1 + n      name of the model's class, UTF-8
 2 + n      shape of the latents as the codec wants it back, JSON
+1 byte     how it survives another machine (:class:`fmpq_fx.coding.guarded.Kind`)
+4 + n      what guards it there (:class:`fmpq_fx.coding.guard.Guard`)
 1 byte     number of strings
 4 + n      each string, its length before it
 =========  ==============================================================================================
+
+Version 1, which is read as well, has nothing about other machines.
 """
 
 import json
@@ -28,7 +32,9 @@ from compressai.ops import compute_padding
 from PIL import Image
 from torch import Tensor, nn
 
+from fmpq_fx.coding import guarded
 from fmpq_fx.coding.codec import Codec, codec_of
+from fmpq_fx.coding.guarded import Coded, Kind, Robust
 from fmpq_fx.coding.known import fingerprint_of
 from fmpq_fx.coding.string_coder import padded
 from fmpq_fx.coding.tiles import Size
@@ -37,7 +43,7 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.images import reading
 from fmpq_fx.storage.byte_reader import ByteReader, counted
 
-MAGIC, VERSION = b"\x89FMI", 1
+MAGIC, VERSION = b"\x89FMI", 2
 
 STRIDE = 64
 """Images are padded to multiples of this, as CompressAI's own evaluation does: six strides of 2."""
@@ -48,19 +54,33 @@ _MOST_LATENTS = 4  # per pixel; CompressAI's models have at most 1.3
 _LARGE = 2**18  # pixels
 
 
-def encode(codec: nn.Module, image: Tensor, *, memory: int | str | None = None) -> bytes:
+def encode(
+    codec: nn.Module,
+    image: Tensor,
+    *,
+    robust: Robust = "auto",
+    margin: float | None = None,
+    memory: int | str | None = None,
+) -> bytes:
     """Return ``image`` as the content of a ``.fmi`` file.
 
     Args:
         codec: what :func:`fmpq_fx.load_codec` or :func:`fmpq_fx.convert` returned, or any model with CompressAI's
             ``compress``.
         image: (C, H, W) or (1, C, H, W) in [0, 1], of any size.
+        robust: how the file survives another machine, whose floats differ in their last places. "exact": the codec
+            computes what chooses its CDFs in integers. "guarded": the file says which CDFs were chosen where another
+            machine might choose others. "auto" is the first where the codec is exact, and the second where it is not.
+            None leaves it to luck.
+        margin: how far the scales of another machine may be from the ones here, as a part of them, up to 2^-8; None
+            measures it on ``image``.
         memory: the most that this may take beside the codec, in bytes or as "2GB"; None is a quarter of the
             machine's. An image that would take more is transformed in tiles (:func:`fmpq_fx.coding.tiling.within`).
 
     Raises:
-        FmpqError: the codec cannot code, or not within the ``memory`` given; the message says what it needs.
-        TypeError, ValueError: ``image`` is no such tensor.
+        FmpqError: the codec cannot code, or not within the ``memory`` given, or not as ``robust`` says; the message
+            says what it needs.
+        TypeError, ValueError: ``image`` is no such tensor, ``robust`` or ``margin`` none of these.
     """
     coder = codec_of(codec)
     batch = reading.checked(image, "the image")
@@ -71,8 +91,9 @@ def encode(codec: nn.Module, image: Tensor, *, memory: int | str | None = None) 
     pad, _ = compute_padding(height, width, min_div=STRIDE)
     tiled = within(coder, padded_size(height, width), memory, images=2)
     with torch.no_grad():
-        coded = tiled.compress(F.pad(batch.to(parameter.device, parameter.dtype), pad))
-    strings = [string for string, *_ in coded["strings"]]
+        padded_batch = F.pad(batch.to(parameter.device, parameter.dtype), pad)
+        coded = guarded.compress(tiled, padded_batch, robust, margin)
+    strings = [string for string, *_ in coded.strings]
     if not all(isinstance(string, bytes) for string in strings):
         raise FmpqError(
             f"compress() of {type(coder).__name__} returns strings within strings, and a .fmi file holds a flat list, "
@@ -81,7 +102,9 @@ def encode(codec: nn.Module, image: Tensor, *, memory: int | str | None = None) 
     parts = [
         _HEAD.pack(_fingerprint(coder), height, width),
         counted(type(coder).__name__.encode()[:255], 1),
-        counted(json.dumps(_plain(coded["shape"]), separators=(",", ":")).encode(), 2),
+        counted(json.dumps(_plain(coded.shape), separators=(",", ":")).encode(), 2),
+        bytes([coded.kind]),
+        counted(coded.guard, 4),
         bytes([len(strings)]),
         *(counted(string, 4) for string in strings),
     ]
@@ -99,10 +122,11 @@ def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) ->
 
     Raises:
         FmpqError: ``data`` is something else, damaged, of a newer version, or was encoded with another model, or
-            decoding needs more than the ``memory`` given.
+            decoding needs more than the ``memory`` given, or the latents are not what was encoded.
     """
     coder = codec_of(codec)
-    reader = ByteReader(_checked_body(data))
+    version, body = _checked_body(data)
+    reader = ByteReader(body)
     fingerprint_of_data, height, width = _HEAD.unpack(reader.take(_HEAD.size))
     name = reader.take_counted(1).decode(errors="replace")
     if fingerprint_of_data != _fingerprint(coder):
@@ -118,14 +142,17 @@ def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) ->
     size = padded_size(height, width)
     pixels = math.prod(size)
     shape = _shape(reader.take_counted(2), _MOST_LATENTS * pixels)
+    kind, guard = _guard(reader) if version > 1 else (Kind.NOT, b"")
     strings = [reader.take_counted(4) for _ in range(reader.take(1)[0])]
     reader.end()
     tiled = within(coder, size, memory, images=3)
     symbols = _most_symbols(coder, size)
-    guarded = [[padded(string, symbols)] for string in strings]
+    coded = Coded([[padded(string, symbols)] for string in strings], shape, kind, guard)
     try:
         with torch.no_grad():
-            decoded: Tensor = tiled.decompress(guarded, shape)["x_hat"]
+            decoded = guarded.decompress(tiled, coded, symbols)
+    except FmpqError:
+        raise
     except Exception as error:  # a forged stream may make anything go wrong
         raise FmpqError(f"its strings cannot be decoded: {type(error).__name__}: {error}") from error
     if decoded.shape[-2:] != size:
@@ -149,21 +176,29 @@ def _in_float32(codec: Codec) -> str:
     return f", in float32: in {str(dtype).removeprefix('torch.')} a codec computes with other numbers"
 
 
-def _checked_body(data: bytes) -> bytes:
-    """Return what follows the checksum, which is right."""
+def _guard(reader: ByteReader) -> tuple[Kind, bytes]:
+    kind, guard = reader.take(1)[0], reader.take_counted(4)
+    if kind not in set(Kind):
+        raise FmpqError(f"it is damaged: it survives another machine in the way {kind}, which there is not")
+    return Kind(kind), guard
+
+
+def _checked_body(data: bytes) -> tuple[int, bytes]:
+    """Return the version, and what follows the checksum, which is right."""
     if data[: len(MAGIC)] != MAGIC:
         raise FmpqError("it is no .fmi file, as fmpq_fx.encode() and 'fmpq-fx encode' make it")
     if len(data) < _START.size:
         raise FmpqError(f"it is damaged: it ends after {len(data)} bytes")
     _, version, checksum = _START.unpack_from(data)
-    if version != VERSION:
+    if not 1 <= version <= VERSION:
         raise FmpqError(
-            f"it has version {version} of the format, and this fmpq_fx reads version {VERSION}; install a newer one"
+            f"it has version {version} of the format, and this fmpq_fx reads up to version {VERSION}; install a newer "
+            "one"
         )
     body = data[_START.size :]
     if zlib.crc32(body) != checksum:
         raise FmpqError("it is damaged: its checksum is not that of its content; get or encode it again")
-    return body
+    return version, body
 
 
 def _most_symbols(codec: Codec, size: Size) -> int:

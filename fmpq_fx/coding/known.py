@@ -16,14 +16,14 @@ _FINGERPRINTS: "WeakKeyDictionary[Codec, tuple[object, str]]" = WeakKeyDictionar
 def fingerprint_of(codec: Codec) -> str:
     """Return a text that tells whether two codecs decode each other's files: a digest of what they compute with.
 
-    An exact codec in float64 decodes as it does in float32, and has the same. In half precision it computes with
-    other numbers; they are not the fixed-point numbers of the others.
+    In float64 a codec decodes what it coded in float32, if that is exact or guarded, and has the same. In half
+    precision it computes with other numbers.
     """
     now = _state(codec)
     before, text = _FINGERPRINTS.get(codec, (None, ""))
     if now != before:
         double = next(codec.parameters()).dtype == torch.float64
-        text = fingerprint.of_codec(copy.deepcopy(codec).float() if codec.fmpq.exact and double else codec)
+        text = fingerprint.of_codec(copy.deepcopy(codec).float() if double else codec)
         _FINGERPRINTS[codec] = now, text
     return text
 

@@ -16,7 +16,7 @@ and after a damaged string, almost surely, another one. It does not show its sta
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from compressai.ans import BufferedRansEncoder, RansDecoder
@@ -29,6 +29,9 @@ Tables = tuple[Any, Any, Any]
 
 MOST_SYMBOL = 2**26
 """The largest magnitude of a symbol; with its table's offset, CompressAI's encoder ends below 2^27."""
+
+LEAST_SYMBOLS = 4
+"""For fewer, CompressAI's encoder writes in front of its memory: it has a word for each, and its state takes two."""
 
 _FILL = b"\1"
 # Behind a string comes filling, words of 0x01010101. With a table in which 0 and 0x0101 are symbols that cost 16 bits
@@ -67,8 +70,13 @@ def encode(symbols: Sequence[int], indexes: Sequence[int], tables: Tables) -> by
     """Return the string of ``symbols``, each coded with the CDF of its index.
 
     Raises:
-        FmpqError: a symbol is too large to be one.
+        FmpqError: a symbol is too large to be one, or there are 1 to 3 of them.
     """
+    if 0 < len(symbols) < LEAST_SYMBOLS:
+        raise FmpqError(
+            f"a string of {len(symbols)} latents cannot be made: CompressAI's coder takes {LEAST_SYMBOLS} or more; "
+            "code a larger image, or several channels in one string"
+        )
     most = max(-min(symbols, default=0), max(symbols, default=0))
     if most > MOST_SYMBOL:
         raise FmpqError(
@@ -105,19 +113,29 @@ class StringReader:
 
 
 class CheckedCoder:
-    """Takes the place of the ``entropy_coder`` of CompressAI's entropy models."""
+    """Takes the place of the ``entropy_coder`` of CompressAI's entropy models.
+
+    Args:
+        note: is told the symbols of each string, and whether they were coded (or decoded).
+    """
 
     name = (
         "ans"  # of CompressAI's coder that makes the same strings; an entropy model is pickled with this name
     )
 
+    def __init__(self, note: Callable[[Sequence[int], bool], None] | None = None):
+        self._note = note or (lambda symbols, coded: None)
+
     def encode_with_indexes(self, symbols: list[int], indexes: list[int], *tables: Any) -> bytes:
         """Return :func:`encode` of the same."""
-        return encode(symbols, indexes, tables)
+        string = encode(symbols, indexes, tables)
+        self._note(symbols, True)
+        return string
 
     def decode_with_indexes(self, string: bytes, indexes: list[int], *tables: Any) -> list[int]:
         """Return the symbols of ``string``, one per index."""
         reader = StringReader(string, len(indexes))
         symbols = reader.read(indexes, tables)
         reader.end()
+        self._note(symbols, False)
         return symbols

@@ -134,9 +134,14 @@ def _likelihoods_of_others(
     return [node for node in likelihoods if node not in harmless]
 
 
+def compares_scales(module: nn.Module) -> bool:
+    """Say whether ``module`` is an entropy model that chooses CDFs by comparing scales with a table."""
+    own = getattr(type(module), "build_indexes", None) is not GaussianConditional.build_indexes
+    return not own and not isinstance(module, GaussianMixtureConditional)
+
+
 def _check_conditional(draft: Draft, name: str, module: GaussianConditional) -> None:
-    own = type(module).build_indexes is not GaussianConditional.build_indexes
-    if own or isinstance(module, GaussianMixtureConditional):
+    if not compares_scales(module):
         draft.stop(
             name, f"({type(module).__name__}) chooses CDFs otherwise than by comparing scales with a table"
         )

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_bytes_on_the_wire_and_the_decoded_image_by_hand(folder: Path) -> None:
     model = fmpq_fx.samples.model()
-    first, second = fmpq_fx.evaluate(model, folder).images
+    first, second = fmpq_fx.evaluate(model, folder, robust=None).images
     assert (first.name, first.width, first.height) == ("a.png", 256, 192)
 
     x = fmpq_fx.samples.photos()["astronaut"][:, :192, :256].unsqueeze(0)  # multiples of 64: no padding

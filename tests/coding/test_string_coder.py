@@ -62,7 +62,13 @@ def test_a_string_ends_where_its_symbols_do() -> None:
             reader.end()
         assert len(caught) == (count < len(symbols))
     with pytest.raises(FmpqError, match=f"{2**26 + 1} steps"):
-        string_coder.encode([0, -(2**26) - 1], [0, 0], tables)
+        string_coder.encode([0, 0, 0, -(2**26) - 1], [0] * 4, tables)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_so_few_symbols_that_compressai_writes_beyond_its_memory_are_refused(count: int) -> None:
+    with pytest.raises(FmpqError, match=f"a string of {count} latents"):
+        string_coder.encode([0] * count, [0] * count, ([[0, 2**15, 2**16]], [3], [0]))
 
 
 def damaged(content: bytes, chance: random.Random) -> bytes:

@@ -1,0 +1,289 @@
+"""Code images so that they survive another machine, whatever the codec computes its CDFs with.
+
+An exact codec does by itself. Any other has its CDFs guarded (:mod:`fmpq_fx.coding.guard`), by a margin that is
+measured on every image::
+
+    compress() ──► strings, scales ──► decompress() in other arithmetic, up to the last CDF ──► scales
+        ▲                                                                                          │
+        └──── again, with a larger margin, if four times the largest difference is beyond it ◄─────┘
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from compressai.entropy_models import EntropyBottleneck, EntropyModel
+from torch import Tensor, nn
+
+from fmpq_fx.coding.codec import Codec, with_settings
+from fmpq_fx.coding.guard import (
+    LEAST_MARGIN,
+    MOST_MARGIN,
+    Guard,
+    GuardReader,
+    GuardWriter,
+    Rehearsal,
+    Rehearsed,
+)
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.lower.entropy_path import compares_scales
+from fmpq_fx.quant import QuantizedLayer, quantized_layers
+
+Robust = Literal["auto", "exact", "guarded"] | None
+"""How an image survives another machine: "auto" is "exact" where the codec is, else "guarded"; None is not at all."""
+
+_SAFETY = (
+    4  # largest differences; that of two other machines may be twice what one arithmetic differs from another
+)
+_SIDE = 256  # pixels, of the part of an image that shows which layers are on the entropy path
+
+
+class Kind(IntEnum):
+    """How what was coded survives another machine."""
+
+    NOT = 0
+    EXACT = 1
+    GUARDED = 2
+    CHECKED = 3  # it may not, and then it is an error, not another image
+
+
+@dataclass(frozen=True)
+class Coded:
+    """An image as a codec's ``compress()`` returns it, and what guards it."""
+
+    strings: Any
+    shape: Any
+    kind: Kind
+    guard: bytes = b""
+
+
+def compress(codec: Codec, x: Tensor, robust: Robust = "auto", margin: float | None = None) -> Coded:
+    """Return ``x`` coded.
+
+    Args:
+        codec: any.
+        x: an image (1, C, H, W), in its dtype and on its device, padded as the codec wants it.
+        robust: see :data:`Robust`.
+        margin: how far the scales of another machine may be from these, as a part of them; None measures it.
+
+    Raises:
+        FmpqError: the codec cannot code in this way; the message says in which it can.
+        ValueError: ``robust`` or ``margin`` is nothing of this.
+    """
+    kind = _kind(codec, robust, margin)
+    if kind in (Kind.NOT, Kind.EXACT):
+        coded = codec.compress(x)
+        return Coded(coded["strings"], coded["shape"], kind)
+    own = _own_models(codec)
+    with _full_precision(x.device):
+        path = _entropy_path(codec, x)
+        now = LEAST_MARGIN if margin is None else margin
+        while True:
+            writer = GuardWriter(now, path)
+            coded = with_settings(codec, chooser=writer).compress(x)
+            deviation = _deviation(codec, coded, writer) if margin is None else 0.0
+            if min(_SAFETY * deviation, MOST_MARGIN) <= now:
+                break
+            now = min(MOST_MARGIN, 2.0 ** math.ceil(math.log2(_SAFETY * deviation)))
+    checked = writer.strings >= len(coded["strings"]) or bool(writer.chosen)
+    if own or not checked:
+        named = ", ".join(own) or "of none of CompressAI's entropy models"
+        kind = _doubtful(
+            codec, robust, checked, f"they are chosen otherwise than by comparing scales: {named}"
+        )
+    elif _SAFETY * deviation > now:
+        why = f"their scales differ by {deviation:.2g} of their value from one arithmetic to another"
+        kind = _doubtful(
+            codec, robust, checked, f"{why}, maybe since something on the way to them is rounded"
+        )
+    else:
+        kind = Kind.GUARDED
+    guard = b"" if kind is Kind.NOT else writer.guard.to_bytes()
+    return Coded(coded["strings"], coded["shape"], kind, guard)
+
+
+def decompress(codec: Codec, coded: Coded, most: int) -> Tensor:
+    """Return the image that is ``coded``, (1, C, H, W), as ``codec`` decodes it.
+
+    Args:
+        codec: any.
+        coded: what :func:`compress` returned.
+        most: symbols that there can be.
+
+    Raises:
+        FmpqError: the codec is another one than it was coded with, or it decoded something else; never an image then.
+    """
+    if coded.kind in (Kind.NOT, Kind.EXACT):
+        if coded.kind is Kind.EXACT and not codec.fmpq.exact:
+            raise FmpqError(
+                "it was encoded by a codec in exact arithmetic, and this one computes in floating point; load it "
+                "without exact=False"
+            )
+        decoded: Tensor = codec.decompress(coded.strings, coded.shape)["x_hat"]
+        return decoded
+    _check_dtype(codec)
+    reader = GuardReader(Guard.from_bytes(coded.guard, most))
+    with _full_precision(next(codec.parameters()).device):
+        decoded = with_settings(codec, chooser=reader).decompress(coded.strings, coded.shape)["x_hat"]
+    reader.end()
+    return decoded
+
+
+def _kind(codec: Codec, robust: Robust, margin: float | None) -> Kind:
+    if robust not in ("auto", "exact", "guarded", None):
+        raise ValueError(f'robust is {robust!r}; pass "auto", "exact", "guarded" or None')
+    if margin is not None and not 0 < margin <= MOST_MARGIN:
+        raise ValueError(
+            f"margin is {margin}; pass a number above 0 and up to {MOST_MARGIN:.2g}, as a part of the scales, or None "
+            "to measure it"
+        )
+    if robust is None:
+        return Kind.NOT
+    if codec.fmpq.exact:
+        return Kind.EXACT
+    if robust == "exact":
+        raise FmpqError(
+            f"this {type(codec).__name__} chooses its CDFs in floating point; convert() and load_codec() return one "
+            'in exact arithmetic where there is such a form. Pass robust="guarded" otherwise'
+        )
+    _check_dtype(codec)
+    return Kind.GUARDED
+
+
+def _check_dtype(codec: Codec) -> None:
+    dtype = next(codec.parameters()).dtype
+    if dtype.itemsize < torch.float32.itemsize:
+        raise FmpqError(
+            f"CDFs that are chosen in {str(dtype).removeprefix('torch.')} cannot be guarded: there, scales differ by "
+            "half a hundredth from one machine to another; use codec.float(), or pass robust=None to code for this "
+            "machine alone"
+        )
+
+
+def _own_models(codec: nn.Module) -> list[str]:
+    """Return the entropy models that choose CDFs otherwise than by a table of scales, or by the channel."""
+    return [
+        f"{name!r} ({type(module).__name__})"
+        for name, module in codec.named_modules()
+        if isinstance(module, EntropyModel)
+        and not isinstance(module, EntropyBottleneck)
+        and not compares_scales(module)
+    ]
+
+
+def _doubtful(codec: Codec, robust: Robust, checked: bool, why: str) -> Kind:
+    """Say that other machines may not decode what ``codec`` coded, or refuse to code it."""
+    text = f"the CDFs of this {type(codec).__name__} cannot be guarded: {why}"
+    if robust == "guarded":
+        raise FmpqError(f'{text}. Pass robust="auto" to code it all the same')
+    result = "an error" if checked else "noise"
+    warnings.warn(f"{text}. On another machine it may be decoded as {result}", stacklevel=4)
+    return Kind.CHECKED if checked else Kind.NOT
+
+
+_PATHS: "WeakKeyDictionary[nn.Module, frozenset[str]]" = WeakKeyDictionary()
+
+
+def _entropy_path(codec: Codec, x: Tensor) -> frozenset[str]:
+    """Return the names of the layers with quantized inputs that run before the last CDF of ``x`` is chosen.
+
+    They are found once for a codec, by coding a part of ``x``.
+    """
+    layers = [layer for layer in quantized_layers(codec).values() if layer.input_quantizer is not None]
+    if not layers:
+        return frozenset()
+    known: QuantizedLayer = layers[0]  # which twins of a codec share
+    if known not in _PATHS:
+        try:
+            _PATHS[known] = _path_seen(codec, x[..., :_SIDE, :_SIDE])
+        except Exception:  # too small for it
+            _PATHS[known] = _path_seen(codec, x)
+    return _PATHS[known]
+
+
+def _path_seen(codec: Codec, x: Tensor) -> frozenset[str]:
+    writer = GuardWriter(LEAST_MARGIN, frozenset())
+    coded = with_settings(codec, chooser=writer).compress(x)
+    rehearsal = Rehearsal(writer.chosen)
+    if writer.chosen:
+        _rehearse(codec, coded, rehearsal)
+    return frozenset(rehearsal.path)
+
+
+def _deviation(codec: Codec, coded: Any, writer: GuardWriter) -> float:
+    """Return by how much scales differ in another arithmetic, as a part of them."""
+    for other in _others(codec) if writer.chosen else []:
+        rehearsal = Rehearsal(writer.chosen)
+        with other() as twin:
+            _rehearse(twin, coded, rehearsal)
+        if rehearsal.deviation > 0:
+            return rehearsal.deviation
+    return 0.0
+
+
+def _others(codec: Codec) -> list[Callable[[], Any]]:
+    """Return what gives ``codec`` in other arithmetic, to be tried until one computes something else."""
+    parameter = next(codec.parameters())
+    if parameter.dtype == torch.float64:
+        return [lambda: _as_dtype(codec, torch.float32)]
+    return [lambda: _other_kernels(codec, parameter.device), lambda: _as_dtype(codec, torch.float64)]
+
+
+@contextmanager
+def _other_kernels(codec: Codec, device: torch.device) -> Iterator[Codec]:
+    """Give ``codec`` without the library of kernels that computes most on this device."""
+    library: Any = torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn
+    with _set_to([(library, "enabled", False)]):
+        yield codec
+
+
+@contextmanager
+def _as_dtype(codec: Codec, dtype: torch.dtype) -> Iterator[Codec]:
+    yield copy.deepcopy(codec).to(dtype)
+
+
+def _rehearse(codec: Codec, coded: Any, rehearsal: Rehearsal) -> None:
+    """Decode what is ``coded`` up to the last CDF.
+
+    Raises:
+        FmpqError: it cannot be decoded.
+    """
+    try:
+        with_settings(codec, backend={}, chooser=rehearsal).decompress(coded["strings"], coded["shape"])
+    except Rehearsed:
+        return
+    raise FmpqError(
+        f"decompress() calls build_indexes otherwise than compress(): {rehearsal.calls} times and not "
+        f"{len(rehearsal.chosen)} times"
+    )
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Within the block, float32 is computed with as float32: not in TF32, nor in half precision by autocast."""
+    backends: Any = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        cpu, gpu = backends.mkldnn, backends.cudnn
+        owners = [cpu.matmul, cpu.conv, cpu.rnn, backends.cuda.matmul, gpu.conv, gpu.rnn]
+        switches: list[tuple[Any, str, Any]] = [(owner, "fp32_precision", "ieee") for owner in owners]
+    else:
+        switches = [(owner, "allow_tf32", False) for owner in (backends.cuda.matmul, backends.cudnn)]
+    with _set_to(switches), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def _set_to(switches: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Within the block, attributes of torch's backends have other values."""
+    with ExitStack() as stack:
+        for owner, name, value in switches:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
