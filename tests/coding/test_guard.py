@@ -171,7 +171,7 @@ def test_an_exact_codec_needs_no_guard_and_a_float_one_does_not_decode_its_files
     image = picture()[0]
     with torch.no_grad():
         for robust in ("auto", "exact"):
-            coded = guarded.compress(codec_of(exact), image[None], robust)  # type: ignore[arg-type]
+            coded = guarded.compress(codec_of(exact), image[None], robust)
             assert (coded.kind, coded.guard) == (Kind.EXACT, b"")
         with pytest.raises(FmpqError, match="without exact=False"):
             guarded.decompress(codec_of(floating), coded, MOST)
@@ -227,7 +227,8 @@ class OwnIndexes(GaussianConditional):
     """Chooses its CDFs in a way of its own."""
 
     def build_indexes(self, scales: Tensor) -> Tensor:
-        return super().build_indexes(2 * scales)
+        indexes: Tensor = super().build_indexes(2 * scales)
+        return indexes
 
 
 def test_an_entropy_model_of_the_users_own_is_checked_and_said_not_to_be_guarded() -> None:
