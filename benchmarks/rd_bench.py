@@ -82,7 +82,11 @@ class Bench:
             model = self.model()
             if variant.steps:
                 settings = Settings(
-                    self.lmbda, variant.steps, variant.loss, self.args.batch_size, self.args.crop
+                    self.lmbda,
+                    steps=variant.steps,
+                    loss=variant.loss,
+                    batch_size=self.args.batch_size,
+                    crop=self.args.crop,
                 )
                 train(model, self.args.train, settings, checkpoint=self._training(variant))
                 model.update(force=True)  # type: ignore[operator]
@@ -122,7 +126,7 @@ class Bench:
         )
 
     def _evaluate(self, variant: Variant, model: nn.Module, quantized: fx.GraphModule | None) -> None:
-        results = evaluate(model, self.args.images)
+        results = evaluate(model, self.args.images, robust=None)  # as published figures are
         bits, coded_cr, activation_bits = 32.0, None, 32.0
         if quantized is not None:
             plan, coded_cr = plan_of(quantized), _coded_cr(quantized)
