@@ -42,12 +42,16 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
     return small_model(request.param)
 
 
-@pytest.fixture
-def x() -> Tensor:
-    """Two smooth random images, (2, 3, 64, 64)."""
+def images() -> Tensor:
+    """Return two smooth random images, (2, 3, 64, 64)."""
     generator = torch.Generator().manual_seed(1)
     coarse = torch.rand(2, 3, 8, 8, generator=generator)
     return nn.functional.interpolate(coarse, size=64, mode="bicubic").clamp(0, 1)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return images()
 
 
 def shared(*parts: str) -> Path:

@@ -123,7 +123,7 @@ def test_training_for_another_distortion_than_the_plans(gm: fx.GraphModule) -> N
 
 @pytest.mark.parametrize("distortion", ["ms-ssim", f"{__name__}:mean_difference"])
 def test_the_command_line_takes_a_distortion(tmp_path: Path, distortion: str) -> None:
-    for number, image in enumerate(photos(2, side=256)):
+    for number, image in enumerate(photos(2, side=192)):
         reading.write(image, tmp_path / f"{number}.png")
     state, tuned_state = tmp_path / "state", tmp_path / "tuned"
     chosen = ["--distortion", distortion, "--bits", "8", "--planner", "uniform"]

@@ -195,10 +195,10 @@ def test_the_plan_as_json_is_plain(x: Tensor) -> None:
 
 
 def test_fmpq_at_6_bits_costs_less_than_half_of_uniform_on_kodak() -> None:
-    # Weights only, no fine-tuning, 8 crops of 256 x 256 that were not calibrated on. On all of Kodak, uniform widths
+    # Weights only, no fine-tuning, 8 crops of 128 x 128 that were not calibrated on. On all of Kodak, uniform widths
     # cost five times as much as the plan.
-    kodak = crops.cut(shared("data", "kodak"), count=8)
-    val = crops.cut(shared("data", "bsds500", "val"), count=4)
+    kodak = crops.cut(shared("data", "kodak"), count=8, size=128)
+    val = crops.cut(shared("data", "bsds500", "val"), count=4, size=128)
     model = fmpq_fx.samples.model()
     gm = trace(model)
     bench = make_bench(gm, kodak)

@@ -1,10 +1,11 @@
-"""Several processes on one job, started by torchrun: the results of one, printed once, and errors instead of hangs."""
+"""Several processes on one job, as torchrun starts them: results of one, printed once, and errors instead of hangs."""
 
 import copy
 import math
-import os
-import subprocess
-import sys
+import multiprocessing
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fmpq_fx import FmpqError, History, plan_of, ranks
 from fmpq_fx.cli.main import main
@@ -19,28 +23,48 @@ from fmpq_fx.images.reading import sources, write
 from fmpq_fx.ranks import Ranks
 from fmpq_fx.training.data import RandomCrops, batches
 from fmpq_fx.training.run import TrainingRun
-from support import TESTS
+from support import rank_jobs
 from support.finetuning import photos, stopping_at
 from support.rank_jobs import both_sizes, uniform, without_noise
 
-SCRIPT = TESTS / "support" / "rank_jobs.py"
+# A process that has imported everything once, and that each rank is a fork of.
+multiprocessing.set_forkserver_preload(["support.rank_jobs"])
 
 
-def torchrun(job: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run ``job`` of rank_jobs.py in two processes of one thread."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    return subprocess.run(
-        [*command, str(SCRIPT), job, str(folder)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=2 * ranks.TIMEOUT.total_seconds(),  # a rank that waits for another ends by itself before that
+@dataclass(frozen=True)
+class Ended:
+    """A job that ended with an error."""
+
+    said: str  # by the launcher
+    stdout: str  # of all ranks, one after the other
+    stderr: str
+
+
+def launched(job: Callable[[Path], None], folder: Path, logs: Path) -> Ended:
+    """Run ``job``, which is to fail in the end, in two processes of one thread, as torchrun does."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id=job.__name__,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="forkserver",
+        logs_specs=DefaultLogsSpecs(str(logs), redirects=Std.ALL),
     )
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(ChildFailedError) as error:
+            elastic_launch(config, job)(folder)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    stdout, stderr = (
+        "".join(path.read_text() for path in sorted(logs.glob(f"**/{name}.log")))
+        for name in ("stdout", "stderr")
+    )
+    return Ended(str(error.value), stdout, stderr)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +81,8 @@ def found(tmp_path_factory: pytest.TempPathFactory, gm4: fx.GraphModule) -> list
         patched.setattr(TrainingRun, "step", stopping_at(4, KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             without_noise(gm, checkpoint=folder / "training.pt")
-    job = torchrun("share_work", folder)
-    assert job.returncode != 0
-    assert "SIGKILL" in job.stderr, f"a killed rank ends the job, and it is to come so far: {job.stderr}"
+    job = launched(rank_jobs.share_work, folder, tmp_path_factory.mktemp("logs"))
+    assert "SIGKILL" in job.said, f"a killed rank ends the job, and it is to come so far: {job.stderr}"
     made = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
     history = without_noise(copy.deepcopy(gm4), checkpoint=folder / "training.pt")
     assert history.to_json() == made[0]["resumed"]["history"], "rank 0 wrote the checkpoint to the end"
@@ -114,10 +137,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rank_0_prints_and_writes_what_one_process_does_and_a_failing_rank_ends_the_job(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = torchrun("command_line", folder)
-    assert job.returncode != 0
+    job = launched(rank_jobs.command_line, folder, tmp_path)
     assert "imed out" not in job.stderr, "it waited for a rank that was gone"
     assert "fmpq-fx: error: rank 1 of 2: its disk is full" in job.stderr
     assert "rank 0 of 2: this command runs in one process" in job.stderr

@@ -1,5 +1,7 @@
 """The way back: the model's own class, quantized, that codes; and a checkpoint that a stock CompressAI evaluates."""
 
+import copy
+import functools
 import json
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fmpq_fx
-from conftest import small_model
+from conftest import images, small_model
 from fmpq_fx import FmpqError
 from fmpq_fx.quant import quantized_layers
 from support.coded_models import graph_of
@@ -37,8 +39,10 @@ MODELS: dict[str, Any] = {
 }
 
 
-def prepared(name: str, x: Tensor, activation_bits: int | None = 8) -> Any:
+@functools.cache
+def _prepared(name: str, activation_bits: int | None) -> Any:
     torch.manual_seed(0)
+    x = images()
     bits = [4, 8]
     model = MODELS[name]().eval()
     if name.startswith("elic"):  # which has a hundred sites to measure
@@ -48,9 +52,14 @@ def prepared(name: str, x: Tensor, activation_bits: int | None = 8) -> Any:
     )
 
 
+def prepared(name: str, activation_bits: int | None = 8) -> Any:
+    """Return a graph of its own."""
+    return copy.deepcopy(_prepared(name, activation_bits))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_converted_model_computes_what_the_graph_does(name: str, x: Tensor) -> None:
-    gm = prepared(name, x)
+    gm = prepared(name)
     codec = fmpq_fx.convert(
         gm, exact=False
     )  # what rounding to fixed point does is seen in test_integerize.py
@@ -63,7 +72,7 @@ def test_the_converted_model_computes_what_the_graph_does(name: str, x: Tensor) 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_it_codes_and_decodes(name: str, x: Tensor) -> None:
-    codec: Any = fmpq_fx.convert(prepared(name, x))
+    codec: Any = fmpq_fx.convert(prepared(name))
     with torch.no_grad():
         coded = codec.compress(x)
         decoded = codec.decompress(coded["strings"], coded["shape"])
@@ -75,7 +84,7 @@ def test_it_codes_and_decodes(name: str, x: Tensor) -> None:
 
 
 def test_the_coding_loops_of_autoregressive_models_use_the_quantized_context_weight(x: Tensor) -> None:
-    gm = prepared("mbt2018", x)
+    gm = prepared("mbt2018")
     codec: Any = fmpq_fx.convert(gm, exact=False)
     used = codec.context_prediction.weight * codec.context_prediction.mask
     layer = quantized_layers(gm)["context_prediction"]
@@ -84,7 +93,7 @@ def test_the_coding_loops_of_autoregressive_models_use_the_quantized_context_wei
 
 
 def test_training_the_graph_reaches_what_is_converted_next_and_not_what_was(x: Tensor) -> None:
-    gm = prepared("bmshj2018-hyperprior", x)
+    gm = prepared("bmshj2018-hyperprior")
     before = fmpq_fx.convert(gm, exact=False)
     with torch.no_grad():
         expected = gm(x)["x_hat"]
@@ -97,7 +106,7 @@ def test_training_the_graph_reaches_what_is_converted_next_and_not_what_was(x: T
 
 
 def test_a_graph_that_was_saved_converts_as_well(x: Tensor, tmp_path: Path) -> None:
-    gm = prepared("mbt2018-mean", x)
+    gm = prepared("mbt2018-mean")
     torch.save(gm, tmp_path / "gm.pt")
     loaded = torch.load(tmp_path / "gm.pt", weights_only=False)
     with torch.no_grad():
@@ -108,7 +117,7 @@ def test_a_graph_that_was_saved_converts_as_well(x: Tensor, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["bmshj2018-factorized", "mbt2018-mean", "mbt2018", "cheng2020-anchor"])
 def test_a_checkpoint_loads_into_the_float_class(name: str, x: Tensor, tmp_path: Path) -> None:
-    gm = prepared(name, x, activation_bits=None)
+    gm = prepared(name, activation_bits=None)
     fmpq_fx.export_checkpoint(gm, tmp_path / "model.pth.tar")
     state = torch.load(tmp_path / "model.pth.tar", weights_only=True)["state_dict"]
     stock = type(MODELS[name]()).from_state_dict(state).eval()

@@ -18,9 +18,7 @@ def pair(height: int, width: int, noise: float, channels: int = 3) -> tuple[Tens
     return x.round(), y.clamp(0, 255).round()
 
 
-@pytest.mark.parametrize(
-    ("height", "width"), [(LEAST_SIDE, LEAST_SIDE), (163, 331), (512, 300), (700, 1001), (161, 3000)]
-)
+@pytest.mark.parametrize(("height", "width"), [(LEAST_SIDE, LEAST_SIDE), (163, 331), (400, 180), (161, 900)])
 def test_strips_are_the_whole(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = pair(height, width, 20)
     taps = torch.exp(-((torch.arange(11.0, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
@@ -28,7 +26,7 @@ def test_strips_are_the_whole(height: int, width: int, monkeypatch: pytest.Monke
     expected = pytorch_msssim.ms_ssim(x, y, data_range=255, win=window).item()
     assert 0.1 < expected < 0.99
     found = []
-    for strip in (1, 5000, 2**16, 2**30):
+    for strip in (1, 5000, 2**14, 2**30):
         monkeypatch.setattr(ms_ssim, "_STRIP", strip)
         found.append(ms_ssim.ms_ssim(x, y, 255).item())
     assert found == pytest.approx([expected] * 4, abs=1e-12)

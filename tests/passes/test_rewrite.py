@@ -3,72 +3,39 @@
 import copy
 import importlib
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import compressai.models as zoo
 import pytest
 import torch
 from compressai.entropy_models import EntropyBottleneck
-from compressai.latent_codecs import LatentCodec
 from compressai.optimizers import net_aux_optimizer
 from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.annotation import NodeNote, annotate_sites, note_of, plan_of
+from fmpq_fx.passes.annotation import annotate_sites, plan_of
 from fmpq_fx.passes.clip.ranges import calibrate
 from fmpq_fx.passes.measure.bench import make_bench
-from fmpq_fx.passes.plan.tables import Plan, Sensitivity
 from fmpq_fx.passes.rewrite import quantize
-from fmpq_fx.passes.sites import find_sites, float_remainder
+from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.trace import trace
-from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, quantize_layer, quantized_layers
+from fmpq_fx.quant import ActivationFakeQuant, quantize_layer, quantized_layers
 from support.coded_models import quantized
-from support.traced_models import each_codec, lively
-
-
-def traced(model: nn.Module) -> fx.GraphModule:
-    return trace(model)
-
-
-def plan_for(gm: fx.GraphModule, activation_bits: int | None = None, **bits: int | None) -> Plan:
-    """Return a plan made by hand: 2, 3, 4 … bits in turn, but for those given, "g_a__0" meaning g_a.0."""
-    sites = find_sites(gm)
-    given = {name.replace("__", "."): b for name, b in bits.items()}
-    chosen = {site.name: given.get(site.name, 2 + i % 6) for i, site in enumerate(sites)}
-    zero = {site.name: {4: 0.0} for site in sites}
-    table = Sensitivity(sites, 0.01, 1.0, 1.0, zero, zero, float_remainder(gm, sites), "none")
-    return Plan(sites, chosen, dict.fromkeys(chosen, activation_bits), 0.25, "uniform", table)
-
-
-def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    with torch.no_grad():
-        output = model(x)
-    return [output["x_hat"], *output["likelihoods"].values()]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(torch.equal, a, b))
-
-
-def notes(gm: fx.GraphModule) -> list[tuple[Any, NodeNote]]:
-    """Return what is noted on each node that runs sites, with what it runs."""
-    return [(n.target, note_of(n)) for n in gm.graph.nodes if note_of(n).sites]
+from support.rewritten import notes, outputs, plan_for, same
 
 
 @pytest.fixture
 def gm(model: nn.Module, x: Tensor) -> fx.GraphModule:
     """Each small model quantized to mixed bits with 8-bit activations, calibrated, g_a.0 left float."""
-    float_gm = traced(model)
+    float_gm = trace(model)
     rewritten = quantize(float_gm, plan_for(float_gm, 8, g_a__0=None))
     calibrate(rewritten, make_bench(rewritten, [x]))
     return rewritten
 
 
 def test_the_rewrite_is_the_model_with_each_layer_replaced_by_hand(model: nn.Module, x: Tensor) -> None:
-    gm = traced(model)
+    gm = trace(model)
     plan = plan_for(gm)
     rewritten = quantize(gm, plan)
     rewritten.graph.lint()
@@ -84,13 +51,13 @@ def test_the_rewrite_is_the_model_with_each_layer_replaced_by_hand(model: nn.Mod
 
 
 def test_a_site_without_bits_stays_the_very_float_layer(model: nn.Module, x: Tensor) -> None:
-    gm = traced(model)
+    gm = trace(model)
     kept, state = gm.get_submodule("g_s.2"), dict(gm.get_submodule("g_s.2").named_parameters())
     rewritten = quantize(gm, plan_for(gm, 8, g_s__2=None))
     assert rewritten.get_submodule("g_s.2") is kept
     assert all(p is state[name] for name, p in kept.named_parameters())
     assert "g_s.2" not in quantized_layers(rewritten)
-    gm = traced(model)
+    gm = trace(model)
     assert same(outputs(quantize(gm, plan_for(gm, **dict.fromkeys(_names(gm)))), x), outputs(model, x))
 
 
@@ -133,7 +100,7 @@ def test_a_trained_state_loads_into_a_fresh_rewrite(gm: fx.GraphModule, model: n
     with torch.no_grad():
         for parameter in gm.parameters():
             parameter.mul_(1.01)
-    fresh = quantize(traced(model), plan_of(gm))
+    fresh = quantize(trace(model), plan_of(gm))
     assert not same(outputs(fresh, x), outputs(gm, x))
     fresh.load_state_dict(gm.state_dict())
     assert same(outputs(fresh, x), outputs(gm, x))
@@ -191,7 +158,7 @@ def narrow(quantizer: nn.Module, args: tuple[Tensor]) -> None:
 
 
 def test_a_training_step_reaches_every_parameter(model: nn.Module, x: Tensor) -> None:
-    gm = traced(model)
+    gm = trace(model)
     gm = quantize(gm, plan_for(gm, 6))
     for layer in quantized_layers(gm).values():
         assert layer.input_quantizer is not None
@@ -226,10 +193,10 @@ def test_a_training_loop_of_compressai_takes_a_graph_for_a_model() -> None:
 
 
 def test_the_plan_of_another_model_is_refused(model: nn.Module) -> None:
-    other = traced(zoo.ScaleHyperprior(4, 6))
+    other = trace(zoo.ScaleHyperprior(4, 6))
     with pytest.raises(FmpqError, match=r"of another model.*'.*'.*prepare"):
-        quantize(traced(model), plan_for(other))
-    gm = traced(model)
+        quantize(trace(model), plan_for(other))
+    gm = trace(model)
     plan = plan_for(gm)
     with pytest.raises(FmpqError, match=r"1 sites, the first of them 'g_a\.0' \(model: Site.*no such site"):
         quantize(gm, replace(plan, sites=plan.sites[1:]))
@@ -246,62 +213,6 @@ def test_a_quantized_model_is_not_quantized_again(gm: fx.GraphModule, x: Tensor)
 
 
 def test_a_graph_without_a_plan_is_told_so(model: nn.Module) -> None:
-    for module in (traced(model), model):
+    for module in (trace(model), model):
         with pytest.raises(FmpqError, match="carries no plan"):
             plan_of(module)
-
-
-@each_codec
-def test_sites_inside_an_opaque_codec_are_really_replaced(make: Callable[[], nn.Module], x: Tensor) -> None:
-    model = lively(make)
-    names = _names(traced(model))
-    before = outputs(model, x)
-    for name in ("latent_codec__hyper__h_a__0", "latent_codec__hyper__h_s__0", names[-1]):
-        gm = traced(model)
-        rewritten = quantize(gm, plan_for(gm, 8, **{**dict.fromkeys(names), name: 2}))
-        assert list(quantized_layers(rewritten)) == [name.replace("__", ".")]
-        assert not same(outputs(rewritten, x), before), name
-    calibrate(rewritten, make_bench(rewritten, [x]))
-    twin = copy.deepcopy(rewritten)
-    assert same(outputs(twin, x), outputs(rewritten, x))
-    note = dict(notes(twin))["latent_codec"]
-    assert note.bits == {site: plan_of(twin).bits[site] for site in note.sites}
-
-
-class Shared(nn.Module):
-    """A user's model that calls a layer by two names, and perhaps again inside a latent codec."""
-
-    def __init__(self, inside: bool):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = self.second = nn.Conv2d(3, 3, 3, padding=1)
-        self.codec = _Codec(self.first if inside else nn.Conv2d(3, 3, 1))
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        out = self.codec(self.second(self.first(x)))
-        return {"x_hat": out["y_hat"], "likelihoods": out["likelihoods"]}
-
-
-class _Codec(LatentCodec):
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = self.alias = layer  # CompressAI's codecs have such aliases
-        self.prior = EntropyBottleneck(3)
-
-    def forward(self, y: Tensor) -> dict[str, Any]:
-        y_hat, likelihoods = self.prior(50 * self.alias(y))
-        return {"y_hat": y_hat, "likelihoods": {"y": likelihoods}}
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_shared_layer_is_replaced_once_everywhere(inside: bool, x: Tensor) -> None:
-    gm = traced(Shared(inside).eval())
-    plan = plan_for(gm)
-    assert len(plan.sites) == (1 if inside else 2)
-    rewritten = quantize(gm, plan)
-    found = rewritten.named_modules(remove_duplicate=False)
-    floats = [name for name, m in found if type(m) is nn.Conv2d]
-    assert all(
-        isinstance(rewritten.get_submodule(name.rpartition(".")[0]), QuantizedLayer) for name in floats
-    )
-    outputs(rewritten, x)

@@ -1,4 +1,4 @@
-"""What the tests of several ranks run under torchrun: ``torchrun … rank_jobs.py JOB FOLDER``.
+"""What the tests of several ranks run in each of them.
 
 A failed assertion of any rank ends the job, and so fails the test that started it.
 """
@@ -112,8 +112,3 @@ def command_line(folder: Path) -> None:
 
     TrainingRun.step = failing  # type: ignore[method-assign]
     sys.exit(main(["finetune", state, images, "--out", str(folder / "x"), *TRAIN]))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    {"share_work": share_work, "command_line": command_line}[sys.argv[1]](Path(sys.argv[2]))

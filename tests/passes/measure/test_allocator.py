@@ -7,10 +7,15 @@ import sys
 
 import pytest
 
+from fmpq_fx.passes.measure import allocator
+
 PROGRAM = """
 import resource
+import runpy
+import sys
 import torch
-from fmpq_fx.passes.measure.allocator import freed_memory_kept
+
+freed_memory_kept = runpy.run_path(sys.argv[1])["freed_memory_kept"]  # without all that the package imports
 
 def print_pages(mebibytes):
     "Print how many pages thirty tensors took, one after the other, and how many one has."
@@ -37,7 +42,7 @@ print_pages(8)
 def test_freed_memory_is_used_again_within_the_block_and_in_the_callers_code_after_it() -> None:
     path = os.pathsep.join(filter(None, sys.path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", PROGRAM]
+    command = [sys.executable, "-c", PROGRAM, allocator.__file__]
     found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     for line in found.stdout.splitlines():
         taken, of_one_tensor = map(int, line.split())

@@ -132,7 +132,7 @@ def test_interpolation_by_hand() -> None:
 
 def test_prepare_measures_a_part_and_makes_the_same_graph() -> None:
     model = fmpq_fx.samples.model()
-    photos = fmpq_fx.images.crops.cut(fmpq_fx.samples.photos().values(), count=1, size=128)
+    photos = fmpq_fx.images.crops.cut(fmpq_fx.samples.photos().values(), count=1, size=64)
     table = fmpq_fx.analyze(model, calibration=photos, lmbda=0.013)
     whole = fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.15, calibration=photos, sensitivity=table))
     lazy = fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.15, calibration=photos, lmbda=0.013))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fmpq_fx
-from conftest import small_model
+from conftest import images, small_model
 from fmpq_fx import FmpqError, Sensitivity
 from fmpq_fx.passes.measure.changes import ChangeMeter
 from fmpq_fx.rd import RDSums
@@ -96,7 +96,18 @@ def other_weights() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("complete", [False, True])
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Return what the files of a measurement hold, of one that was killed and of one that came to its end."""
+    path, x = tmp_path_factory.mktemp("tables") / "table.json", images()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        killed(path, x, monkeypatch, 2, lmbda=0.01)
+    partial = path.read_bytes()
+    fmpq_fx.analyze(small_model(NAME), calibration=x, checkpoint=path, bits=BITS)
+    return {"partial": partial, "complete": path.read_bytes()}
+
+
+@pytest.mark.parametrize("extent", ["partial", "complete"])
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
@@ -111,21 +122,18 @@ def test_a_file_of_something_else_is_refused_and_stays(
     change: dict[str, Any],
     error: type[Exception],
     says: str,
-    complete: bool,
+    extent: str,
+    tables: dict[str, bytes],
     tmp_path: Path,
     x: Tensor,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "table.json"
-    killed(path, x, monkeypatch, 2, lmbda=0.01)
-    if complete:
-        fmpq_fx.analyze(small_model(NAME), calibration=x, checkpoint=path, bits=BITS)
-    before = path.read_bytes()
+    path.write_bytes(tables[extent])
     options = {"calibration": x, **{name: value for name, value in change.items() if name != "model"}}
     make = change.get("model", lambda: small_model(NAME))
     with pytest.raises(error, match=says):
         fmpq_fx.analyze(make(), checkpoint=path, **options)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == tables[extent]
 
 
 def test_update_does_not_make_another_model(
