@@ -4,26 +4,43 @@ import copy
 import dataclasses
 import errno
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pytest
 import torch
 from torch import fx
 
 from conftest import small_model
-from fmpq_fx import FmpqError, prepare
+from fmpq_fx import FmpqError, History, prepare
 from fmpq_fx.history import Settings
 from fmpq_fx.training.run import TrainingRun
 from support.finetuning import LMBDA, photos, same_state, stopping_at, tuned
 
 
+class Finished(NamedTuple):
+    """A run that came to its end."""
+
+    gm: fx.GraphModule
+    history: History
+    checkpoint: Path
+
+
+@pytest.fixture(scope="module")
+def finished(prepared: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Return an uninterrupted run; a test changes nothing of it."""
+    gm, checkpoint = copy.deepcopy(prepared), tmp_path_factory.mktemp("finished") / "training.pt"
+    return Finished(gm, tuned(gm, checkpoint=checkpoint), checkpoint)
+
+
 @pytest.mark.parametrize("step", [1, 4, 6, 11])
 def test_an_interrupted_run_goes_on_to_the_result_of_an_uninterrupted_one(
-    prepared: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    prepared: fx.GraphModule,
+    finished: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
 ) -> None:
-    whole, stopped = copy.deepcopy(prepared), copy.deepcopy(prepared)
-    expected = tuned(whole)
-    checkpoint = tmp_path / "training.pt"
+    stopped, checkpoint = copy.deepcopy(prepared), tmp_path / "training.pt"
     with monkeypatch.context() as patched:
         patched.setattr(TrainingRun, "step", stopping_at(step, KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -31,11 +48,17 @@ def test_an_interrupted_run_goes_on_to_the_result_of_an_uninterrupted_one(
     assert checkpoint.exists() == (step > 4), "written at every validation"
     resumed = copy.deepcopy(prepared)  # as a new process would have it
     found = tuned(resumed, checkpoint=checkpoint)
-    assert found == expected
-    assert same_state(resumed, whole)
+    assert found == finished.history
+    assert same_state(resumed, finished.gm)
+
+
+def test_a_finished_run_is_not_done_again(
+    prepared: fx.GraphModule, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingRun, "step", stopping_at(1, KeyboardInterrupt))
     again = copy.deepcopy(prepared)
-    assert tuned(again, checkpoint=checkpoint) == expected, "a finished run is not done again"
-    assert same_state(again, whole)
+    assert tuned(again, checkpoint=finished.checkpoint) == finished.history
+    assert same_state(again, finished.gm)
 
 
 def test_an_interruption_leaves_the_best_state_so_far(
@@ -62,19 +85,15 @@ def test_an_interruption_leaves_the_best_state_so_far(
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
-    gm: fx.GraphModule, tmp_path: Path, change: dict[str, Any], says: str
+    finished: Finished, change: dict[str, Any], says: str
 ) -> None:
-    checkpoint = tmp_path / "training.pt"
-    tuned(gm, checkpoint=checkpoint)
-    before = copy.deepcopy(gm)
+    gm = copy.deepcopy(finished.gm)
     with pytest.raises(FmpqError, match=says):
-        tuned(gm, checkpoint=checkpoint, **change)
-    assert same_state(gm, before)
+        tuned(gm, checkpoint=finished.checkpoint, **change)
+    assert same_state(gm, finished.gm)
 
 
-def test_a_checkpoint_of_another_plan_is_refused(gm: fx.GraphModule, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "training.pt"
-    tuned(gm, checkpoint=checkpoint)
+def test_a_checkpoint_of_another_plan_is_refused(finished: Finished) -> None:
     other = prepare(
         small_model("bmshj2018-hyperprior"),
         0.25,
@@ -83,20 +102,20 @@ def test_a_checkpoint_of_another_plan_is_refused(gm: fx.GraphModule, tmp_path: P
         planner="uniform",
     )
     with pytest.raises(FmpqError, match=r"another run: model was 'plan .*remove the file"):
-        tuned(other, checkpoint=checkpoint)
+        tuned(other, checkpoint=finished.checkpoint)
 
 
 def test_a_checkpoint_of_other_weights_is_refused_and_one_of_the_state_it_left_goes_on(
-    prepared: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: fx.GraphModule, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint, gm, whole = tmp_path / "training.pt", copy.deepcopy(prepared), copy.deepcopy(prepared)
+    checkpoint, gm = tmp_path / "training.pt", copy.deepcopy(prepared)
     with monkeypatch.context() as patched:
         patched.setattr(TrainingRun, "step", stopping_at(6, KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             tuned(gm, checkpoint=checkpoint)
     assert not same_state(gm, prepared), "step 4 was better than the start"
-    assert tuned(gm, checkpoint=checkpoint) == tuned(whole), "the cell of a notebook, run again"
-    assert same_state(gm, whole)
+    assert tuned(gm, checkpoint=checkpoint) == finished.history, "the cell of a notebook, run again"
+    assert same_state(gm, finished.gm)
     other = copy.deepcopy(prepared)
     with torch.no_grad():
         other.get_parameter("g_s.6.layer.weight").mul_(1.01)
@@ -125,7 +144,11 @@ def test_what_is_no_checkpoint_is_refused_and_stays(gm: fx.GraphModule, tmp_path
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_intact(
-    gm: fx.GraphModule, prepared: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gm: fx.GraphModule,
+    prepared: fx.GraphModule,
+    finished: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkpoint = tmp_path / "training.pt"
     save = torch.save
@@ -143,13 +166,11 @@ def test_a_full_disk_leaves_the_old_checkpoint_intact(
         with pytest.raises(OSError, match="No space left"):
             tuned(gm, checkpoint=checkpoint)
     assert [p.name for p in tmp_path.iterdir()] == ["training.pt"]
-    whole, resumed = copy.deepcopy(prepared), copy.deepcopy(prepared)
-    assert tuned(resumed, checkpoint=checkpoint) == tuned(whole)
-    assert same_state(resumed, whole)
+    resumed = copy.deepcopy(prepared)
+    assert tuned(resumed, checkpoint=checkpoint) == finished.history
+    assert same_state(resumed, finished.gm)
 
 
-def test_settings_of_a_checkpoint_cover_all_of_them(gm: fx.GraphModule, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "training.pt"
-    tuned(gm, checkpoint=checkpoint)
-    about = torch.load(checkpoint, weights_only=True)["about"]
+def test_settings_of_a_checkpoint_cover_all_of_them(finished: Finished) -> None:
+    about = torch.load(finished.checkpoint, weights_only=True)["about"]
     assert {field.name for field in dataclasses.fields(Settings)} <= about.keys()

@@ -10,12 +10,14 @@ import pytest
 from fmpq_fx.passes.measure import allocator
 
 PROGRAM = """
+import importlib.util
 import resource
-import runpy
 import sys
 import torch
 
-freed_memory_kept = runpy.run_path(sys.argv[1])["freed_memory_kept"]  # without all that the package imports
+spec = importlib.util.spec_from_file_location("allocator", sys.argv[1])  # without all that the package imports
+allocator = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(allocator)
 
 def print_pages(mebibytes):
     "Print how many pages thirty tensors took, one after the other, and how many one has."
@@ -27,11 +29,11 @@ def print_pages(mebibytes):
         x + 1
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, x.nbytes // resource.getpagesize())
 
-with freed_memory_kept():
+with allocator.freed_memory_kept():
     pass
 print_pages(8)
-with freed_memory_kept():
-    with freed_memory_kept():
+with allocator.freed_memory_kept():
+    with allocator.freed_memory_kept():
         pass
     print_pages(30)
 print_pages(8)
