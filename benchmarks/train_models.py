@@ -79,7 +79,7 @@ def main() -> None:
     model = model.to(args.device).train()
     settings = Settings(
         args.lmbda,
-        args.steps,
+        steps=args.steps,
         batch_size=args.batch_size,
         crop=args.crop,
         lr=args.lr,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from tabulate import tabulate
@@ -27,6 +27,7 @@ class Settings:
     """
 
     lmbda: float = field(metadata={"help": "weight of the distortion"})
+    _: KW_ONLY
     steps: int = _option(300, "number of steps")
     distortion: str = _option(
         MSE.name,
