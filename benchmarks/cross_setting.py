@@ -22,15 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from bench_models import UNTRAINED, WITH_CODECS, add_model_arguments, enliven
-from compressai.ops import compute_padding
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from fmpq_fx import FmpqError, convert, exact_table, finetune, prepare
 from fmpq_fx.coding.codec import codec_of
-from fmpq_fx.coding.fmi import STRIDE
+from fmpq_fx.coding.frame import Frame
 from fmpq_fx.coding.guarded import Coded, Robust, compress, decompress
 from fmpq_fx.images import crops, reading
 from fmpq_fx.models.zoo import load_model
@@ -167,9 +165,8 @@ def seconds(codecs: dict[str, Any], pictures: list[Tensor]) -> dict[str, tuple[f
 
 def padded(path: Path) -> Tensor:
     """Return the picture (1, 3, H, W), padded as for coding."""
-    x = reading.read(path).unsqueeze(0)
-    pad, _ = compute_padding(*x.shape[-2:], min_div=STRIDE)
-    return F.pad(x, pad)
+    x = reading.read(path)
+    return Frame(*x.shape[-2:]).around(x).unsqueeze(0)
 
 
 def report(name: str, args: argparse.Namespace, pictures: list[Tensor]) -> None:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from compressai.ops import compute_padding
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
@@ -21,7 +19,7 @@ from fmpq_fx.coding import guarded
 from fmpq_fx.coding.cdf_tables import update_tables
 from fmpq_fx.coding.codec import Codec, codec_of
 from fmpq_fx.coding.conversion import convert
-from fmpq_fx.coding.fmi import STRIDE, padded_size
+from fmpq_fx.coding.frame import Frame, stride_of
 from fmpq_fx.coding.guarded import Robust
 from fmpq_fx.coding.tiling import within
 from fmpq_fx.errors import FmpqError
@@ -187,8 +185,9 @@ def evaluate(
         for name, load in reported(named, "evaluate", "image", show=progress):
             try:
                 x = load().to(parameter.device, parameter.dtype)
-                tiled = within(codec, padded_size(*x.shape[-2:]), memory, images=_IMAGES)
-                results.append(_code(tiled, name, x, robust))
+                frame = Frame(x.size(1), x.size(2), stride_of(codec, x.size(0)))
+                tiled = within(codec, frame.size, memory, images=_IMAGES)
+                results.append(_code(tiled, name, x, frame, robust))
             except FmpqError as error:
                 skipped.append(str(error) if name in str(error) else f"{name}: {error}")
                 warnings.warn(f"image skipped: {skipped[-1]}", stacklevel=2)
@@ -219,11 +218,10 @@ def _named(images: str | os.PathLike[str] | Mapping[str, Tensor]) -> Iterator[tu
             yield path.name, lambda path=path: reading.read(path)
 
 
-def _code(codec: Codec, name: str, x: Tensor, robust: Robust) -> ImageResult:
-    """Code the image ``x`` (C, H, W), and measure."""
+def _code(codec: Codec, name: str, x: Tensor, frame: Frame, robust: Robust) -> ImageResult:
+    """Code the image ``x`` (C, H, W) in its ``frame``, and measure."""
     height, width = x.shape[-2:]
-    pad, unpad = compute_padding(height, width, min_div=STRIDE)
-    padded = F.pad(x.unsqueeze(0), pad)
+    padded = frame.around(x.unsqueeze(0))
     start = time.perf_counter()
     coded = guarded.compress(codec, padded, robust)
     middle = time.perf_counter()
@@ -231,11 +229,11 @@ def _code(codec: Codec, name: str, x: Tensor, robust: Robust) -> ImageResult:
     end = time.perf_counter()
     guard_bytes = len(coded.guard)
     bits = 8 * (guard_bytes + sum(len(strings[0]) for strings in coded.strings))
-    x_hat = _to_8_bits(F.pad(decoded, unpad))
+    x_hat = _to_8_bits(frame.inside(decoded))
     del coded, decoded
     forward = codec(padded)
     estimated_bits = sum(total_bits(p).item() for p in forward["likelihoods"].values())
-    deviation = int((_to_8_bits(F.pad(forward["x_hat"], unpad)) - x_hat).abs_().max())
+    deviation = int((_to_8_bits(frame.inside(forward["x_hat"])) - x_hat).abs_().max())
     del forward, padded
     original = _to_8_bits(x.unsqueeze(0))
     mse = (x_hat - original).square_().mean().item()

@@ -8,6 +8,7 @@ Big-endian, in this order:
 4 bytes    CRC-32 of all that follows
 8 bytes    fingerprint of the model (:func:`fmpq_fx.coding.known.fingerprint_of`)
 4 + 4      height and width of the image, pixels
+2 bytes    what the sides of the coded image are multiples of (:class:`fmpq_fx.coding.frame.Frame`)
 1 + n      name of the model's class, UTF-8
 2 + n      shape of the latents as the codec wants it back, JSON
 1 byte     how it survives another machine (:class:`fmpq_fx.coding.guarded.Kind`)
@@ -16,7 +17,7 @@ Big-endian, in this order:
 4 + n      each string, its length before it
 =========  ==============================================================================================
 
-Version 1, which is read as well, has nothing about other machines.
+Version 1, which is read as well, has multiples of 64 and nothing about other machines.
 """
 
 import json
@@ -27,13 +28,12 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from compressai.ops import compute_padding
 from PIL import Image
 from torch import Tensor, nn
 
 from fmpq_fx.coding import guarded
 from fmpq_fx.coding.codec import Codec, codec_of
+from fmpq_fx.coding.frame import STRIDES, Frame, stride_of
 from fmpq_fx.coding.guarded import Coded, Kind, Robust
 from fmpq_fx.coding.known import fingerprint_of
 from fmpq_fx.coding.string_coder import padded
@@ -45,11 +45,8 @@ from fmpq_fx.storage.byte_reader import ByteReader, counted
 
 MAGIC, VERSION = b"\x89FMI", 2
 
-STRIDE = 64
-"""Images are padded to multiples of this, as CompressAI's own evaluation does: six strides of 2."""
-
 _START = struct.Struct(">4sBI")
-_HEAD = struct.Struct(">8sII")
+_HEAD, _STRIDE = struct.Struct(">8sII"), struct.Struct(">H")
 _MOST_LATENTS = 4  # per pixel; CompressAI's models have at most 1.3
 _LARGE = 2**18  # pixels
 
@@ -88,11 +85,11 @@ def encode(
         raise ValueError(f"the image has shape {tuple(image.shape)}; pass one image, (C, H, W)")
     parameter = next(coder.parameters())
     height, width = batch.shape[-2:]
-    pad, _ = compute_padding(height, width, min_div=STRIDE)
-    tiled = within(coder, padded_size(height, width), memory, images=2)
+    frame = Frame(height, width, stride_of(coder, batch.size(1)))
+    tiled = within(coder, frame.size, memory, images=2)
     with torch.no_grad():
-        padded_batch = F.pad(batch.to(parameter.device, parameter.dtype), pad)
-        coded = guarded.compress(tiled, padded_batch, robust, margin)
+        framed = frame.around(batch.to(parameter.device, parameter.dtype))
+        coded = guarded.compress(tiled, framed, robust, margin)
     strings = [string for string, *_ in coded.strings]
     if not all(isinstance(string, bytes) for string in strings):
         raise FmpqError(
@@ -101,6 +98,7 @@ def encode(
         )
     parts = [
         _HEAD.pack(_fingerprint(coder), height, width),
+        _STRIDE.pack(frame.stride),
         counted(type(coder).__name__.encode()[:255], 1),
         counted(json.dumps(_plain(coded.shape), separators=(",", ":")).encode(), 2),
         bytes([coded.kind]),
@@ -128,6 +126,7 @@ def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) ->
     version, body = _checked_body(data)
     reader = ByteReader(body)
     fingerprint_of_data, height, width = _HEAD.unpack(reader.take(_HEAD.size))
+    stride = _STRIDE.unpack(reader.take(_STRIDE.size))[0] if version > 1 else STRIDES[0]
     name = reader.take_counted(1).decode(errors="replace")
     if fingerprint_of_data != _fingerprint(coder):
         raise FmpqError(
@@ -138,15 +137,16 @@ def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) ->
     limit = Image.MAX_IMAGE_PIXELS or 2**31
     if not 0 < height * width <= limit:
         raise FmpqError(f"it claims {width} x {height} pixels, and at most {limit} are decoded")
-    (left, _, top, _), _ = compute_padding(height, width, min_div=STRIDE)
-    size = padded_size(height, width)
-    pixels = math.prod(size)
+    if stride not in STRIDES:
+        raise FmpqError(f"it is damaged: its sides are multiples of {stride}")
+    frame = Frame(height, width, stride)
+    pixels = math.prod(frame.size)
     shape = _shape(reader.take_counted(2), _MOST_LATENTS * pixels)
     kind, guard = _guard(reader) if version > 1 else (Kind.NOT, b"")
     strings = [reader.take_counted(4) for _ in range(reader.take(1)[0])]
     reader.end()
-    tiled = within(coder, size, memory, images=3)
-    symbols = _most_symbols(coder, size)
+    tiled = within(coder, frame.size, memory, images=3)
+    symbols = _most_symbols(coder, frame.size)
     coded = Coded([[padded(string, symbols)] for string in strings], shape, kind, guard)
     try:
         with torch.no_grad():
@@ -155,14 +155,9 @@ def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) ->
         raise
     except Exception as error:  # a forged stream may make anything go wrong
         raise FmpqError(f"its strings cannot be decoded: {type(error).__name__}: {error}") from error
-    if decoded.shape[-2:] != size:
+    if decoded.shape[-2:] != frame.size:
         raise FmpqError(f"its latents are not those of an image of {width} x {height} pixels")
-    return decoded[0, :, top : top + height, left : left + width].float().clamp(0, 1).cpu()
-
-
-def padded_size(height: int, width: int) -> Size:
-    """Return the size as which an image of ``height`` and ``width`` is coded, in multiples of :data:`STRIDE`."""
-    return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
+    return frame.inside(decoded)[0].float().clamp(0, 1).cpu()
 
 
 def _fingerprint(codec: Codec) -> bytes:

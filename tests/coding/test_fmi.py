@@ -44,7 +44,7 @@ def sealed(body: bytes, version: int = VERSION) -> bytes:
 def forged(
     height: int = 40, width: int = 70, shape: object = (1, 2), strings: tuple[bytes, ...] = (b"",)
 ) -> bytes:
-    parts = [bytes.fromhex(fingerprint.of_codec(CODEC))[:8] + struct.pack(">II", height, width)]
+    parts = [bytes.fromhex(fingerprint.of_codec(CODEC))[:8] + struct.pack(">IIH", height, width, 64)]
     parts += [counted(b"ScaleHyperprior", 1), counted(json.dumps(shape).encode(), 2)]
     parts += [b"\0", counted(b"", 4), bytes([len(strings)])]
     return sealed(b"".join(parts) + b"".join(counted(string, 4) for string in strings))
@@ -156,7 +156,7 @@ def test_a_forged_file_is_refused(data: bytes, says: str) -> None:
 
 def test_a_deeply_nested_shape_is_refused() -> None:
     depth = 30_000
-    start = DATA[9:25] + counted(b"x", 1)
+    start = DATA[9:27] + counted(b"x", 1)
     with pytest.raises(FmpqError, match="shape of its latents is damaged"):
         decode(CODEC, sealed(start + counted(b"[" * depth + b"]" * depth, 2)))
 

@@ -1,0 +1,69 @@
+"""The frame that an image is coded in: what a codec takes has sides that are multiples of its stride."""
+
+import copy
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from compressai.ops import compute_padding
+from torch import Tensor, nn
+
+from fmpq_fx.coding.codec import Codec
+from fmpq_fx.coding.tiles import Size
+
+STRIDES = (64, 128, 256, 512)
+"""What is tried: six strides of 2 as in most codecs, and more of them, or windows of attention on latents."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An image of ``height`` x ``width`` pixels in the middle of the least multiples of ``stride``."""
+
+    height: int
+    width: int
+    stride: int = STRIDES[0]
+
+    @property
+    def size(self) -> Size:
+        """Height and width of what is coded."""
+        return (-(-self.height // self.stride) * self.stride, -(-self.width // self.stride) * self.stride)
+
+    def around(self, x: Tensor) -> Tensor:
+        """Return ``x`` (…, height, width) with zeros around it."""
+        return F.pad(x, self._padding[0])
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Return the image in ``x``, of :attr:`size`."""
+        return F.pad(x, self._padding[1])
+
+    @property
+    def _padding(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        padding: tuple[tuple[int, ...], tuple[int, ...]] = compute_padding(
+            self.height, self.width, min_div=self.stride
+        )
+        return padding
+
+
+_STRIDES: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
+
+
+def stride_of(codec: Codec, channels: int) -> int:
+    """Return the least of :data:`STRIDES` that ``codec`` runs with on images of ``channels``; the first if none.
+
+    It is found once for each model, on black images of one and three strides.
+    """
+    known = next(codec.children())  # which all codecs of one model share
+    if known not in _STRIDES:
+        _STRIDES[known] = next((s for s in STRIDES if _runs(codec, channels, s)), STRIDES[0])
+    return _STRIDES[known]
+
+
+@torch.no_grad()
+def _runs(codec: Codec, channels: int, stride: int) -> bool:
+    parameter = next(codec.parameters())
+    image = parameter.new_zeros(1, channels, stride, 3 * stride)
+    try:  # a copy, since masks may be kept for the last size
+        return bool(copy.deepcopy(codec)(image)["x_hat"].shape[-2:] == image.shape[-2:])
+    except Exception:  # a user's model may do anything; what it says, it says of the image itself
+        return False

@@ -1,0 +1,58 @@
+"""Frames: images of any size are coded by codecs that take only some."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fmpq_fx
+from fmpq_fx.coding.codec import codec_of
+from fmpq_fx.coding.frame import STRIDES, Frame, stride_of
+from support.codecs.slices import Slices
+
+
+class Wide(Slices):
+    """Has windows that images of other sizes do not divide into."""
+
+    def analysis(self, x: Tensor) -> Tensor:
+        if x.shape[-2] % 256 or x.shape[-1] % 256:
+            raise RuntimeError("shape is invalid for input of size")
+        y: Tensor = super().analysis(x)
+        return y
+
+
+def coded(cls: type) -> Any:
+    torch.manual_seed(0)
+    model = cls().eval()
+    model.gaussian_conditional.update_scale_table(torch.logspace(-0.95, 2.4, 64).tolist())
+    model.entropy_bottleneck.update()
+    return model
+
+
+def test_an_image_comes_back_from_its_frame() -> None:
+    x = torch.rand(1, 3, 70, 129)
+    for stride in STRIDES:
+        frame = Frame(70, 129, stride)
+        around = frame.around(x)
+        assert around.shape[-2:] == frame.size
+        assert all(side % stride == 0 for side in frame.size)
+        assert torch.equal(frame.inside(around), x)
+
+
+@pytest.mark.parametrize(("cls", "stride"), [(Slices, 64), (Wide, 256)])
+def test_a_codec_gets_sizes_that_it_takes(cls: type, stride: int) -> None:
+    model, image = coded(cls), torch.rand(3, 100, 300)
+    assert stride_of(codec_of(model), 3) == stride
+    assert fmpq_fx.decode(model, fmpq_fx.encode(model, image)).shape == image.shape
+    (result,) = fmpq_fx.evaluate(model, {"x": image}, progress=False).images
+    assert (result.height, result.width, result.deviation <= 1) == (100, 300, True)
+
+
+def test_a_codec_that_runs_on_nothing_says_so_of_the_image() -> None:
+    class Never(Slices):
+        def analysis(self, x: Tensor) -> Tensor:
+            raise RuntimeError("never")
+
+    with pytest.raises(RuntimeError, match="never"):
+        fmpq_fx.encode(coded(Never), torch.rand(3, 64, 64))
