@@ -2,9 +2,10 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from fmpq_fx.cli.arguments import (
     set_threads,
 )
 from fmpq_fx.cli.outputs import GRAPHS, IMAGE_MARK, RESULTS, Output, declare
+from fmpq_fx.cli.overlap import each
 from fmpq_fx.coding import fmi
 from fmpq_fx.coding.evaluation import evaluate
 from fmpq_fx.errors import FmpqError
@@ -29,13 +31,7 @@ from fmpq_fx.formats.model_file import load_codec
 from fmpq_fx.formats.state import load_state
 from fmpq_fx.images import reading
 from fmpq_fx.models.zoo import load_model
-from fmpq_fx.progress import reported
 from fmpq_fx.storage.files import check_folder, replacing, write_text
-
-T = TypeVar("T")
-
-# What one image may fail with, while others do not: damage, a size, the memory that it takes.
-_FAILURES = (FmpqError, ValueError, OSError, MemoryError, RuntimeError)
 
 
 def add_evaluate(command: argparse.ArgumentParser) -> None:
@@ -139,18 +135,17 @@ def _encode(args: argparse.Namespace) -> None:
     pixels: list[int] = []
     sizes: list[int] = []
 
-    def encoded(source: Path) -> bytes:
-        image = reading.read(source)
+    def encoded(image: Tensor) -> bytes:
         data = fmi.encode(codec, image, robust=args.robust, margin=args.margin, memory=args.memory)
         pixels.append(image[0].numel())
         sizes.append(len(data))
         return data
 
-    failures = _each(jobs, "encode", encoded, _write_coded)
-    done = len(jobs) - len(failures)
-    if done:
-        rate = 8 * sum(sizes) / sum(pixels)
-        print(f"{_images(done)}: {sum(sizes):,} bytes, {rate:.4f} bits per pixel: {args.out}")
+    start = time.monotonic()
+    failures = each(jobs, "encode", reading.read, encoded, _write_coded)
+    if sizes:
+        rate = f"{8 * sum(sizes) / sum(pixels):.4f} bits per pixel"
+        _print_done(args, len(sizes), start, f"{sum(sizes):,} bytes", rate)
     _raise_any(failures, len(jobs), "encoded")
 
 
@@ -164,12 +159,13 @@ def _decode(args: argparse.Namespace) -> None:
     jobs, codec = _to_decode(args), _codec(args)
     _make_folder(args)
 
-    def decoded(source: Path) -> Tensor:
-        return fmi.decode(codec, source.read_bytes(), memory=args.memory)
+    def decoded(data: bytes) -> Tensor:
+        return fmi.decode(codec, data, memory=args.memory)
 
-    failures = _each(jobs, "decode", decoded, reading.write)
+    start = time.monotonic()
+    failures = each(jobs, "decode", Path.read_bytes, decoded, reading.write)
     if len(jobs) > len(failures):
-        print(f"{_images(len(jobs) - len(failures))}: {args.out}")
+        _print_done(args, len(jobs) - len(failures), start)
         if not args.source.is_dir() and args.out.suffix.lower() in reading.LOSSY:
             print(
                 f"fmpq-fx: note: {args.out.suffix} loses detail; .png keeps what was decoded", file=sys.stderr
@@ -182,32 +178,12 @@ def _make_folder(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
 
 
-def _images(count: int) -> str:
-    return f"{count} image{'s' * (count != 1)}"
-
-
-def _each(
-    jobs: Mapping[Path, Path], verb: str, make: Callable[[Path], T], write: Callable[[T, Path], None]
-) -> list[str]:
-    """Make something of each source and write it; return what went wrong, by source.
-
-    Raises:
-        OSError: a file cannot be written. The others could not either, so they are not tried.
-    """
-    failures: list[str] = []
-    for source, out in reported(jobs.items(), verb, "image"):
-        try:
-            made = make(source)
-        except _FAILURES as error:
-            failures.append(str(error) if str(source) in str(error) else f"{source}: {error}")
-            continue
-        try:
-            write(made, out)
-        except OSError:
-            for failure in failures:
-                print(f"fmpq-fx: error: {failure}", file=sys.stderr)
-            raise
-    return failures
+def _print_done(args: argparse.Namespace, count: int, start: float, *facts: str) -> None:
+    """Print how many images were coded, ``facts`` about them, how fast a folder went since ``start``, and where."""
+    if args.source.is_dir():
+        facts = *facts, f"{count / (time.monotonic() - start):.3g} images per second"
+    parts = [f"{count} image{'s' * (count != 1)}", ", ".join(facts), str(args.out)]
+    print(": ".join(filter(None, parts)))
 
 
 def _raise_any(failures: Iterable[str], count: int, verb: str) -> None:

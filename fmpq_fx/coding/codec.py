@@ -6,6 +6,7 @@ dict is the same, and ``isinstance`` says so. Only ``forward``, ``compress`` and
 run the methods of the user's class, on a shallow copy of the codec in which other modules stand where this is needed.
 """
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,9 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.lower.entropy_path import compares_scales
 from fmpq_fx.passes.swap import shallow_copy, with_replaced
 from fmpq_fx.quant import QuantizedLayer
+
+SWITCHES = threading.RLock()
+"""Is held while torch is set otherwise for the whole process, so that no thread undoes what another one set."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +197,17 @@ def _empty(kind: type[Codec], cls: type[nn.Module]) -> Codec:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within the block, new tensors are ``dtype``: some decoders of CompressAI make theirs of the default type."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    """Within the block, new tensors are ``dtype``: some decoders of CompressAI make theirs of the default type.
+
+    Threads take turns where that is not what they are anyway.
+    """
+    if dtype == torch.get_default_dtype() == torch.float32:  # another one may be set by a thread, for itself
         yield
-    finally:
-        torch.set_default_dtype(before)
+        return
+    with SWITCHES:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)

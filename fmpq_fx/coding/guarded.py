@@ -22,7 +22,7 @@ import torch
 from compressai.entropy_models import EntropyBottleneck, EntropyModel
 from torch import Tensor, nn
 
-from fmpq_fx.coding.codec import Codec, with_settings
+from fmpq_fx.coding.codec import SWITCHES, Codec, with_settings
 from fmpq_fx.coding.guard import (
     LEAST_MARGIN,
     MOST_MARGIN,
@@ -281,8 +281,8 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _set_to(switches: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Within the block, attributes of torch's backends have other values."""
-    with ExitStack() as stack:
+    """Within the block, attributes of torch's backends have other values; threads take turns."""
+    with SWITCHES, ExitStack() as stack:
         for owner, name, value in switches:
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
