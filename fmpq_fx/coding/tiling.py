@@ -15,7 +15,7 @@ from fmpq_fx.exact import ExactLayer
 from fmpq_fx.memory import bytes_of, spelled
 from fmpq_fx.passes.tracing.examples import CHANNELS
 
-LATENT_BYTES = 100
+LATENT_BYTES = 130
 """What entropy coding takes for each latent: tensors, the parameters of its CDF, lists of the coder (measured)."""
 
 _SIDE = 64  # of the image that shows which modules are the transforms

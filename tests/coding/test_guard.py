@@ -144,6 +144,20 @@ def test_the_margin_is_what_other_arithmetic_needs() -> None:
             assert guarded.compress(codec, x).kind is Kind.CHECKED
 
 
+def test_autocast_and_tf32_are_off_while_cdfs_are_chosen() -> None:
+    codec, image = stock("mean-scale hyperprior"), picture()[0]
+    data = encode(codec, image)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # bfloat16, on processors that have it
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert encode(codec, image) == data
+            assert torch.equal(decode(codec, data), decode(codec, encode(codec, image)))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_inputs_on_the_entropy_path_are_not_rounded() -> None:
     """There, rounding would make a step of a difference in the last place. In the transforms it is kept."""
     codec: Any = fmpq_fx.convert(quantized("mean-scale hyperprior"), exact=False)
