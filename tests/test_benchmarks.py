@@ -1,21 +1,27 @@
-"""The benchmarks' own parts: points that are kept and taken up again, Bjøntegaard deltas, the training script."""
+"""The benchmarks' own parts: points that are kept and taken up again, Bjøntegaard deltas, training, end to end."""
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from conftest import images, small_model
 from fmpq_fx import History
 from fmpq_fx.coding.evaluation import Evaluation, ImageResult
+from fmpq_fx.images import reading
 from fmpq_fx.models.zoo import load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import end_to_end
 import rd_points
 import rd_table
+import sides
 import train_models
 from rd_points import Point, Results, Variant
 
@@ -103,3 +109,41 @@ def test_a_model_is_trained_and_its_checkpoint_loads(
     assert model.get_buffer("entropy_bottleneck._quantized_cdf").numel() > 0, "ready to code"
     assert History.load(path.with_suffix(".json")).settings.steps == 4
     assert not list(tmp_path.glob("*.training"))
+
+
+class Ruled(sides.Pillow):
+    """Takes a byte more for each step of the quality, of 8 x 8 pixels."""
+
+    def encode(self, pixels: sides.Pixels) -> bytes:
+        return bytes(self.options["quality"])
+
+    def at(self, quality: int) -> sides.Pillow:
+        return Ruled(self.name, self.form, quality=quality)
+
+
+@pytest.mark.parametrize(
+    ("bpp", "quality"), [(0, 0), (2.5, 20), (2.54, 20), (2.57, 21), (12.5, 100), (99, 100)]
+)
+def test_other_formats_get_the_quality_of_the_closest_rate(bpp: float, quality: int) -> None:
+    pictures = [np.zeros((8, 8, 3), np.uint8)] * 2
+    assert end_to_end.closest(Ruled("ruled", "PNG"), bpp, pictures).options["quality"] == quality
+
+
+def test_codecs_are_measured_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index, photo in enumerate(images()):
+        reading.write(photo[:, 8 * index :], tmp_path / f"{index}.png")
+    checkpoint = tmp_path / "model.pth"
+    torch.save(small_model("bmshj2018-hyperprior").state_dict(), checkpoint)
+    given = ["--images", str(tmp_path), "--checkpoint", str(checkpoint), "--calibration", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", *given, "--backend", "torch", "--rounds", "2"])
+    end_to_end.main()
+    printed = capsys.readouterr().out
+    assert "images: 1 of 64 x 64, 1 of 64 x 56; 2 rounds" in printed
+    rows = {line.split("  ")[0]: line.split() for line in printed.splitlines()}
+    ours, theirs = rows["ours, torch"], rows["float, CompressAI"]
+    assert ours.count("s") == theirs.count("s") == 5, "load, encode and decode, per image and per megapixel"
+    pictures = [np.asarray(Image.open(tmp_path / "0.png"))]
+    (row,) = end_to_end.measure([sides.Pillow("PNG", "PNG")], pictures, rounds=1)
+    assert (row.psnr, row.load) == (math.inf, None)
