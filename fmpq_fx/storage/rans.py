@@ -63,13 +63,37 @@ def decode(string: bytes, runs: Sequence[tuple[int, Distribution]]) -> Symbols:
     Raises:
         FmpqError: the string is not the one that :func:`encode` makes of such symbols.
     """
-    if len(string) % 4 or string[-4:] == bytes(4):
-        raise FmpqError("a string is not one that the coder writes")
-    coder = constriction.stream.stack.AnsCoder(np.frombuffer(string, "<u4").astype(np.uint32))
-    symbols, position = np.empty(sum(count for count, _ in runs), np.int32), 0
-    for count, model in runs:
-        symbols[position : position + count] = coder.decode(model, count)
-        position += count
-    if not np.array_equal(coder.get_compressed(), _START):
-        raise FmpqError("a string does not end with its last symbol")
+    reader = StringReader(string)
+    symbols = reader.read(runs)
+    reader.end()
     return symbols
+
+
+class StringReader:
+    """Decodes a string in several steps, for where the symbols read first say what comes next.
+
+    Raises:
+        FmpqError: no encoder makes such a string.
+    """
+
+    def __init__(self, string: bytes):
+        if len(string) % 4 or string[-4:] == bytes(4):
+            raise FmpqError("a string is not one that the coder writes")
+        self._coder = constriction.stream.stack.AnsCoder(np.frombuffer(string, "<u4").astype(np.uint32))
+
+    def read(self, runs: Sequence[tuple[int, Distribution]]) -> Symbols:
+        """Return the next symbols, in runs of these lengths and distributions."""
+        symbols, position = np.empty(sum(count for count, _ in runs), np.int32), 0
+        for count, model in runs:
+            symbols[position : position + count] = self._coder.decode(model, count)
+            position += count
+        return symbols
+
+    def end(self) -> None:
+        """Check that the string ends here.
+
+        Raises:
+            FmpqError: it is not the one that :func:`encode` makes of the symbols that were read.
+        """
+        if not np.array_equal(self._coder.get_compressed(), _START):
+            raise FmpqError("a string does not end with its last symbol")
