@@ -1,22 +1,40 @@
 """Latents as strings, whole arrays at a time, under the CDF tables of CompressAI's entropy models.
 
 The symbols of one CDF are a run (:mod:`fmpq_fx.storage.rans`), the runs come in the order of the indexes. A table's
-last symbol stands for whatever lies outside of it. Behind the runs come four bytes, the lowest first, for each that
-stood for something: the symbol times two, or for a negative one the magnitude times two less one.
+last symbol stands for whatever lies outside of it. How far outside comes behind the runs, at the price of CompressAI's
+format: twice the distance above the table, or below it twice the distance less one. For all of these there comes the
+number of hexadecimal digits that each has, none for 0, and then the digits themselves, the lowest of each first.
 """
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fmpq_fx.coding.string_coder import MOST_SYMBOL
-from fmpq_fx.errors import FmpqError
+from fmpq_fx.coding.string_coder import MOST_SYMBOL, too_far
 from fmpq_fx.storage import rans
 
 Integers = NDArray[np.int32]
 
 _CDF_BITS = 16  # of CompressAI's tables
-_BYTE = rans.distribution(np.full(256, 1 << rans.PRECISION - 8))
+_MOST_DIGITS = 8
+_PLACES = 4 * np.arange(_MOST_DIGITS)  # of the digits, in bits
+
+
+def _distribution(frequencies: NDArray[np.int64]) -> rans.Distribution:
+    """Return the distribution of these frequencies, which add up to 2^16, each moved a little, so that few are equal.
+
+    With two symbols of the same frequency the coder's state may go on in the same way, so that a string with one in the
+    place of the other is not noticed. With another frequency the state is another one from there on, up to the end.
+    """
+    apart = frequencies << rans.PRECISION - _CDF_BITS
+    moves = np.arange(len(apart)) % 61 - 30
+    moves[apart.argmax()] -= moves.sum()
+    return rans.distribution(apart + moves)
+
+
+_DIGIT = _distribution(np.full(16, 1 << _CDF_BITS - 4))
 
 
 class ArrayCoder:
@@ -31,10 +49,7 @@ class ArrayCoder:
     def __init__(self, cdfs: Tensor, lengths: Tensor, offsets: Tensor):
         ends = lengths.flatten().tolist()
         rows = cdfs.cpu().numpy().astype(np.int64)
-        self._distributions = [
-            rans.distribution(np.diff(row[:end]) << rans.PRECISION - _CDF_BITS)
-            for row, end in zip(rows, ends, strict=True)
-        ]
+        self._distributions = [_distribution(np.diff(row[:end])) for row, end in zip(rows, ends, strict=True)]
         self._first = offsets.flatten().cpu().numpy().astype(np.int32)
         self._escapes = np.array(ends, np.int32) - 2  # as a number in its table
 
@@ -50,21 +65,22 @@ class ArrayCoder:
             raise ValueError(f"{symbols.shape} symbols have {indexes.shape} indexes")
         most = int(np.abs(symbols.astype(np.int64)).max(initial=0))
         if most > MOST_SYMBOL:
-            raise FmpqError(f"a latent is {most} steps away from its mean; at most {MOST_SYMBOL} are coded")
+            raise too_far(most)
         numbers = symbols[order].astype(np.int32) - np.repeat(self._first, counts)
         escapes = np.repeat(self._escapes, counts)
         outside = (numbers < 0) | (numbers >= escapes)
-        values = symbols[order][outside].astype(np.int64)
-        escaped = np.where(values < 0, -2 * values - 1, 2 * values).astype("<u4").view(np.uint8)
+        distances = np.where(numbers < 0, -2 * numbers - 1, 2 * (numbers - escapes))[outside]
+        digits, are_there = _digits(distances)
         parts = np.split(np.where(outside, escapes, numbers), counts.cumsum()[:-1])
         runs = list(zip(parts, self._distributions, strict=True))
-        return rans.encode([*runs, (escaped.astype(np.int32), _BYTE)])
+        lengths = are_there.sum(1, dtype=np.int32)
+        return rans.encode([*runs, (lengths, _DIGIT), (digits[are_there], _DIGIT)])
 
     def decode(self, string: bytes, indexes: Integers) -> Integers:
         """Return the symbols, int32, of which :meth:`encode` returned ``string``.
 
         Raises:
-            FmpqError: the string is of other symbols.
+            StringError: the string is of other symbols.
             ValueError: there is no such CDF.
         """
         order, counts = self._runs(indexes)
@@ -72,12 +88,21 @@ class ArrayCoder:
         numbers = reader.read(list(zip(counts.tolist(), self._distributions, strict=True)))
         first, escapes = np.repeat(self._first, counts), np.repeat(self._escapes, counts)
         outside = numbers == escapes
-        escaped = reader.read([(4 * int(outside.sum()), _BYTE)]).astype(np.uint8).view("<u4").astype(np.int64)
+        lengths = reader.read([(int(outside.sum()), _DIGIT)])
+        if lengths.max(initial=0) > _MOST_DIGITS:
+            raise rans.StringError("a string has a symbol that there is not")
+        are_there = np.arange(_MOST_DIGITS) < lengths[:, None]
+        digits = np.zeros(are_there.shape, np.int64)
+        digits[are_there] = reader.read([(int(lengths.sum()), _DIGIT)])
         reader.end()
-        values = np.where(escaped % 2, -(escaped + 1) // 2, escaped // 2)
-        inside = (values >= first[outside]) & (values < first[outside] + escapes[outside])
-        if inside.any() or np.abs(values).max(initial=0) > MOST_SYMBOL:
-            raise FmpqError("a string has a symbol where it cannot be")
+        distances = (digits << _PLACES).sum(1)
+        values = (
+            np.where(distances % 2, -(distances + 1) // 2, escapes[outside] + distances // 2) + first[outside]
+        )
+        if np.abs(values).max(initial=0) > MOST_SYMBOL or not np.array_equal(
+            _digits(distances)[1], are_there
+        ):
+            raise rans.StringError("a string has a symbol that there is not")
         numbers += first
         numbers[outside] = values
         symbols = np.empty_like(numbers)
@@ -91,3 +116,9 @@ class ArrayCoder:
             raise ValueError(f"indexes {indexes.shape} are not flat, or not those of {rows} CDFs")
         narrow = indexes.astype(np.min_scalar_type(rows))  # numpy sorts these fastest
         return narrow.argsort(kind="stable"), np.bincount(indexes, minlength=rows)
+
+
+def _digits(distances: NDArray[Any]) -> tuple[Integers, NDArray[np.bool_]]:
+    """Return the digits of each distance, (distances, digits), and which of them it has."""
+    rest = distances.astype(np.int64)[:, None] >> _PLACES
+    return (rest & 15).astype(np.int32), rest > 0

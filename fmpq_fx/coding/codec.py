@@ -18,6 +18,7 @@ from compressai.entropy_models import EntropyModel
 from torch import Tensor, nn
 
 from fmpq_fx.coding import wavefront
+from fmpq_fx.coding.array_model import array_model
 from fmpq_fx.coding.guard import Chooser
 from fmpq_fx.coding.string_coder import CheckedCoder
 from fmpq_fx.coding.tiles import Tiled, Transform, untiled
@@ -43,6 +44,7 @@ class Settings:
     )  # what runs in tiles, and what is known of it
     budget: int = 0  # bytes that a tile may take
     chooser: Chooser | None = None  # chooses the CDFs of one image
+    arrays: bool = False  # entropy models code whole arrays, as in files, and not in CompressAI's format
 
 
 class Codec(nn.Module):
@@ -164,12 +166,14 @@ def _coding(codec: Codec) -> Codec:
     """Return what :func:`_running` returns, with entropy models whose coder is checked, and whose CDFs are chosen."""
     others: dict[nn.Module, nn.Module] = {}
     chooser = codec.fmpq.chooser
+    note = (chooser or Chooser()).note
     for name, module in codec.named_modules():
         if isinstance(module, EntropyModel) and module.entropy_coder.name == CheckedCoder.name:
-            others[module] = prior = shallow_copy(module, type(module))
-            prior.entropy_coder = CheckedCoder(None if chooser is None else chooser.note)  # type: ignore[assignment]
+            arrays = codec.fmpq.arrays
+            prior = array_model(module, note) if arrays else shallow_copy(module, type(module))
+            others[module], prior.entropy_coder = prior, CheckedCoder(note)
             if chooser is not None and compares_scales(module):
-                prior.build_indexes = partial(chooser.indexes, module)  # type: ignore[assignment]
+                prior.build_indexes = partial(chooser.indexes, module)
         elif chooser is not None and isinstance(module, QuantizedLayer) and module.input_quantizer:
             others[module] = layer = shallow_copy(module, type(module))
             layer.quantized_input = partial(_input, chooser, name, module)  # type: ignore[assignment]

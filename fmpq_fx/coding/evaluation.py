@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from fmpq_fx.coding import guarded
 from fmpq_fx.coding.cdf_tables import update_tables
-from fmpq_fx.coding.codec import Codec, codec_of
+from fmpq_fx.coding.codec import Codec, codec_of, with_settings
 from fmpq_fx.coding.conversion import convert
 from fmpq_fx.coding.frame import Frame, stride_of
 from fmpq_fx.coding.guarded import Robust
@@ -221,11 +221,12 @@ def _named(images: str | os.PathLike[str] | Mapping[str, Tensor]) -> Iterator[tu
 def _code(codec: Codec, name: str, x: Tensor, frame: Frame, robust: Robust) -> ImageResult:
     """Code the image ``x`` (C, H, W) in its ``frame``, and measure."""
     height, width = x.shape[-2:]
+    coder = with_settings(codec, arrays=robust is not None)  # as in files, or as the codec's own class does
     padded = frame.around(x.unsqueeze(0))
     start = time.perf_counter()
-    coded = guarded.compress(codec, padded, robust)
+    coded = guarded.compress(coder, padded, robust)
     middle = time.perf_counter()
-    decoded = guarded.decompress(codec, coded, most=padded.numel())
+    decoded = guarded.decompress(coder, coded, most=padded.numel())
     end = time.perf_counter()
     guard_bytes = len(coded.guard)
     bits = 8 * (guard_bytes + sum(len(strings[0]) for strings in coded.strings))

@@ -17,7 +17,10 @@ Big-endian, in this order:
 4 + n      each string, its length before it
 =========  ==============================================================================================
 
-Version 1, which is read as well, has multiples of 64 and nothing about other machines.
+In version 2 the strings that CompressAI's entropy models make are those of :mod:`fmpq_fx.coding.array_model`. Any other
+is as the codec's class makes it: where that drives CompressAI's coder itself, or codes in exact loops, of that coder.
+Version 1, which is read as well, has strings of CompressAI's coder alone, multiples of 64 and nothing about other
+machines.
 """
 
 import json
@@ -32,7 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fmpq_fx.coding import guarded
-from fmpq_fx.coding.codec import Codec, codec_of
+from fmpq_fx.coding.codec import Codec, codec_of, with_settings
 from fmpq_fx.coding.frame import STRIDES, Frame, stride_of
 from fmpq_fx.coding.guarded import Coded, Kind, Robust
 from fmpq_fx.coding.known import fingerprint_of
@@ -86,7 +89,7 @@ def encode(
     parameter = next(coder.parameters())
     height, width = batch.shape[-2:]
     frame = Frame(height, width, stride_of(coder, batch.size(1)))
-    tiled = within(coder, frame.size, memory, images=2)
+    tiled = with_settings(within(coder, frame.size, memory, images=2), arrays=True)
     with torch.no_grad():
         framed = frame.around(batch.to(parameter.device, parameter.dtype))
         coded = guarded.compress(tiled, framed, robust, margin)
@@ -145,7 +148,7 @@ def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) ->
     kind, guard = _guard(reader) if version > 1 else (Kind.NOT, b"")
     strings = [reader.take_counted(4) for _ in range(reader.take(1)[0])]
     reader.end()
-    tiled = within(coder, frame.size, memory, images=3)
+    tiled = with_settings(within(coder, frame.size, memory, images=3), arrays=version > 1)
     symbols = _most_symbols(coder, frame.size)
     coded = Coded([[padded(string, symbols)] for string in strings], shape, kind, guard)
     try:

@@ -35,6 +35,7 @@ from fmpq_fx.coding.guard import (
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.lower.entropy_path import compares_scales
 from fmpq_fx.quant import QuantizedLayer, quantized_layers
+from fmpq_fx.storage.rans import StringError
 
 Robust = Literal["auto", "exact", "guarded"] | None
 """How an image survives another machine: "auto" is "exact" where the codec is, else "guarded"; None is not at all."""
@@ -126,12 +127,21 @@ def decompress(codec: Codec, coded: Coded, most: int) -> Tensor:
                 "it was encoded by a codec in exact arithmetic, and this one computes in floating point; load it "
                 "without exact=False"
             )
-        decoded: Tensor = codec.decompress(coded.strings, coded.shape)["x_hat"]
+        try:
+            decoded: Tensor = codec.decompress(coded.strings, coded.shape)["x_hat"]
+        except StringError as error:
+            raise FmpqError(
+                f"its latents are not what was encoded ({error}): it was altered, or encoded with robust=None on a "
+                "machine whose floats differ; encode it again"
+            ) from error
         return decoded
     _check_dtype(codec)
     reader = GuardReader(Guard.from_bytes(coded.guard, most))
     with _full_precision(next(codec.parameters()).device):
-        decoded = with_settings(codec, chooser=reader).decompress(coded.strings, coded.shape)["x_hat"]
+        try:
+            decoded = with_settings(codec, chooser=reader).decompress(coded.strings, coded.shape)["x_hat"]
+        except StringError as error:  # other CDFs were chosen than by the encoder
+            raise FmpqError(reader.complaint()) from error
     reader.end()
     return decoded
 

@@ -53,6 +53,12 @@ def trimmed_tables(cdfs: Tensor, lengths: Tensor, offsets: Tensor) -> Tables:
     return rows, ends, offsets.flatten().tolist()
 
 
+class _Padded(bytes):
+    """A string with filling behind it; ``string`` is the one before."""
+
+    string: bytes
+
+
 def padded(string: bytes, symbols: int) -> bytes:
     """Return ``string`` with so much filling behind it that CompressAI's decoder stays inside, whatever the string is.
 
@@ -62,8 +68,15 @@ def padded(string: bytes, symbols: int) -> bytes:
     filling has no number of 15. It has no zeros either: a decoder in the middle of a string that was cut could take
     them for the end.
     """
-    string = string.rstrip(_FILL)  # that of an earlier call as well
-    return string + _FILL * (4 * 30 * len(string) + 4 * symbols + 256)
+    end = string.rstrip(_FILL)  # without the filling of an earlier call as well
+    filled = _Padded(end + _FILL * (4 * 30 * len(end) + 4 * symbols + 256))
+    filled.string = unpadded(string)
+    return filled
+
+
+def unpadded(string: bytes) -> bytes:
+    """Return ``string`` as it was before :func:`padded`."""
+    return string.string if isinstance(string, _Padded) else string
 
 
 def encode(symbols: Sequence[int], indexes: Sequence[int], tables: Tables) -> bytes:
@@ -79,14 +92,19 @@ def encode(symbols: Sequence[int], indexes: Sequence[int], tables: Tables) -> by
         )
     most = max(-min(symbols, default=0), max(symbols, default=0))
     if most > MOST_SYMBOL:
-        raise FmpqError(
-            f"a latent is {most} steps away from its mean, and at most {MOST_SYMBOL} are coded: the image or the "
-            "weights of the model hold NaN, infinite or absurdly large numbers"
-        )
+        raise too_far(most)
     encoder = BufferedRansEncoder()
     encoder.encode_with_indexes(symbols, indexes, *tables)
     string: bytes = encoder.flush()
     return string
+
+
+def too_far(most: int) -> FmpqError:
+    """Return the error of latents of which one is ``most`` steps away from its mean."""
+    return FmpqError(
+        f"a latent is {most} steps away from its mean, and at most {MOST_SYMBOL} are coded: the image or the "
+        "weights of the model hold NaN, infinite or absurdly large numbers"
+    )
 
 
 class StringReader:

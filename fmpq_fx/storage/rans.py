@@ -34,6 +34,11 @@ Symbols = NDArray[np.int32]
 Distribution = Any
 """What :func:`distribution` returns; the library has no types."""
 
+
+class StringError(FmpqError):
+    """A string is not what the encoder makes of symbols under such distributions."""
+
+
 _START = np.array([1 << 31], np.uint32)
 
 
@@ -61,7 +66,7 @@ def decode(string: bytes, runs: Sequence[tuple[int, Distribution]]) -> Symbols:
     """Return all symbols of ``string``, which has runs of these lengths and distributions.
 
     Raises:
-        FmpqError: the string is not the one that :func:`encode` makes of such symbols.
+        StringError: the string is not the one that :func:`encode` makes of such symbols.
     """
     reader = StringReader(string)
     symbols = reader.read(runs)
@@ -73,12 +78,12 @@ class StringReader:
     """Decodes a string in several steps, for where the symbols read first say what comes next.
 
     Raises:
-        FmpqError: no encoder makes such a string.
+        StringError: no encoder makes such a string.
     """
 
     def __init__(self, string: bytes):
         if len(string) % 4 or string[-4:] == bytes(4):
-            raise FmpqError("a string is not one that the coder writes")
+            raise StringError("a string is not one that the coder writes")
         self._coder = constriction.stream.stack.AnsCoder(np.frombuffer(string, "<u4").astype(np.uint32))
 
     def read(self, runs: Sequence[tuple[int, Distribution]]) -> Symbols:
@@ -93,7 +98,7 @@ class StringReader:
         """Check that the string ends here.
 
         Raises:
-            FmpqError: it is not the one that :func:`encode` makes of the symbols that were read.
+            StringError: it is not the one that :func:`encode` makes of the symbols that were read.
         """
         if not np.array_equal(self._coder.get_compressed(), _START):
-            raise FmpqError("a string does not end with its last symbol")
+            raise StringError("a string does not end with its last symbol")

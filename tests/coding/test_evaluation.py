@@ -68,12 +68,20 @@ def test_a_rewritten_graph_is_coded_with_its_quantized_weights(name: str, x: Ten
     model = small_model(name)
     gm = fmpq_fx.prepare(model, 0.1, calibration=x, bits=[2, 4])
     images = {"first": x[0]}
-    quantized, original = fmpq_fx.evaluate(gm, images), fmpq_fx.evaluate(model, images)
+    quantized, original = (fmpq_fx.evaluate(each, images, robust=None) for each in (gm, model))
     assert quantized.psnr != original.psnr
     codec: Any = fmpq_fx.convert(gm)
     with torch.no_grad():
         strings = codec.compress(x[:1])["strings"]
     assert quantized.bpp == 8 * sum(len(s[0]) for s in strings) / 64**2
+
+
+def test_what_is_measured_is_what_a_file_holds() -> None:
+    codec, photo = fmpq_fx.samples.model(), fmpq_fx.samples.photos()["astronaut"]
+    images = {f"{at}": photo[:, at : at + 64, :64] for at in range(0, 256, 64)}
+    container = 64  # bytes, beside what is measured
+    for result in fmpq_fx.evaluate(codec, images).images:
+        assert round(result.bpp * 64**2 / 8) == len(fmpq_fx.encode(codec, images[result.name])) - container
 
 
 def test_the_model_is_not_touched(x: Tensor) -> None:

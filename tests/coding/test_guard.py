@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fmpq_fx
 from fmpq_fx import FmpqError, decode, encode
 from fmpq_fx.coding import guarded
-from fmpq_fx.coding.codec import codec_of
+from fmpq_fx.coding.codec import codec_of, with_settings
 from fmpq_fx.coding.guard import LEAST_MARGIN, MOST_MARGIN, Guard, GuardReader, GuardWriter, Rehearsal
 from fmpq_fx.coding.guarded import Kind
 from support.codecs.slices import Slices
@@ -34,7 +34,7 @@ def stock(name: str) -> Any:
     """Return a float model with lively latents and scales that are spread over the table."""
     model: Any = copy.deepcopy(lively(name)[0])
     model.update(force=True)
-    return codec_of(model)
+    return with_settings(codec_of(model), arrays=True)  # as files are coded
 
 
 def slices() -> Any:
@@ -46,7 +46,7 @@ def slices() -> Any:
             scales.bias.fill_(2.0)
     model.gaussian_conditional.update_scale_table(torch.logspace(-0.95, 2.4, 64).tolist())
     model.entropy_bottleneck.update()
-    return codec_of(model)
+    return with_settings(codec_of(model), arrays=True)  # as files are coded
 
 
 CODECS: dict[str, Callable[[], Any]] = {

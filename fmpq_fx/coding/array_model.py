@@ -1,0 +1,124 @@
+"""Entropy models that hand whole arrays to the coder, where CompressAI's make lists of every symbol and table.
+
+It is the class of the model that says what is coded under which CDF. Only what is below it, CompressAI's
+``EntropyModel``, is covered by :class:`ArrayModel`::
+
+    GaussianConditional, EntropyBottleneck, or a class of the user's
+        │  super().compress(), super().decompress()
+    ArrayModel
+        │
+    EntropyModel
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from compressai.entropy_models import EntropyModel
+from torch import Tensor
+
+from fmpq_fx.coding.array_coder import ArrayCoder, Integers
+from fmpq_fx.coding.string_coder import unpadded
+from fmpq_fx.passes.swap import shallow_copy
+
+
+class ArrayModel(EntropyModel):
+    """Codes as its base does, into strings of :class:`~fmpq_fx.coding.array_coder.ArrayCoder`.
+
+    Attributes:
+        coder: returns what codes under the tables as they are now.
+        note: is told the symbols of each string, and whether they were coded (or decoded).
+    """
+
+    coder: Callable[[], ArrayCoder]
+    note: Callable[[Integers, bool], None]
+
+    def compress(self, inputs: Tensor, indexes: Tensor, means: Tensor | None = None) -> list[bytes]:
+        """Return a string for each of ``inputs``, (B, ...), coded with the CDFs of ``indexes``, of the same shape.
+
+        Raises:
+            FmpqError: a latent is too far from its mean to be coded.
+            ValueError: the shapes differ, or there are no tables.
+        """
+        if inputs.ndim < 2 or inputs.shape != indexes.shape:
+            raise ValueError(
+                f"`inputs` {tuple(inputs.shape)} and `indexes` {tuple(indexes.shape)} should have the same size, of "
+                "two dimensions or more"
+            )
+        self._check_tables()
+        strings, coder = [], self.coder()
+        for symbols, index in zip(self.quantize(inputs, "symbols", means), indexes, strict=True):
+            array = _flat(symbols)
+            strings.append(coder.encode(array, _flat(index)))
+            self.note(array, True)
+        return strings
+
+    def decompress(
+        self,
+        strings: list[bytes],
+        indexes: Tensor,
+        dtype: torch.dtype = torch.float,
+        means: Tensor | None = None,
+    ) -> Tensor:
+        """Return what :meth:`compress` made the ``strings`` of, rounded, in the dtype of ``means`` or else ``dtype``.
+
+        Raises:
+            FmpqError: a string is of other symbols.
+            ValueError: the shapes do not fit each other, or there are no tables.
+        """
+        if not isinstance(strings, tuple | list) or indexes.ndim < 2 or len(strings) != len(indexes):
+            raise ValueError(
+                f"`strings` is no list of one string for each of `indexes` {tuple(indexes.shape)}"
+            )
+        if means is not None and not _fit(means, indexes):
+            raise ValueError(f"`means` {tuple(means.shape)} do not fit `indexes` {tuple(indexes.shape)}")
+        self._check_tables()
+        outputs, coder = self.quantized_cdf.new_empty(indexes.shape), self.coder()
+        for string, index, output in zip(strings, indexes, outputs, strict=True):
+            array = coder.decode(unpadded(string), _flat(index))
+            self.note(array, False)
+            output.copy_(torch.from_numpy(array).view(output.shape))
+        values: Tensor = self.dequantize(outputs, means, dtype)
+        return values
+
+    def _check_tables(self) -> None:
+        self._check_cdf_size()
+        self._check_cdf_length()
+        self._check_offsets_size()
+
+
+def array_model(model: EntropyModel, note: Callable[[Any, bool], None]) -> EntropyModel:
+    """Return a twin of ``model`` that makes strings of arrays; ``note`` is told what it codes."""
+    cls = type(model)
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type(cls.__name__, (cls, ArrayModel), {"__module__": cls.__module__})
+    twin: Any = shallow_copy(model, _CLASSES[cls])
+    twin.coder, twin.note = partial(_coder, model), note
+    result: EntropyModel = twin
+    return result
+
+
+_CLASSES: dict[type, type] = {}
+_CODERS: "WeakKeyDictionary[EntropyModel, tuple[list[Tensor], ArrayCoder]]" = WeakKeyDictionary()
+
+
+def _coder(model: EntropyModel) -> ArrayCoder:
+    """Return what codes under the tables of ``model``, prepared once for as long as they stay the same."""
+    now = [table.cpu() for table in (model.quantized_cdf, model.cdf_length, model.offset)]
+    before, coder = _CODERS.get(model, ([], None))
+    if coder is None or not all(map(torch.equal, now, before)):
+        coder = ArrayCoder(*now)
+        _CODERS[model] = [table.clone() for table in now], coder
+    return coder
+
+
+def _flat(numbers: Tensor) -> Integers:
+    array: Integers = numbers.reshape(-1).int().cpu().numpy()
+    return array
+
+
+def _fit(means: Tensor, indexes: Tensor) -> bool:
+    same = means.shape == indexes.shape
+    return same or (means.shape[:2] == indexes.shape[:2] and all(side == 1 for side in means.shape[2:]))
