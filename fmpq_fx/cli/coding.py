@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from torch import Tensor, nn
@@ -149,8 +150,8 @@ def _encode(args: argparse.Namespace) -> None:
     _raise_any(failures, len(jobs), "encoded")
 
 
-def _write_coded(data: bytes, out: Path) -> None:
-    with replacing(out) as file:
+def _write_coded(data: bytes, out: Path, stop: Event) -> None:
+    with replacing(out, stop) as file:
         file.write(data)
 
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import TypeVar
 
 from fmpq_fx.errors import FmpqError
@@ -21,7 +22,7 @@ def each(
     verb: str,
     read: Callable[[Path], S],
     code: Callable[[S], T],
-    write: Callable[[T, Path], None],
+    write: Callable[[T, Path, Event], None],
 ) -> list[str]:
     """Read each source, code it and write the result, in the order of ``jobs``; return what went wrong, by source.
 
@@ -31,14 +32,14 @@ def each(
         code          1   2   3   4
         write             1   2   3   4
 
-    So three images are in memory at most. When it is interrupted, the file that is being written is still finished.
+    So three images are in memory at most.
 
     Args:
         jobs: the file to write for each source.
         verb: what is done, to tell how far it has come.
         read: returns what is in a source. Where this or ``code`` fails, the others are done.
         code: returns the result for what was read.
-        write: writes a result into a file.
+        write: writes a result into a file, unless the event is set meanwhile, which is an interruption.
 
     Raises:
         OSError: a file cannot be written. The others could not either, so they are not tried.
@@ -46,6 +47,7 @@ def each(
     failures: list[str] = []
     coming: Future[S] | None = None
     writing: Future[None] | None = None
+    stop = Event()
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         begin = (reader.submit(read, source) for source in jobs)  # one with each next()
         try:
@@ -65,7 +67,7 @@ def each(
                 if failure:
                     failures.append(failure)
                 else:
-                    writing = writer.submit(write, coded, out)
+                    writing = writer.submit(write, coded, out, stop)
             if writing is not None:
                 writing.result()
         except OSError:
@@ -73,6 +75,7 @@ def each(
                 print(f"fmpq-fx: error: {failure}", file=sys.stderr)
             raise
         finally:
+            stop.set()
             if coming is not None:
                 coming.cancel()
     return failures

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -63,19 +64,20 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def write(image: Tensor, path: str | os.PathLike[str]) -> None:
+def write(image: Tensor, path: str | os.PathLike[str], stop: Event | None = None) -> None:
     """Write ``image``, (3, H, W) in [0, 1], to ``path`` with 8 bits per value, all of it or nothing.
 
     Every pixel is kept where the format can do that; a JPEG (:data:`LOSSY`) is written at its best quality.
+    ``stop`` is that of :func:`fmpq_fx.storage.files.replacing`.
 
     Raises:
         ValueError: the suffix names no format of images.
         FileNotFoundError: there is no such folder.
     """
     check_writable(path)
-    pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    pixels = (image * 255).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     form = Image.registered_extensions()[Path(path).suffix.lower()]
-    with replacing(path) as file:
+    with replacing(path, stop) as file:
         Image.fromarray(pixels).save(file, form, **_options(form))
 
 
@@ -116,7 +118,7 @@ def _rgb(image: Image.Image) -> NDArray[np.float32]:
         alpha = rgba[..., 3:]
         over_white: NDArray[np.float32] = rgba[..., :3] * alpha + (1 - alpha)
         return over_white
-    return np.asarray(image.convert("RGB")).astype(np.float32) / np.float32(255)
+    return np.divide(np.asarray(image.convert("RGB")), np.float32(255), dtype=np.float32)
 
 
 def _levels(image: Image.Image) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Files: written so that an interruption never leaves a half-written one under the final name; JSON."""
 
+import io
 import json
 import os
 import secrets
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO, TypeVar
 
 from fmpq_fx.errors import FmpqError
@@ -34,13 +36,29 @@ def check_folder(path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"cannot write {path}: there is no folder {folder}; create it")
 
 
+class _Stoppable(io.BufferedWriter):
+    """A file that cannot be written into any more once ``stop`` is set."""
+
+    stop: Event | None = None
+
+    def write(self, data: Any) -> int:
+        """Write ``data``, or stop."""
+        if self.stop is not None and self.stop.is_set():
+            raise KeyboardInterrupt
+        return super().write(data)
+
+
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str], stop: Event | None = None) -> Iterator[BinaryIO]:
     """Yield a file to write into that takes the place of ``path`` when the block ends without an error.
 
     On any error, a full disk or an interruption included, ``path`` stays as it was and nothing else is left. A link
     is followed: the file that it points to is replaced. A device, a pipe or a socket stays one; it is written into
     at the end of the block. A new file has the permissions that any new file of the process has.
+
+    Args:
+        path: the file.
+        stop: interrupts the block where it writes next, once it is set; Ctrl-C interrupts the main thread alone.
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
@@ -59,7 +77,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         target = followed(final)
         beside = target.with_name(f".fmpq-fx-{secrets.token_hex(8)}")
         try:
-            with beside.open("xb") as file:
+            with _Stoppable(io.FileIO(beside, "xb")) as file:
+                file.stop = stop
                 yield file
             beside.replace(target)
         except BaseException:

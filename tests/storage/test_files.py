@@ -2,6 +2,7 @@
 
 import stat
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -24,6 +25,20 @@ def test_what_fails_half_way_leaves_the_old_file_and_nothing_else(
         write_half()
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     assert file.read_text() == "old"
+
+
+def test_writing_in_a_thread_can_be_stopped_and_leaves_nothing(tmp_path: Path) -> None:
+    stop = Event()
+
+    def write_half() -> None:
+        with replacing(tmp_path / "image.png", stop) as half:
+            half.write(b"ha")
+            stop.set()
+            half.write(b"lf")
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_written_file_replaces_the_old_one_and_others_may_read_it(tmp_path: Path) -> None:
