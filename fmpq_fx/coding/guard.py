@@ -10,7 +10,7 @@ first one with which none of them lies within the margin of a boundary::
     the same, times 1 + 1 shift     |·   ·     · |      ·    · |         another one is
     the same, times 1 + 2 shifts    | ·   ·      | ·     ·    ·|·        none is: the file says 2
 
-An encoder that writes each ambiguous position and its side needs about 14 bits for it, this takes 2 to 4. The scales
+An encoder that writes each ambiguous position and its side needs about 14 bits for it, this takes 2 or 3. The scales
 that are coded with are off by less than a thousandth, which costs nothing that can be measured.
 """
 
@@ -59,8 +59,8 @@ class Guard:
 
     @property
     def block(self) -> int:
-        """How many positions a block has: so many that two of them are within the margin of a boundary."""
-        return max(1, round(1 / (8 * self.margin)))
+        """How many positions a block has: so many that one of them is within the margin of a boundary."""
+        return max(1, round(1 / (16 * self.margin)))
 
     def to_bytes(self) -> bytes:
         """Return it as a file holds it: the shifts coded with a geometric distribution."""
@@ -184,7 +184,7 @@ class GuardWriter(_Checked):
             )
         shifts = self._shifts(values, boundaries)
         self.shifts += shifts.tolist()
-        chosen = _chosen(values, boundaries, shifts, self._plan)
+        chosen = torch.searchsorted(boundaries, _shifted(values, shifts, self._plan))
         indexes = self._add_indexes(chosen, scales)
         self.chosen.append((values, indexes))
         return indexes
@@ -263,7 +263,9 @@ class GuardReader(_Checked):
     def __init__(self, guard: Guard):
         super().__init__()
         self.guard = guard
-        self._near = self._all = 0
+        self._seen: list[
+            tuple[Tensor, Tensor]
+        ] = []  # the scales that chose, and the boundaries, of each call
 
     def is_float(self, layer: str) -> bool:
         """Say yes until the last CDF is chosen."""
@@ -288,9 +290,8 @@ class GuardReader(_Checked):
             raise FmpqError("decompress() calls build_indexes otherwise than compress(): with more scales")
         factors = torch.tensor(shifts, dtype=torch.int64)
         shifted = _shifted(values, factors, self.guard)
-        self._near += int(_are_near(shifted, boundaries, self.guard.margin).sum())
-        self._all += int(((shifted > boundaries[0]) & (shifted < boundaries[-1])).sum())
-        return self._add_indexes(_chosen(values, boundaries, factors, self.guard), scales)
+        self._seen.append((shifted, boundaries))
+        return self._add_indexes(torch.searchsorted(boundaries, shifted), scales)
 
     def end(self) -> None:
         """Check that all was chosen and decoded as it was encoded.
@@ -309,7 +310,9 @@ class GuardReader(_Checked):
         The encoder left no scale within the margins. Those that are there now moved into them: their part of all that
         would be there says by how much scales differ on the average, of which the largest was 16 times as much.
         """
-        part = self._near / max(1.0, self._all * 16 * self.guard.margin)
+        near = sum(int(_are_near(*seen, self.guard.margin).sum()) for seen in self._seen)
+        spread = sum(int(((v > ends[0]) & (v < ends[-1])).sum()) for v, ends in self._seen)
+        part = near / max(1.0, spread * 16 * self.guard.margin)
         if part < 0.5:
             margin = f"about {2 ** math.ceil(math.log2(max(4.0, 16 * part) * self.guard.margin)):.2g}"
         else:
@@ -336,10 +339,6 @@ def _boundaries(prior: Any) -> Tensor:
 
 def _shifted(values: Tensor, shifts: Tensor, plan: Guard) -> Tensor:
     return values * (1 + shifts.double() * plan.step).repeat_interleave(plan.block)[: len(values)]
-
-
-def _chosen(values: Tensor, boundaries: Tensor, shifts: Tensor, plan: Guard) -> Tensor:
-    return torch.searchsorted(boundaries, _shifted(values, shifts, plan))
 
 
 def _are_near(values: Tensor, boundaries: Tensor, margin: float) -> Tensor:

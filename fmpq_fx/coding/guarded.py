@@ -82,32 +82,57 @@ def compress(codec: Codec, x: Tensor, robust: Robust = "auto", margin: float | N
     if kind in (Kind.NOT, Kind.EXACT):
         coded = codec.compress(x)
         return Coded(coded["strings"], coded["shape"], kind)
-    own = _own_models(codec)
     with _full_precision(x.device):
-        path = _entropy_path(codec, x)
-        now = LEAST_MARGIN if margin is None else margin
-        while True:
-            writer = GuardWriter(now, path)
-            coded = with_settings(codec, chooser=writer).compress(x)
-            deviation = _deviation(codec, coded, writer) if margin is None else 0.0
-            if min(_SAFETY * deviation, MOST_MARGIN) <= now:
-                break
-            now = min(MOST_MARGIN, 2.0 ** math.ceil(math.log2(_SAFETY * deviation)))
-    checked = writer.strings >= len(coded["strings"]) or bool(writer.chosen)
-    if own or not checked:
-        named = ", ".join(own) or "of none of CompressAI's entropy models"
-        kind = _doubtful(
-            codec, robust, checked, f"they are chosen otherwise than by comparing scales: {named}"
-        )
-    elif _SAFETY * deviation > now:
-        why = f"their scales differ by {deviation:.2g} of their value from one arithmetic to another"
-        kind = _doubtful(
-            codec, robust, checked, f"{why}, maybe since something on the way to them is rounded"
-        )
-    else:
-        kind = Kind.GUARDED
+        coded, writer, deviation = _guarded(codec, x, margin)
+    kind = _kind_of(codec, writer, writer.strings >= len(coded["strings"]), deviation, robust)
     guard = b"" if kind is Kind.NOT else writer.guard.to_bytes()
     return Coded(coded["strings"], coded["shape"], kind, guard)
+
+
+def _guarded(codec: Codec, x: Tensor, margin: float | None) -> tuple[Any, GuardWriter, float]:
+    """Return what ``compress()`` made of ``x``, how its CDFs were chosen, and how far scales differ elsewhere."""
+    path = _entropy_path(codec, x)
+    now = LEAST_MARGIN if margin is None else margin
+    while True:
+        writer = GuardWriter(now, path)
+        coded = with_settings(codec, chooser=writer).compress(x)
+        deviation = _deviation(codec, coded, writer) if margin is None else 0.0
+        if min(_SAFETY * deviation, MOST_MARGIN) <= now:
+            return coded, writer, deviation
+        now = min(MOST_MARGIN, 2.0 ** math.ceil(math.log2(_SAFETY * deviation)))
+
+
+def _kind_of(codec: Codec, writer: GuardWriter, seen: bool, deviation: float, robust: Robust) -> Kind:
+    """Return how what was coded survives another machine.
+
+    Args:
+        codec: that coded.
+        writer: which chose the CDFs.
+        seen: the symbols of all strings are in its checksum.
+        deviation: of the scales in other arithmetic.
+        robust: what was asked for.
+
+    Raises:
+        FmpqError: "guarded" was asked for, and it is not.
+    """
+    checked = seen or bool(writer.chosen)
+    own = _own_models(codec)
+    if own or not checked:
+        named = ", ".join(own) or "of none of CompressAI's entropy models"
+        why = f"they are chosen otherwise than by comparing scales: {named}"
+    elif _SAFETY * deviation > writer.guard.margin:
+        why = (
+            f"their scales differ by {deviation:.2g} of their value from one arithmetic to another, maybe since "
+            "something on the way to them is rounded"
+        )
+    else:
+        return Kind.GUARDED
+    text = f"the CDFs of this {type(codec).__name__} cannot be guarded: {why}"
+    if robust == "guarded":
+        raise FmpqError(f'{text}. Pass robust="auto" to code it all the same')
+    result = "an error" if checked else "noise"
+    warnings.warn(f"{text}. On another machine it may be decoded as {result}", stacklevel=4)
+    return Kind.CHECKED if checked else Kind.NOT
 
 
 def decompress(codec: Codec, coded: Coded, most: int) -> Tensor:
@@ -186,16 +211,6 @@ def _own_models(codec: nn.Module) -> list[str]:
         and not isinstance(module, EntropyBottleneck)
         and not compares_scales(module)
     ]
-
-
-def _doubtful(codec: Codec, robust: Robust, checked: bool, why: str) -> Kind:
-    """Say that other machines may not decode what ``codec`` coded, or refuse to code it."""
-    text = f"the CDFs of this {type(codec).__name__} cannot be guarded: {why}"
-    if robust == "guarded":
-        raise FmpqError(f'{text}. Pass robust="auto" to code it all the same')
-    result = "an error" if checked else "noise"
-    warnings.warn(f"{text}. On another machine it may be decoded as {result}", stacklevel=4)
-    return Kind.CHECKED if checked else Kind.NOT
 
 
 _PATHS: "WeakKeyDictionary[nn.Module, frozenset[str]]" = WeakKeyDictionary()
