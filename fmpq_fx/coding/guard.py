@@ -35,6 +35,7 @@ LEAST_MARGIN, MOST_MARGIN = 2.0**-15, 2.0**-8
 
 _SHIFT = 2.5  # margins: more than two, so that a scale leaves the margins of its boundary at once
 _MOST_SHIFTS = 1000
+_MOST_BLOCK = 2**16  # positions: a margin that someone forged must not take memory
 _HEAD = struct.Struct(">fIBI")
 
 
@@ -59,8 +60,8 @@ class Guard:
 
     @property
     def block(self) -> int:
-        """How many positions a block has: so many that one of them is within the margin of a boundary."""
-        return max(1, round(1 / (16 * self.margin)))
+        """How many positions a block has: so many that one of them is within the margin of a boundary, but a limit."""
+        return max(1, round(min(_MOST_BLOCK, 1 / (16 * self.margin))))
 
     def to_bytes(self) -> bytes:
         """Return it as a file holds it: the shifts coded with a geometric distribution."""
@@ -154,7 +155,7 @@ class GuardWriter(_Checked):
 
     def __init__(self, margin: float, path: frozenset[str]):
         super().__init__()
-        self._plan, self.path = Guard(margin, (), 0), path
+        self._plan, self.path = Guard(float(np.float32(margin)), (), 0), path  # as the file holds it
         self.chosen: list[tuple[Tensor, Tensor]] = []
 
     @property

@@ -43,6 +43,7 @@ Robust = Literal["auto", "exact", "guarded"] | None
 _SAFETY = (
     4  # largest differences; that of two other machines may be twice what one arithmetic differs from another
 )
+_LEAST_GIVEN = 2.0**-24  # a margin; floats of 32 bits differ by more
 _SIDE = 256  # pixels, of the part of an image that shows which layers are on the entropy path
 
 
@@ -174,10 +175,10 @@ def decompress(codec: Codec, coded: Coded, most: int) -> Tensor:
 def _kind(codec: Codec, robust: Robust, margin: float | None) -> Kind:
     if robust not in ("auto", "exact", "guarded", None):
         raise ValueError(f'robust is {robust!r}; pass "auto", "exact", "guarded" or None')
-    if margin is not None and not 0 < margin <= MOST_MARGIN:
+    if margin is not None and not _LEAST_GIVEN <= margin <= MOST_MARGIN:
         raise ValueError(
-            f"margin is {margin}; pass a number above 0 and up to {MOST_MARGIN:.2g}, as a part of the scales, or None "
-            "to measure it"
+            f"margin is {margin}; pass a number from {_LEAST_GIVEN:.2g} to {MOST_MARGIN:.2g}, as a part of the scales, "
+            "or None to measure it"
         )
     if robust is None:
         return Kind.NOT

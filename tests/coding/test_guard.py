@@ -195,7 +195,7 @@ def test_an_exact_codec_needs_no_guard_and_a_float_one_does_not_decode_its_files
 
 def test_what_guards_nothing_is_refused() -> None:
     codec, image = stock("scale hyperprior"), picture()[0]
-    for margin in (0.0, -1.0, 0.1, float("nan")):
+    for margin in (0.0, -1.0, 1e-50, 0.1, float("nan")):
         with pytest.raises(ValueError, match="margin is"):
             encode(codec, image, margin=margin)
     with pytest.raises(ValueError, match="robust is 'yes'"):
@@ -268,6 +268,25 @@ def test_a_file_that_was_guarded_by_another_encoder_is_an_error() -> None:
         ):
             with pytest.raises(FmpqError):
                 guarded.decompress(codec, replace(coded, guard=forged.to_bytes()), MOST)
+
+
+def test_a_margin_that_float32_does_not_hold_is_the_same_for_the_decoder() -> None:
+    """Blocks are as long as the margin says, and this one lies between two lengths."""
+    margin = 1 / (16 * 63.5)
+    codec, x = stock("mean-scale hyperprior"), picture()
+    with torch.no_grad():
+        coded = guarded.compress(codec, x, margin=margin)
+        assert torch.isfinite(guarded.decompress(codec, coded, MOST)).all()
+    writer = GuardWriter(margin, frozenset())
+    writer.indexes(GaussianConditional([0.11, 0.5, 64.0]), torch.full((64 * 63,), 0.3))
+    again = Guard.from_bytes(writer.guard.to_bytes(), MOST)
+    assert (again.block, again.step) == (writer.guard.block, writer.guard.step)
+
+
+def test_a_forged_margin_takes_no_memory() -> None:
+    reader = GuardReader(Guard(1e-40, (3,), 0))
+    reader.indexes(GaussianConditional([0.11, 0.5, 64.0]), torch.full((100,), 0.3))
+    assert reader.guard.block <= 2**16
 
 
 @given(
