@@ -6,29 +6,24 @@ dict is the same, and ``isinstance`` says so. Only ``forward``, ``compress`` and
 run the methods of the user's class, on a shallow copy of the codec in which other modules stand where this is needed.
 """
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
-import torch
 from compressai.entropy_models import EntropyModel
 from torch import Tensor, nn
 
 from fmpq_fx.coding import wavefront
+from fmpq_fx.coding.arithmetic import default_dtype
 from fmpq_fx.coding.array_model import array_model
-from fmpq_fx.coding.guard import Chooser
-from fmpq_fx.coding.string_coder import CheckedCoder
+from fmpq_fx.coding.choosers import Chooser
+from fmpq_fx.coding.string_coder import CheckedCoder, unnoted
 from fmpq_fx.coding.tiles import Tiled, Transform, untiled
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.lower.entropy_path import compares_scales
 from fmpq_fx.passes.swap import shallow_copy, with_replaced
 from fmpq_fx.quant import QuantizedLayer
-
-SWITCHES = threading.RLock()
-"""Is held while torch is set otherwise for the whole process, so that no thread undoes what another one set."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +161,7 @@ def _coding(codec: Codec) -> Codec:
     """Return what :func:`_running` returns, with entropy models whose coder is checked, and whose CDFs are chosen."""
     others: dict[nn.Module, nn.Module] = {}
     chooser = codec.fmpq.chooser
-    note = (chooser or Chooser()).note
+    note = unnoted if chooser is None else chooser.note
     for name, module in codec.named_modules():
         if isinstance(module, EntropyModel) and module.entropy_coder.name == CheckedCoder.name:
             arrays = codec.fmpq.arrays
@@ -197,21 +192,3 @@ _CLASSES: dict[tuple[type, type], type[Codec]] = {}
 
 def _empty(kind: type[Codec], cls: type[nn.Module]) -> Codec:
     return object.__new__(_codec_class(kind, cls))
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within the block, new tensors are ``dtype``: some decoders of CompressAI make theirs of the default type.
-
-    Threads take turns where that is not what they are anyway.
-    """
-    if dtype == torch.get_default_dtype() == torch.float32:  # another one may be set by a thread, for itself
-        yield
-        return
-    with SWITCHES:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)

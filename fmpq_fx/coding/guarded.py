@@ -11,8 +11,8 @@ measured on every image::
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal
@@ -22,16 +22,10 @@ import torch
 from compressai.entropy_models import EntropyBottleneck, EntropyModel
 from torch import Tensor, nn
 
-from fmpq_fx.coding.codec import SWITCHES, Codec, with_settings
-from fmpq_fx.coding.guard import (
-    LEAST_MARGIN,
-    MOST_MARGIN,
-    Guard,
-    GuardReader,
-    GuardWriter,
-    Rehearsal,
-    Rehearsed,
-)
+from fmpq_fx.coding.arithmetic import full_precision, other_kernels
+from fmpq_fx.coding.choosers import GuardReader, GuardWriter, Rehearsal, Rehearsed
+from fmpq_fx.coding.codec import Codec, with_settings
+from fmpq_fx.coding.guard import LEAST_MARGIN, MOST_MARGIN, Guard
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.lower.entropy_path import compares_scales
 from fmpq_fx.quant import QuantizedLayer, quantized_layers
@@ -83,7 +77,7 @@ def compress(codec: Codec, x: Tensor, robust: Robust = "auto", margin: float | N
     if kind in (Kind.NOT, Kind.EXACT):
         coded = codec.compress(x)
         return Coded(coded["strings"], coded["shape"], kind)
-    with _full_precision(x.device):
+    with full_precision(x.device):
         coded, writer, deviation = _guarded(codec, x, margin)
     kind = _kind_of(codec, writer, writer.strings >= len(coded["strings"]), deviation, robust)
     guard = b"" if kind is Kind.NOT else writer.guard.to_bytes()
@@ -163,7 +157,7 @@ def decompress(codec: Codec, coded: Coded, most: int) -> Tensor:
         return decoded
     _check_dtype(codec)
     reader = GuardReader(Guard.from_bytes(coded.guard, most))
-    with _full_precision(next(codec.parameters()).device):
+    with full_precision(next(codec.parameters()).device):
         try:
             decoded = with_settings(codec, chooser=reader).decompress(coded.strings, coded.shape)["x_hat"]
         except StringError as error:  # other CDFs were chosen than by the encoder
@@ -259,14 +253,12 @@ def _others(codec: Codec) -> list[Callable[[], Any]]:
     parameter = next(codec.parameters())
     if parameter.dtype == torch.float64:
         return [lambda: _as_dtype(codec, torch.float32)]
-    return [lambda: _other_kernels(codec, parameter.device), lambda: _as_dtype(codec, torch.float64)]
+    return [lambda: _by_other_kernels(codec, parameter.device), lambda: _as_dtype(codec, torch.float64)]
 
 
 @contextmanager
-def _other_kernels(codec: Codec, device: torch.device) -> Iterator[Codec]:
-    """Give ``codec`` without the library of kernels that computes most on this device."""
-    library: Any = torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn
-    with _set_to([(library, "enabled", False)]):
+def _by_other_kernels(codec: Codec, device: torch.device) -> Iterator[Codec]:
+    with other_kernels(device):
         yield codec
 
 
@@ -289,27 +281,3 @@ def _rehearse(codec: Codec, coded: Any, rehearsal: Rehearsal) -> None:
         f"decompress() calls build_indexes otherwise than compress(): {rehearsal.calls} times and not "
         f"{len(rehearsal.chosen)} times"
     )
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Within the block, float32 is computed with as float32: not in TF32, nor in half precision by autocast."""
-    backends: Any = torch.backends
-    if hasattr(backends.cuda.matmul, "fp32_precision"):
-        cpu, gpu = backends.mkldnn, backends.cudnn
-        owners = [cpu.matmul, cpu.conv, cpu.rnn, backends.cuda.matmul, gpu.conv, gpu.rnn]
-        switches: list[tuple[Any, str, Any]] = [(owner, "fp32_precision", "ieee") for owner in owners]
-    else:
-        switches = [(owner, "allow_tf32", False) for owner in (backends.cuda.matmul, backends.cudnn)]
-    with _set_to(switches), torch.autocast(device.type, enabled=False):
-        yield
-
-
-@contextmanager
-def _set_to(switches: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Within the block, attributes of torch's backends have other values; threads take turns."""
-    with SWITCHES, ExitStack() as stack:
-        for owner, name, value in switches:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, value)
-        yield

@@ -130,6 +130,10 @@ class StringReader:
             )
 
 
+def unnoted(symbols: Sequence[int], coded: bool) -> None:
+    """Note nothing: what :class:`CheckedCoder` tells where nobody asks."""
+
+
 class CheckedCoder:
     """Takes the place of the ``entropy_coder`` of CompressAI's entropy models.
 
@@ -141,8 +145,8 @@ class CheckedCoder:
         "ans"  # of CompressAI's coder that makes the same strings; an entropy model is pickled with this name
     )
 
-    def __init__(self, note: Callable[[Sequence[int], bool], None] | None = None):
-        self._note = note or (lambda symbols, coded: None)
+    def __init__(self, note: Callable[[Sequence[int], bool], None]):
+        self._note = note
 
     def encode_with_indexes(self, symbols: list[int], indexes: list[int], *tables: Any) -> bytes:
         """Return :func:`encode` of the same."""

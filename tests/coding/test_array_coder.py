@@ -5,13 +5,14 @@ import pytest
 import torch
 from compressai.entropy_models import GaussianConditional
 from compressai.models.google import get_scale_table
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fmpq_fx import FmpqError
 from fmpq_fx.coding.array_coder import ArrayCoder
 from fmpq_fx.coding.string_coder import MOST_SYMBOL
+from support.damage import damaged
 
 Integers = NDArray[np.int32]
 
@@ -59,13 +60,9 @@ def test_latents_take_what_their_tables_say(coder: ArrayCoder) -> None:
 def test_another_string_is_refused(coder: ArrayCoder, data: st.DataObject) -> None:
     symbols, indexes = latents(0, 60, 5)
     string = coder.encode(symbols, indexes)
-    other = bytearray(string)
-    other[data.draw(st.integers(0, len(other))) :] = data.draw(st.binary(max_size=9))
-    for place in data.draw(st.lists(st.integers(0, len(other) - 1), max_size=3)) if other else []:
-        other[place] = data.draw(st.integers(0, 255))
-    assume(bytes(other) != string)
+    other = damaged(string, data)
     with pytest.raises(FmpqError, match="a string "):
-        coder.decode(bytes(other), indexes)
+        coder.decode(other, indexes)
 
 
 def test_what_cannot_be_coded_is_refused(coder: ArrayCoder) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import fmpq_fx
 from fmpq_fx import FmpqError, decode, encode
 from fmpq_fx.coding import guarded
+from fmpq_fx.coding.choosers import GuardReader, GuardWriter, Rehearsal
 from fmpq_fx.coding.codec import codec_of, with_settings
-from fmpq_fx.coding.guard import LEAST_MARGIN, MOST_MARGIN, Guard, GuardReader, GuardWriter, Rehearsal
+from fmpq_fx.coding.guard import LEAST_MARGIN, MOST_MARGIN, Guard
 from fmpq_fx.coding.guarded import Kind
 from support.codecs.slices import Slices
 from support.codecs.small import N

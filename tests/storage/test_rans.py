@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fmpq_fx import FmpqError
 from fmpq_fx.storage import rans
 from support import naive_weights
+from support.damage import damaged
 
 Frequencies = NDArray[np.int64]
 
@@ -82,13 +83,9 @@ def test_what_are_no_frequencies_is_refused(row: list[int]) -> None:
 @settings(deadline=None, max_examples=200)
 def test_another_string_is_refused(drawn: list[Run], data: st.DataObject) -> None:
     string = string_of(drawn)
-    other = bytearray(string)
-    other[data.draw(st.integers(0, len(other))) :] = data.draw(st.binary(max_size=9))
-    for place in data.draw(st.lists(st.integers(0, len(other) - 1), max_size=3)) if other else []:
-        other[place] = data.draw(st.integers(0, 255))
-    assume(bytes(other) != string)
+    other = damaged(string, data)
     with pytest.raises(FmpqError, match="a string "):
-        read(bytes(other), drawn)
+        read(other, drawn)
 
 
 @pytest.mark.parametrize("more", [bytes(4), b"\1\0\0\0", bytes(400), b"\0"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fmpq_fx
-from fmpq_fx.coding.codec import default_dtype
+from fmpq_fx.coding.arithmetic import default_dtype
 from fmpq_fx.exact import ExactLayer
 from fmpq_fx.exact.fixed_point import from_integers, to_integers
 from fmpq_fx.passes.lower.entropy_path import entropy_path
