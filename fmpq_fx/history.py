@@ -34,6 +34,11 @@ class Settings:
         "what the model was trained for: mse, ms-ssim, or package.module:function; default: by the plan",
     )
     loss: str = _option("rd", "rd is rate + lmbda * distortion, mse the distortion alone, where that is mse")
+    size_weight: float = _option(
+        0.0,
+        "what coded weights of the size of float32 weights would add to the RD loss: with 1, the RD loss may rise by "
+        "0.01 for each 0.01 by which CR falls; 0 leaves the size alone",
+    )
     batch_size: int = _option(4, "random crops in a step, of all processes together")
     crop: int = _option(192, "side of a crop in pixels, a multiple of 64")
     lr: float = _option(3e-5, "learning rate of weights, biases and entropy models")
@@ -68,6 +73,13 @@ class Settings:
             raise ValueError(
                 f"loss='mse' lowers MSE alone, and the distortion is {self.distortion}; pass loss='rd'"
             )
+        if not 0 <= self.size_weight < math.inf:
+            raise ValueError(f"size_weight must be 0 or positive, and finite, got {self.size_weight}")
+        if self.size_weight and self.loss != "rd":
+            raise ValueError(
+                f"size_weight {self.size_weight:g} weighs the size against the RD loss, and loss is {self.loss!r}; "
+                "pass loss='rd'"
+            )
         if self.crop < 64 or self.crop % 64:
             raise ValueError(f"crop must be a positive multiple of 64, got {self.crop}")
         if not 0 <= self.constant <= 1:
@@ -91,20 +103,23 @@ class Validation:
     bpp: float  # bits per pixel, from the likelihoods
     mse: float  # of images in [0, 1], not rounded to 8 bits
     rd_loss: float  # bpp + lmbda * distortion
+    cr: float | None = None  # of the quantized weights as the model file codes them; None: not weighed
 
     @property
     def psnr(self) -> float:
         """PSNR of all images together, in dB."""
         return psnr(self.mse)
 
-    def loss(self, kind: str) -> float:
-        """Return what training with the loss ``kind`` is to lower."""
-        return self.rd_loss if kind == "rd" else self.mse
+    def loss(self, settings: Settings) -> float:
+        """Return what training with ``settings`` is to lower."""
+        if settings.loss == "mse":
+            return self.mse
+        return self.rd_loss if self.cr is None else self.rd_loss + settings.size_weight * self.cr
 
 
-def best_of(validation: Sequence[Validation], kind: str) -> Validation:
+def best_of(validation: Sequence[Validation], settings: Settings) -> Validation:
     """Return the earliest of those with the lowest loss; one that is not a number is higher than any."""
-    return min(validation, key=lambda v: (math.isnan(v.loss(kind)), v.loss(kind)))
+    return min(validation, key=lambda v: (math.isnan(v.loss(settings)), v.loss(settings)))
 
 
 @dataclass(frozen=True)
@@ -121,7 +136,7 @@ class History(JsonFile):
     @property
     def best(self) -> Validation:
         """The validation of the state that was kept."""
-        return best_of(self.validation, self.settings.loss)
+        return best_of(self.validation, self.settings)
 
     @property
     def gain(self) -> float:
@@ -130,11 +145,20 @@ class History(JsonFile):
 
     def __str__(self) -> str:
         rows = [
-            (v.step, f"{v.bpp:.4f}", f"{v.psnr:.3f}", f"{v.rd_loss:.4f}", "kept" if v is self.best else "")
+            (
+                v.step,
+                f"{v.bpp:.4f}",
+                f"{v.psnr:.3f}",
+                f"{v.rd_loss:.4f}",
+                *([] if v.cr is None else [f"{v.cr:.4f}"]),
+                "kept" if v is self.best else "",
+            )
             for v in self.validation
         ]
-        headers = ("step", "bpp", "PSNR (dB)", "RD loss", "")
-        table = tabulate(rows, headers, disable_numparse=True, colalign=("right",) * 4 + ("left",))
+        size = [] if self.best.cr is None else ["coded CR"]
+        headers = ("step", "bpp", "PSNR (dB)", "RD loss", *size, "")
+        aligned = ("right",) * (len(headers) - 1) + ("left",)
+        table = tabulate(rows, headers, disable_numparse=True, colalign=aligned)
         images = f"trained on {self.trained_on}, validated on {self.validated_on}"
         metric = "" if self.settings.distortion == MSE.name else f", distortion: {self.settings.distortion}"
         return f"{table}\n\n{images}{metric}"

@@ -100,7 +100,7 @@ def test_ranks_prepare_what_one_process_does_bit_for_bit(found: list[dict[str, A
             assert all(torch.equal(value, rank[name]["state"][key]) for key, value in gm.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["tuned", "resumed", "mse", "bfloat16"])
+@pytest.mark.parametrize("name", ["tuned", "resumed", "mse", "bfloat16", "size"])
 def test_all_ranks_end_with_the_same_model_and_history(found: list[dict[str, Any]], name: str) -> None:
     first, second = (rank[name] for rank in found)
     assert first["history"] == second["history"]
@@ -109,7 +109,13 @@ def test_all_ranks_end_with_the_same_model_and_history(found: list[dict[str, Any
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("tuned", {}), ("resumed", {}), ("mse", {"loss": "mse"}), ("bfloat16", {"bfloat16": True})],
+    [
+        ("tuned", {}),
+        ("resumed", {}),
+        ("mse", {"loss": "mse"}),
+        ("bfloat16", {"bfloat16": True}),
+        ("size", {"size_weight": 1.0}),
+    ],
 )
 def test_ranks_train_to_nearly_what_one_process_does(
     found: list[dict[str, Any]], gm4: fx.GraphModule, name: str, options: dict[str, Any]

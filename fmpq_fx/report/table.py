@@ -151,9 +151,10 @@ def _fine_tuned(gm: fx.GraphModule) -> str:
     first, best, settings = history.validation[0], history.best, history.settings
     name = "RD loss" if settings.loss == "rd" else "MSE"
     change = percent(best.rd_loss / first.rd_loss - 1)
+    size = "" if first.cr is None or best.cr is None else f", coded CR {first.cr:.4f} -> {best.cr:.4f}"
     return (
         f"{_count(len(history.losses), 'step')} with the {name}; after that, on {history.validated_on}: RD loss "
-        f"{first.rd_loss:.4f} -> {best.rd_loss:.4f} ({change}), kept from step {best.step}"
+        f"{first.rd_loss:.4f} -> {best.rd_loss:.4f} ({change}){size}, kept from step {best.step}"
     )
 
 

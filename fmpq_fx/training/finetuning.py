@@ -32,8 +32,9 @@ def finetune(
     Forward computes what will run, with rounded weights and activations; backward is the straight-through
     estimator with a leaky clip, and steps and zero points are learned (LSQ: Esser et al. 2020, LSQ+: Bhalgat et
     al. 2020). Adam, learning rates that fall to 0 by half a cosine, and the auxiliary loss of CompressAI's
-    entropy bottleneck. What is kept is the state with the lowest loss on the validation images, that before the
-    first step included: the model is never worse on them than it came.
+    entropy bottleneck. With ``size_weight`` the loss counts the coded size of the weights as well, for a smaller model
+    file: steps grow, and need a larger ``quantizer_lr`` for it. What is kept is the state with the lowest loss on the
+    validation images, that before the first step included: the model is never worse by it than it came.
 
     Within :func:`fmpq_fx.ranks.joined` all ranks train together, by DistributedDataParallel, and end with the same
     model; rank 0 writes the checkpoint, which all of them read.

@@ -23,6 +23,7 @@ from fmpq_fx.images.crops import cut, describe
 from fmpq_fx.images.reading import Source, fingerprint, sources
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.progress import reported
+from fmpq_fx.quant import quantized_layers
 from fmpq_fx.ranks import Ranks, current
 from fmpq_fx.rd import MSE, Distortion
 from fmpq_fx.storage.files import check_folder
@@ -64,7 +65,8 @@ def train(
         progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
 
     Raises:
-        ValueError: ``settings.batch_size`` is no multiple of the number of ranks.
+        ValueError: ``settings.batch_size`` is no multiple of the number of ranks, or the size is weighed of a model
+            without quantized layers.
         FmpqError: the images or the checkpoint cannot be used, or ranks have others.
         KeyboardInterrupt: an interruption, after the best state so far was restored.
     """
@@ -120,7 +122,7 @@ def train(
                         run.validate()
                         if checkpoint is not None and ranks.is_first:
                             run.save(Path(checkpoint), about)
-                    validated = f"{run.validation[-1].loss(settings.loss):.4g}"
+                    validated = f"{run.validation[-1].loss(settings):.4g}"
                     steps.set_postfix({**figures, "validation": validated}, refresh=False)
     finally:
         model.load_state_dict(run.best)
@@ -142,6 +144,11 @@ def _check(model: nn.Module, settings: Settings, ranks: Ranks) -> None:
         raise ValueError(
             f"batch_size counts the crops of all ranks: {settings.batch_size} cannot be shared evenly by "
             f"{ranks.count}; pass a multiple of {ranks.count}"
+        )
+    if settings.size_weight and not quantized_layers(model):
+        raise ValueError(
+            f"size_weight {settings.size_weight:g} weighs the coded weights, and the model has no quantized layer; "
+            "pass size_weight=0"
         )
     narrow = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
     if narrow:

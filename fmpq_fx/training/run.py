@@ -16,14 +16,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.history import Settings, Validation, best_of
 from fmpq_fx.models.checkpoint import read_tensors
-from fmpq_fx.quant import ActivationFakeQuant, WeightFakeQuant
+from fmpq_fx.passes.measure.coded_sizes import coded_size
+from fmpq_fx.quant import ActivationFakeQuant, WeightFakeQuant, quantized_layers
 from fmpq_fx.ranks import ALONE, Ranks
 from fmpq_fx.rd import MSE, PEAK, Distortion, RDSums, psnr, rate_and_distortion, rd_sums
 from fmpq_fx.storage.files import replacing
 from fmpq_fx.storage.fingerprint import digest
 from fmpq_fx.training.bfloat16 import transforms_in_bfloat16
+from fmpq_fx.training.weight_entropy import weight_cr
 
-FORMAT = "fmpq_fx training, version 1"
+FORMAT = "fmpq_fx training, version 2"
 
 
 class TrainingRun:
@@ -87,11 +89,11 @@ class TrainingRun:
         self._seed(x.device)
         self.model.train()
         self.optimizer.zero_grad()
-        rate, distortion = self.objective(x)
-        (rate + distortion if settings.loss == "rd" else distortion).backward()
+        parts = torch.stack(self.objective(x))
+        parts.sum().backward()
         norm = clip_grad_norm_(self.parameters, settings.max_norm)
-        bpp, weighted = self.ranks.average(torch.stack([rate, distortion]).detach()).tolist()
-        self.losses.append(bpp + weighted if settings.loss == "rd" else weighted)
+        bpp, weighted, *size = self.ranks.average(parts.detach()).tolist()
+        self.losses.append(bpp + weighted + sum(size) if settings.loss == "rd" else weighted)
         if not (math.isfinite(self.losses[-1]) and math.isfinite(norm)):
             self.diverged = True
             return {}
@@ -104,7 +106,8 @@ class TrainingRun:
             if self.distortion == MSE
             else {"distortion": f"{mean:.4g}"}
         )
-        return {"loss": f"{self.losses[-1]:.3f}", "bpp": f"{bpp:.3f}", **quality}
+        cr = {"CR": f"{size[0] / settings.size_weight:.4f}"} if size else {}
+        return {"loss": f"{self.losses[-1]:.3f}", "bpp": f"{bpp:.3f}", **quality, **cr}
 
     def _seed(self, device: torch.device) -> None:
         """Make the noise of this step a function of seed, step's number and rank, on ``device`` alone."""
@@ -132,16 +135,25 @@ class TrainingRun:
             own.append((rd_sums(output, x, self.distortion), rd_sums(output, x, MSE)))
         sums, by_mse = (sum(all_of_one, RDSums()) for all_of_one in zip(*self.ranks.merge(own), strict=True))
         mse, rd = by_mse.distortion / PEAK**2, sums.rd(self.settings.lmbda)
-        result = Validation(len(self.losses), sums.rate, mse, rd)
+        result = Validation(len(self.losses), sums.rate, mse, rd, self._coded_cr())
         self.validation.append(result)
-        if best_of(self.validation, self.settings.loss) is result:
+        if best_of(self.validation, self.settings) is result:
             self.best = _copied(self.model.state_dict())
+
+    def _coded_cr(self) -> float | None:
+        """Return the CR that the model file's coder reaches for the quantized weights, where it is trained."""
+        if not self.settings.size_weight:
+            return None
+        layers = list(quantized_layers(self.model).values())
+        sizes = self.ranks.merge([coded_size(layer) for layer in self.ranks.share(layers)])
+        return sum(sizes) / sum(4 * layer.float_weight().numel() for layer in layers)
 
     @property
     def remarks(self) -> str:
         """What the user should know of how it went, and what to try."""
-        first, last = (v.loss(self.settings.loss) for v in (self.validation[0], self.validation[-1]))
+        first, last = (v.loss(self.settings) for v in (self.validation[0], self.validation[-1]))
         name = "RD loss" if self.settings.loss == "rd" else "MSE"
+        name += f" + {self.settings.size_weight:g} * CR" if self.settings.size_weight else ""
         remedy = "try a lower lr and quantizer_lr, a larger batch_size, or more bits per weight"
         if self.diverged:
             return (
@@ -208,17 +220,23 @@ class TrainingRun:
 
 
 class _Objective(nn.Module):
-    """The two parts of the RD loss that ``model`` reaches on images; where the rate is not trained, it is detached."""
+    """The parts of the loss that ``model`` reaches on images: rate and distortion, and the size where that is trained.
+
+    Where the rate is not trained, it is detached.
+    """
 
     def __init__(self, model: nn.Module, settings: Settings, distortion: Distortion):
         super().__init__()
         self.model, self.settings, self.distortion = model, settings, distortion
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         with transforms_in_bfloat16(self.model, x.device) if self.settings.bfloat16 else nullcontext():
             output = self.model(x)
         rate, distortion = rate_and_distortion(output, x, self.settings.lmbda, self.distortion)
-        return (rate if self.settings.loss == "rd" else rate.detach()), distortion
+        rate = rate if self.settings.loss == "rd" else rate.detach()
+        if not self.settings.size_weight:
+            return rate, distortion
+        return rate, distortion, self.settings.size_weight * weight_cr(quantized_layers(self.model).values())
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:

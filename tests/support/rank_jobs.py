@@ -63,6 +63,7 @@ def share_work(folder: Path) -> None:
             "resumed": {"checkpoint": folder / "training.pt"},
             "mse": {"loss": "mse"},
             "bfloat16": {"bfloat16": True},
+            "size": {"size_weight": 1.0},
         }
         for name, options in runs.items():
             trained = copy.deepcopy(gm)

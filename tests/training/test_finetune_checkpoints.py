@@ -81,6 +81,7 @@ def test_an_interruption_leaves_the_best_state_so_far(
         ({"steps": 20}, "steps was '12' there and is '20' now"),
         ({"loss": "mse"}, "loss was 'rd'"),
         ({"lmbda": 0.02}, "lmbda was '0.01'"),
+        ({"size_weight": 0.5}, "size_weight was '0.0' there and is '0.5' now"),
         ({"images": photos(7)}, "images was"),
     ],
 )

@@ -24,6 +24,13 @@ from support.finetuning import LMBDA, photos, tuned
         ({"crop": 100}, "crop must be a positive multiple of 64, got 100"),
         ({"lmbda": 0.0}, "lmbda must be positive"),
         ({"seed": -1}, "seed must not be negative"),
+        ({"size_weight": -0.5}, "size_weight must be 0 or positive, and finite, got -0.5"),
+        ({"size_weight": float("nan")}, "size_weight must be 0 or positive, and finite, got nan"),
+        ({"size_weight": float("inf")}, "size_weight must be 0 or positive, and finite, got inf"),
+        (
+            {"size_weight": 1.0, "loss": "mse"},
+            "size_weight 1 weighs the size against the RD loss.*pass loss='rd'",
+        ),
         ({"images": []}, "the sequence is empty"),
     ],
 )
