@@ -37,9 +37,15 @@ def small_model(name: str) -> nn.Module:
 
 
 @pytest.fixture(params=SMALL)
-def model(request: pytest.FixtureRequest) -> nn.Module:
+def model_name(request: pytest.FixtureRequest) -> str:
     """Each of the three kinds of hyperprior in turn: scale, mean and scale, autoregressive."""
-    return small_model(request.param)
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def model(model_name: str) -> nn.Module:
+    return small_model(model_name)
 
 
 def images() -> Tensor:

@@ -2,16 +2,17 @@
 
 import copy
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fmpq_fx
-from conftest import shared, small_model
+from conftest import images, shared, small_model
 from fmpq_fx import FmpqError, Plan
 from fmpq_fx.images import crops
 from fmpq_fx.passes.annotation import note_of
@@ -25,8 +26,14 @@ from fmpq_fx.rd import rate_and_distortion
 BITS = (2, 4, 6, 8)
 
 
-def test_the_size_is_what_was_asked_for(model: nn.Module, x: Tensor) -> None:
-    gm = fmpq_fx.prepare(model, 0.2, calibration=x, bits=BITS)
+@functools.cache
+def prepared(name: str) -> fx.GraphModule:
+    """Return a small model at 0.2, with mixed bits; not to be changed."""
+    return fmpq_fx.prepare(small_model(name), 0.2, calibration=images(), bits=BITS)
+
+
+def test_the_size_is_what_was_asked_for(model_name: str) -> None:
+    gm = prepared(model_name)
     plan = fmpq_fx.plan_of(gm)
     weights = {name: layer.float_weight().numel() for name, layer in quantized_layers(gm).items()}
     # Counted on the rewritten graph itself, not by the plan.
@@ -39,8 +46,8 @@ def test_the_size_is_what_was_asked_for(model: nn.Module, x: Tensor) -> None:
         assert len(levels) <= 2**layer.bits, name
 
 
-def test_sites_and_float_remainder_are_the_whole_model(model: nn.Module, x: Tensor) -> None:
-    plan = fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.2, calibration=x, bits=BITS))
+def test_sites_and_float_remainder_are_the_whole_model(model_name: str, model: nn.Module) -> None:
+    plan = fmpq_fx.plan_of(prepared(model_name))
     counted = sum(site.params for site in plan.sites) + sum(plan.float_remainder.values())
     assert counted == sum(p.numel() for p in model.parameters())
 
@@ -72,8 +79,10 @@ def test_a_table_serves_several_targets(x: Tensor) -> None:
         assert plan.bits == make_plan(table, target).bits
 
 
-def test_rewrite_rebuilds_the_graph_from_a_saved_plan(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
-    gm = fmpq_fx.prepare(model, 0.15, calibration=x, bits=BITS)
+def test_rewrite_rebuilds_the_graph_from_a_saved_plan(
+    model_name: str, model: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    gm = prepared(model_name)
     fmpq_fx.plan_of(gm).save(tmp_path / "plan.json")
     plan = Plan.load(tmp_path / "plan.json")
     assert plan == fmpq_fx.plan_of(gm)
@@ -83,10 +92,8 @@ def test_rewrite_rebuilds_the_graph_from_a_saved_plan(model: nn.Module, x: Tenso
             assert torch.equal(a, b)
 
 
-def test_a_plan_of_another_model_is_refused(x: Tensor) -> None:
-    plan = fmpq_fx.plan_of(
-        fmpq_fx.prepare(small_model("bmshj2018-hyperprior"), 0.2, calibration=x, bits=BITS)
-    )
+def test_a_plan_of_another_model_is_refused() -> None:
+    plan = fmpq_fx.plan_of(prepared("bmshj2018-hyperprior"))
     with pytest.raises(FmpqError, match="plan is of another model"):
         fmpq_fx.rewrite(small_model("mbt2018"), plan)
 
@@ -151,8 +158,8 @@ def test_chosen_scales_never_raise_the_loss(model: nn.Module, x: Tensor) -> None
         assert loss(gm(x), x) <= loss(min_max(x), x)
 
 
-def test_notes_on_the_graph(x: Tensor) -> None:
-    gm = fmpq_fx.prepare(small_model("mbt2018"), 0.2, calibration=x, bits=BITS)
+def test_notes_on_the_graph() -> None:
+    gm = prepared("mbt2018")
     plan = fmpq_fx.plan_of(gm)
     noted = {}
     for node in gm.graph.nodes:
@@ -186,8 +193,8 @@ def test_a_model_without_parameters() -> None:
         fmpq_fx.prepare(nn.ReLU(), 0.25)
 
 
-def test_the_plan_as_json_is_plain(x: Tensor) -> None:
-    plan = fmpq_fx.plan_of(fmpq_fx.prepare(small_model("mbt2018"), 0.2, calibration=x, bits=BITS))
+def test_the_plan_as_json_is_plain() -> None:
+    plan = fmpq_fx.plan_of(prepared("mbt2018"))
     fields = json.loads(plan.to_json())
     assert fields["format"] == "Plan"
     assert fields["bits"] == plan.bits
@@ -223,7 +230,9 @@ def _tensors(output: dict[str, Tensor | dict[str, Tensor]]) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_steps_and_zero_points_keep_their_precision_in_a_narrow_model(dtype: torch.dtype, x: Tensor) -> None:
-    gm = fmpq_fx.prepare(small_model("mbt2018"), 0.2, calibration=x, bits=BITS, activation_bits=12)
+    gm = fmpq_fx.prepare(
+        small_model("mbt2018"), 0.25, calibration=x, bits=BITS, planner="uniform", activation_bits=12
+    )
     before = copy.deepcopy(gm.state_dict())
     gm.to(dtype)
     for name, value in gm.state_dict().items():

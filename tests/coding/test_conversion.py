@@ -3,8 +3,6 @@
 import copy
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +11,17 @@ import torch
 from compressai.models import (
     Cheng2020Anchor,
     Cheng2020AnchorCheckerboard,
-    Elic2022Official,
     FactorizedPrior,
 )
+from compressai.utils.eval_model import __main__ as eval_model
 from PIL import Image
 from torch import Tensor, nn
 
 import fmpq_fx
-from conftest import images, small_model
+from conftest import small_model
 from fmpq_fx import FmpqError
 from fmpq_fx.quant import quantized_layers
-from support.coded_models import graph_of
+from support.coded_models import elic
 from support.traced_models import assert_same, outputs
 from support.traced_models import photos as noise
 from support.trained_graphs import Own, trained
@@ -35,21 +33,14 @@ MODELS: dict[str, Any] = {
     "mbt2018": lambda: small_model("mbt2018"),
     "cheng2020-anchor": lambda: Cheng2020Anchor(8),
     "cheng2020-anchor-checkerboard": lambda: Cheng2020AnchorCheckerboard(8),
-    "elic2022-official": lambda: Elic2022Official(8, 16, groups=[2, 2, 4, 8]),
+    "elic2022-official": elic,
 }
 
 
 @functools.cache
 def _prepared(name: str, activation_bits: int | None) -> Any:
     torch.manual_seed(0)
-    x = images()
-    bits = [4, 8]
-    model = MODELS[name]().eval()
-    if name.startswith("elic"):  # which has a hundred sites to measure
-        return graph_of(model, x, activation_bits)
-    return fmpq_fx.prepare(
-        model, 0.2, calibration=x, bits=bits, planner="optimal", activation_bits=activation_bits
-    )
+    return trained(MODELS[name]().eval(), activation_bits)
 
 
 def prepared(name: str, activation_bits: int | None = 8) -> Any:
@@ -130,19 +121,23 @@ def test_a_checkpoint_loads_into_the_float_class(name: str, x: Tensor, tmp_path:
     assert torch.equal(weight, quantized_layers(gm)[site].weight)
 
 
-def test_compressais_own_program_evaluates_the_checkpoint(tmp_path: Path) -> None:
+def test_compressais_own_program_evaluates_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The numbers of a stock CompressAI, which never heard of us, on the trained model and a photograph.
-    photo = fmpq_fx.samples.photos()["chelsea"][:, :256, :256]
+    photo = fmpq_fx.samples.photos()["chelsea"][:, :192, :192]
     (tmp_path / "images").mkdir()
     pixels = (photo * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(tmp_path / "images" / "chelsea.png")
     x = photo.unsqueeze(0)
-    gm = fmpq_fx.prepare(fmpq_fx.samples.model(), 0.2, calibration=x, bits=[4, 8], activation_bits=None)
-    fmpq_fx.export_checkpoint(gm, tmp_path / "model.pth.tar")
-    command = (
-        "-m compressai.utils.eval_model checkpoint images -a bmshj2018-hyperprior -p model.pth.tar -d out"
+    gm = fmpq_fx.prepare(
+        fmpq_fx.samples.model(), 0.25, calibration=x, bits=[8], planner="uniform", activation_bits=None
     )
-    subprocess.run([sys.executable, *command.split()], cwd=tmp_path, check=True, capture_output=True)
+    fmpq_fx.export_checkpoint(gm, tmp_path / "model.pth.tar")
+    monkeypatch.chdir(tmp_path)
+    eval_model.main(
+        ["checkpoint", "images", "-a", "bmshj2018-hyperprior", "-p", "model.pth.tar", "-d", "out"]
+    )
     (written,) = (tmp_path / "out").glob("*.json")
     results = json.loads(written.read_text())["results"]
 

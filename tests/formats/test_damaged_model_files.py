@@ -14,7 +14,7 @@ from fmpq_fx.storage import container
 from support import naive_weights
 from support.trained_graphs import trained
 
-ROUNDS = 200
+ROUNDS = 100
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from fmpq_fx.passes.annotation import annotate_graph, graph_note
 from fmpq_fx.passes.plan.task import make_plan
 from fmpq_fx.storage import fingerprint
 from support import TESTS
+from support.coded_models import elic
 from support.traced_models import WITH_CODEC, Codec, Make, assert_same, lively, outputs, photos
 from support.trained_graphs import Own, trained
 
@@ -37,7 +38,7 @@ OF_THE_ZOO: dict[str, Callable[[], fx.GraphModule]] = {
     "float64": lambda: trained(small_model("bmshj2018-hyperprior").double(), g_a0=16, g_a1=16),
 }
 OTHERS: dict[str, Make] = {
-    "elic": WITH_CODEC["elic-official"],  # whose groups are in no tensor
+    "elic": elic,  # whose groups are in no tensor
     "own": Own,
 }
 

@@ -13,27 +13,11 @@ from torch import Tensor, fx, nn
 
 import fmpq_fx
 from conftest import SMALL, small_model
-from fmpq_fx import FmpqError, Plan, plan_of, prepare
+from fmpq_fx import FmpqError, Plan, plan_of
 from fmpq_fx.formats.state import FORMAT, load_state, save_state, spec_of
 from fmpq_fx.history import History, Settings, Validation
 from fmpq_fx.passes.annotation import annotate_graph, graph_note
-
-
-def trained(name: str, x: Tensor, activation_bits: int | None = 8) -> fx.GraphModule:
-    """Return a prepared graph whose weights, steps and zero points are not those of its plan any more."""
-    gm = prepare(
-        small_model(name),
-        0.125,
-        calibration=[x],
-        planner="uniform",
-        bits=[4],
-        activation_bits=activation_bits,
-    )
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in gm.parameters():
-            parameter.add_(torch.rand(parameter.shape, generator=generator), alpha=0.01)
-    return gm
+from support.trained_graphs import trained
 
 
 @pytest.mark.parametrize("activation_bits", [8, None])
@@ -41,7 +25,7 @@ def trained(name: str, x: Tensor, activation_bits: int | None = 8) -> fx.GraphMo
 def test_a_zoo_model_comes_back_bit_for_bit(
     name: str, activation_bits: int | None, x: Tensor, tmp_path: Path
 ) -> None:
-    gm = trained(name, x, activation_bits)
+    gm = trained(small_model(name), activation_bits)
     save_state(gm, tmp_path / "state", model=name)
     loaded = load_state(tmp_path / "state")
     with torch.no_grad():
@@ -60,30 +44,30 @@ def make_model() -> nn.Module:
 
 
 def test_a_model_of_the_users_own_comes_back(x: Tensor, tmp_path: Path) -> None:
-    gm = trained("mbt2018-mean", x)
+    gm = trained(small_model("mbt2018-mean"))
     save_state(gm, tmp_path / "state", model="test_state:make_model")
     with torch.no_grad():
         assert torch.equal(load_state(tmp_path / "state")(x)["x_hat"], gm.eval()(x)["x_hat"])
 
 
 def test_the_codec_of_a_loaded_state_writes_the_same_bitstreams(x: Tensor, tmp_path: Path) -> None:
-    gm = trained("bmshj2018-hyperprior", x)
+    gm = trained(small_model("bmshj2018-hyperprior"))
     save_state(gm, tmp_path / "state", model="bmshj2018-hyperprior")
     codecs: list[Any] = [fmpq_fx.convert(gm), fmpq_fx.convert(load_state(tmp_path / "state"))]
     mine, other = (codec.compress(x)["strings"] for codec in codecs)
     assert mine == other
 
 
-def test_the_history_of_fine_tuning_is_kept(x: Tensor, tmp_path: Path) -> None:
-    gm = trained("bmshj2018-hyperprior", x)
+def test_the_history_of_fine_tuning_is_kept(tmp_path: Path) -> None:
+    gm = trained(small_model("bmshj2018-hyperprior"))
     history = History(Settings(0.01), "a", "b", (1.0,), (Validation(0, 0.5, 0.01, 1.5),))
     annotate_graph(gm, history=history)
     save_state(gm, tmp_path / "state", model="bmshj2018-hyperprior")
     assert graph_note(load_state(tmp_path / "state")).history == history
 
 
-def test_the_file_is_as_its_documentation_says(x: Tensor, tmp_path: Path) -> None:
-    gm = trained("bmshj2018-hyperprior", x)
+def test_the_file_is_as_its_documentation_says(tmp_path: Path) -> None:
+    gm = trained(small_model("bmshj2018-hyperprior"))
     save_state(gm, tmp_path / "state", model="bmshj2018-hyperprior")
     with safe_open(tmp_path / "state", framework="pt") as stored:
         metadata, names = stored.metadata(), set(stored.keys())
@@ -95,7 +79,7 @@ def test_the_file_is_as_its_documentation_says(x: Tensor, tmp_path: Path) -> Non
     assert all(name.startswith(("model.", "quantizers.")) for name in names)
 
 
-def test_what_is_no_state_is_named(tmp_path: Path, x: Tensor) -> None:
+def test_what_is_no_state_is_named(tmp_path: Path) -> None:
     with pytest.raises(FmpqError, match=r"there is no file .*absent; 'fmpq-fx prepare"):
         load_state(tmp_path / "absent")
     (tmp_path / "text").write_text("hello")
@@ -107,8 +91,8 @@ def test_what_is_no_state_is_named(tmp_path: Path, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("lost", ["model.g_a.0.weight", "quantizers.g_a.0.weight_quantizer.log_scale"])
-def test_a_damaged_file_is_refused(tmp_path: Path, x: Tensor, lost: str) -> None:
-    save_state(trained("bmshj2018-hyperprior", x), tmp_path / "state", model="bmshj2018-hyperprior")
+def test_a_damaged_file_is_refused(tmp_path: Path, lost: str) -> None:
+    save_state(trained(small_model("bmshj2018-hyperprior")), tmp_path / "state", model="bmshj2018-hyperprior")
     with safe_open(tmp_path / "state", framework="pt") as stored:
         metadata = stored.metadata()
     tensors = load_file(tmp_path / "state")
@@ -124,8 +108,8 @@ def test_a_graph_that_was_not_prepared_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_saving_leaves_the_graph_alone(x: Tensor, tmp_path: Path) -> None:
-    gm = trained("bmshj2018-hyperprior", x)
+def test_saving_leaves_the_graph_alone(tmp_path: Path) -> None:
+    gm = trained(small_model("bmshj2018-hyperprior"))
     before = copy.deepcopy(gm.state_dict())
     save_state(gm, tmp_path / "state", model="bmshj2018-hyperprior")
     assert all(torch.equal(value, before[key]) for key, value in gm.state_dict().items())

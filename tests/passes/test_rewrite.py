@@ -1,6 +1,7 @@
 """Rewriting: quantized layers take their places, the plan stays with the graph, and all can be trained."""
 
 import copy
+import functools
 import importlib
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from compressai.entropy_models import EntropyBottleneck
 from compressai.optimizers import net_aux_optimizer
 from torch import Tensor, fx, nn
 
+from conftest import images, small_model
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import annotate_sites, plan_of
 from fmpq_fx.passes.clip.ranges import calibrate
@@ -25,13 +27,18 @@ from support.coded_models import quantized
 from support.rewritten import notes, outputs, plan_for, same
 
 
-@pytest.fixture
-def gm(model: nn.Module, x: Tensor) -> fx.GraphModule:
-    """Each small model quantized to mixed bits with 8-bit activations, calibrated, g_a.0 left float."""
-    float_gm = trace(model)
+@functools.cache
+def rewritten_once(name: str) -> fx.GraphModule:
+    float_gm = trace(small_model(name))
     rewritten = quantize(float_gm, plan_for(float_gm, 8, g_a__0=None))
-    calibrate(rewritten, make_bench(rewritten, [x]))
+    calibrate(rewritten, make_bench(rewritten, [images()]))
     return rewritten
+
+
+@pytest.fixture
+def gm(model_name: str) -> fx.GraphModule:
+    """Each small model quantized to mixed bits with 8-bit activations, calibrated, g_a.0 left float."""
+    return copy.deepcopy(rewritten_once(model_name))
 
 
 def test_the_rewrite_is_the_model_with_each_layer_replaced_by_hand(model: nn.Module, x: Tensor) -> None:

@@ -23,12 +23,26 @@ from fmpq_fx.passes.trace import trace
 from fmpq_fx.quant import quantized_layers
 from support.traced_models import PLAIN, WITH_CODEC
 
-NAMES = ("scale hyperprior", "mean-scale hyperprior", "mbt2018", "cheng2020-anchor", "cheng2020-attention")
-CODED = {name: PLAIN[name] for name in NAMES} | WITH_CODEC
-WAYS_TO_CODE = [name for name in CODED if name not in ("cheng2020-attention", "elic-chandelier")]
-"""One model of each way to code; the two others differ from their like in the transforms alone."""
 
-CODED["mbt2018"] = lambda: zoo.JointAutoregressiveHierarchicalPriors(12, 12)  # whose compress() wants N = M
+def elic() -> nn.Module:
+    """Return ELIC with short transforms: its own have most of its layers, and code nothing."""
+    model, plain = WITH_CODEC["elic-official"](), zoo.FactorizedPrior(8, 16)
+    model.g_a, model.g_s = plain.g_a, plain.g_s
+    return model
+
+
+CODED = {
+    "scale hyperprior": PLAIN["scale hyperprior"],
+    "mean-scale hyperprior": PLAIN["mean-scale hyperprior"],
+    "mbt2018": lambda: zoo.JointAutoregressiveHierarchicalPriors(12, 12),  # whose compress() wants N = M
+    "cheng2020-anchor": PLAIN["cheng2020-anchor"],
+    "elic-official": elic,
+    "cheng2020-checkerboard": WITH_CODEC["cheng2020-checkerboard"],
+}
+"""One model of each kind of entropy path; models that differ from these in the transforms alone are left out."""
+
+WAYS_TO_CODE = [name for name in CODED if name != "cheng2020-anchor"]
+"""One model of each way to code; the other one has the loop of mbt2018, and layers of the checkerboard's kinds."""
 
 
 @functools.cache

@@ -21,8 +21,8 @@ PLAIN: dict[str, Make] = {
     "cheng2020-attention": lambda: zoo.Cheng2020Attention(8),
 }
 WITH_CODEC: dict[str, Make] = {
-    "elic-official": lambda: zoo.Elic2022Official(8, 16, groups=[2, 2, 4, 8]),
-    "elic-chandelier": lambda: zoo.Elic2022Chandelier(8, 16, groups=[2, 2, 4, 8]),
+    "elic-official": lambda: zoo.Elic2022Official(8, 16, groups=[2, 6, 8]),
+    "elic-chandelier": lambda: zoo.Elic2022Chandelier(8, 16, groups=[2, 6, 8]),
     "cheng2020-checkerboard": lambda: zoo.Cheng2020AnchorCheckerboard(12),
 }
 

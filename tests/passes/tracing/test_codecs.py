@@ -1,12 +1,13 @@
 """Codecs as research writes them: traced at one size, the same at all, trained alike, and taken all the way."""
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fmpq_fx
 from fmpq_fx.errors import FmpqError
@@ -29,10 +30,19 @@ def images(count: int, height: int, width: int) -> Tensor:
     return torch.rand(count, 3, height, width, generator=generator)
 
 
+@functools.cache
+def traced_once(make: Make) -> fx.GraphModule:
+    return trace(make().eval(), images(1, 40, 56))
+
+
+def traced(make: Make) -> fx.GraphModule:
+    """Return a graph of its own."""
+    return copy.deepcopy(traced_once(make))
+
+
 @each_kind
 def test_the_graph_of_one_size_computes_what_the_model_does_at_all(make: Make) -> None:
-    model = make().eval()
-    gm = trace(model, images(1, 40, 56))
+    model, gm = make().eval(), traced(make)
     for size in ((1, 40, 56), *ELSEWHERE):
         x = images(*size)
         expected = outputs(copy.deepcopy(model), x)
@@ -54,8 +64,7 @@ def gradients(model: nn.Module, x: Tensor, training: bool) -> dict[str, Tensor]:
 @each_kind
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_gradients_are_those_of_the_model(make: Make, training: bool) -> None:
-    model = make().eval()
-    gm = trace(model, images(1, 40, 56))
+    model, gm = make().eval(), traced(make)
     expected = gradients(model, images(2, 32, 56), training)
     found = gradients(gm, images(2, 32, 56), training)
     assert found.keys() == expected.keys()
