@@ -126,7 +126,7 @@ def test_the_command_line_takes_a_distortion(tmp_path: Path, distortion: str) ->
     for number, image in enumerate(photos(2, side=192)):
         reading.write(image, tmp_path / f"{number}.png")
     state, tuned_state = tmp_path / "state", tmp_path / "tuned"
-    chosen = ["--distortion", distortion, "--bits", "8", "--planner", "uniform"]
+    chosen = ["--distortion", distortion, "--bits", "8", "--planner", "uniform", "--activation-bits", "none"]
     prepare = ["prepare", f"{__name__}:state_model", "--target-cr", "4", "--images", str(tmp_path), *chosen]
     assert main([*prepare, "--out", str(state)]) == 0
     assert fmpq_fx.plan_of(load_state(state)).metric == distortion

@@ -16,7 +16,9 @@ from fmpq_fx.formats.state import save_state
 from fmpq_fx.history import Settings
 from fmpq_fx.images import reading
 from fmpq_fx.training.run import TrainingRun
+from support.coded_models import graph_of
 from support.full_disk import small_files
+from support.traced_models import Codec
 
 WRITERS: dict[str, Callable[[fx.GraphModule, Path], object]] = {
     "model.fmpq": fmpq_fx.save,
@@ -24,8 +26,7 @@ WRITERS: dict[str, Callable[[fx.GraphModule, Path], object]] = {
     "weights": fmpq_fx.export_checkpoint,  # without a suffix
     "state": lambda gm, path: save_state(gm, path, model="bmshj2018-hyperprior"),
     "plan.json": lambda gm, path: fmpq_fx.plan_of(gm).save(path),
-    "plan.png": fmpq_fx.plot_plan,
-    "plan.svg": fmpq_fx.plot_plan,
+    "plan.png": fmpq_fx.plot_plan,  # and other formats, by the same function of matplotlib
     "image.png": lambda gm, path: reading.write(torch.rand(3, 32, 32), path),
     "image.tif": lambda gm, path: reading.write(torch.rand(3, 32, 32), path),
     "training": lambda gm, path: TrainingRun(gm, [], Settings(0.01)).save(path, {}),
@@ -97,9 +98,11 @@ def test_a_device_that_is_full_stays_what_it_is(name: str, gm: fx.GraphModule, t
 
 
 def test_a_folder_of_graphs_is_written_where_a_link_points_and_replaces_no_other_files(
-    gm: fx.GraphModule, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     pytest.importorskip("onnx")
+    # The least model that there is: exports take seconds.
+    gm = graph_of(Codec(), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)), bits=8)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "graphs").symlink_to(tmp_path / "elsewhere")
     fmpq_fx.export_onnx(gm, tmp_path / "graphs")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fmpq_fx
 from conftest import small_model
-from fmpq_fx import Plan, Sensitivity
+from fmpq_fx import Plan, Sensitivity, plan_of
 from fmpq_fx.cli.main import main
 from fmpq_fx.formats.state import load_state
 from fmpq_fx.models.zoo import load_model, model_names
@@ -32,10 +32,9 @@ def not_a_model() -> int:
     return 1
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
     for index in range(2):
         noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(index))
         Image.fromarray(noise.to(torch.uint8).numpy()).save(folder / f"{index}.png")
@@ -50,10 +49,13 @@ def test_prepare_prints_the_table_and_writes_what_was_asked_for(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan, picture, table = tmp_path / "plan.json", tmp_path / "plan.png", tmp_path / "table.json"
-    files = ("--plan-out", plan, "--plot", picture, "--sensitivity", table)
+    state = tmp_path / "state"
+    files = ("--plan-out", plan, "--plot", picture, "--sensitivity", table, "--out", state)
     assert prepare("--target-cr", 4, "--images", photos, "--bits", "2-9", "--fixed", "g_s.6=8", *files) == 0
     printed = capsys.readouterr().out
     assert "g_a.0" in printed
+    assert f"state: {state}" in printed
+    assert plan_of(load_state(state)) == Plan.load(plan)
     loaded = Plan.load(plan)
     assert 0.24 <= loaded.cr <= 0.25
     assert loaded.bits["g_s.6"] == 8
@@ -197,11 +199,10 @@ def test_python_m_is_the_same_program(
 TRAIN = ("--steps", 6, "--crop", 64, "--validate-every", 2, "--workers", 0, "--lr", "1e-3")
 
 
-@pytest.fixture
-def state(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    path = tmp_path / "prepared"
+@pytest.fixture(scope="module")
+def state(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("state") / "prepared"
     assert prepare("--target-cr", 8, "--images", photos, "--bits", "3-5", "--out", path) == 0
-    assert f"state: {path}" in capsys.readouterr().out
     return path
 
 
