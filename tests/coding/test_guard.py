@@ -25,7 +25,6 @@ from fmpq_fx.coding.guarded import Kind
 from support.codecs.slices import Slices
 from support.codecs.small import N
 from support.coded_models import lively, quantized
-from support.traced_models import WITH_CODEC
 
 MOST = 2**20
 Noise = Callable[[Tensor], Tensor]
@@ -50,8 +49,9 @@ def slices() -> Any:
     return with_settings(codec_of(model), arrays=True)  # as files are coded
 
 
+GUARDED = ("mean-scale hyperprior", "mbt2018", "elic-official", "cheng2020-checkerboard")
 CODECS: dict[str, Callable[[], Any]] = {
-    **{name: functools.partial(stock, name) for name in ("mean-scale hyperprior", "mbt2018", *WITH_CODEC)},
+    **{name: functools.partial(stock, name) for name in GUARDED},
     "slices": slices,
 }
 
