@@ -1,7 +1,7 @@
 r"""Fine-tuning with the coded size of the weights in the loss: what the model file and the RD loss come to.
 
     python benchmarks/size_weight.py --calibration bsds500/val --train bsds500/train --images kodak \
-        --row 8 0 --row 12 0 --row 11 0.5
+        --row 8 0 --row 12 0 --row 11 3
 
 A row is how many times smaller the coded weights are planned to be, and the size_weight that they are fine-tuned with.
 The RD loss is that of crops that were not trained on, from the likelihoods.
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--row", type=float, nargs=2, action="append", metavar=("FACTOR", "WEIGHT"), required=True
     )
-    parser.add_argument("--quantizer-lr", type=float, default=1e-3, help="with size_weight; else the default")
+    parser.add_argument("--quantizer-lr", type=float, default=3e-3, help="with size_weight; else the default")
     parser.add_argument("--steps", type=int, default=150)
     args = parser.parse_args()
     torch.set_num_threads(1)
