@@ -31,6 +31,7 @@ class Job:
 
     model: nn.Module  # as it was given, or what was wrapped; it is not modified
     batches: list[Tensor]  # (B, C, H, W) each, in [0, 1], on the model's device and in its dtype
+    watched: list[Tensor]  # more of them, to see the ranges of activations on
     memory: int  # bytes of activations that may be kept
     known: Sensitivity | None  # what was measured already, by the caller's table or the checkpoint
     checkpoint: str | os.PathLike[str] | None  # the file of the table
@@ -115,9 +116,14 @@ def begin_job(
                 "the model": f"{type(model).__name__}, weights {weights}",
             }
         )
+    batches, watched = (
+        [x.to(parameter.device, parameter.dtype) for x in images]
+        for images in (given, crops.more(calibration))
+    )
     return Job(
         model,
-        [x.to(parameter.device, parameter.dtype) for x in given],
+        batches,
+        watched,
         bytes_of(memory, parameter.device),
         known,
         checkpoint,

@@ -60,7 +60,8 @@ def prepare(
         target_cr: quantized weight bytes / float32 weight bytes, 0.25 for four times smaller; a number above 1
             is read as the factor (4 means 0.25).
         calibration: an image folder, an iterable of (B, C, H, W) float tensors in [0, 1], or None for 256 x 256
-            crops of scikit-image's colour photographs. Eight crops suffice.
+            crops of scikit-image's colour photographs. Eight crops suffice; of a folder they are taken, and 56 more to
+            see the ranges of activations on.
         lmbda: the Lagrangian of the RD loss; None makes rate and distortion weigh the same on the calibration.
         bits: candidate bit-widths of the weights; None is 2 … 10, or those of ``sensitivity``.
         activation_bits: of the sites' inputs: one number for all, None to keep them float, or "mixed", 16 where that
@@ -138,7 +139,7 @@ def prepare(
     else:
         with activations_float(quantized):
             weights_rd = mean_rd(quantized, bench, plan.lmbda)
-    rd = calibrate(quantized, bench, task.mixed, activation_budget)
+    rd = calibrate(quantized, bench, task.mixed, activation_budget, watched=job.watched)
     return _finished(quantized, Measured(float_rd, weights_rd, rd)).train(model.training)
 
 

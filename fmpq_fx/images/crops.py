@@ -18,6 +18,9 @@ from fmpq_fx.images.reading import Source, check_channels, checked, evenly_space
 # What `prepare` and `analyze` take as calibration; see `batches`.
 Calibration: TypeAlias = str | os.PathLike[str] | Tensor | Iterable[Tensor] | None
 
+MORE = 56
+"""How many crops of a folder activations are seen on besides those that losses are measured on."""
+
 
 def cut(
     source: str | os.PathLike[str] | Iterable[Tensor | Source],
@@ -165,10 +168,8 @@ def batches(calibration: Calibration) -> list[Tensor]:
         TypeError: not one of these, or not floats.
         ValueError: wrong shape, values outside [0, 1], NaN, no tensors at all, or different numbers of channels.
     """
-    if calibration is None:
-        return cut(samples.photos().values())
-    if isinstance(calibration, str | os.PathLike):
-        return cut(calibration)
+    if (photographs := _photographs(calibration)) is not None:
+        return cut(photographs)
     if isinstance(calibration, Tensor):
         return [checked(calibration, "calibration")]
     if not isinstance(calibration, Iterable):
@@ -179,6 +180,26 @@ def batches(calibration: Calibration) -> list[Tensor]:
         raise ValueError("calibration is empty: no tensor came out of it (a generator gives them only once)")
     check_channels(given)
     return given
+
+
+def more(calibration: Calibration, count: int = MORE) -> list[Tensor]:
+    """Return ``count`` further crops where ``calibration`` is a folder, or None: else nothing, since all was given.
+
+    What is wrong with images, :func:`batches` has said.
+    """
+    photographs = _photographs(calibration)
+    if photographs is None:
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cut(photographs, count=count)
+
+
+def _photographs(calibration: Calibration) -> str | os.PathLike[str] | Iterable[Tensor] | None:
+    """Return what ``calibration`` has crops cut out of; None where it is the images themselves."""
+    if calibration is None:
+        return samples.photos().values()
+    return calibration if isinstance(calibration, str | os.PathLike) else None
 
 
 def describe(batches: Iterable[Tensor]) -> str:

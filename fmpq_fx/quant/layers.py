@@ -34,6 +34,7 @@ class QuantizedLayer(nn.Module):
     weight_name = "weight"  # the float layer's parameter that is quantized
     float_names: tuple[str, ...] = ("bias",)  # parameters of the float layer that are not quantized
     channel_dim = -3  # of the input
+    power = 1  # of the input, to which the weight multiplies it
     spread_over: tuple[int, ...] | None = (
         None  # as what a number per input channel broadcasts against the weight
     )
@@ -260,6 +261,7 @@ class QuantizedGDN(QuantizedLayer):
 
     layer: GDN
     signed = False
+    power = 2
     weight_name = "gamma"
     float_names = ("beta",)
 
@@ -291,6 +293,7 @@ class QuantizedGDN1(QuantizedGDN):
     """GDN1 with a quantized gamma: x / (beta + gamma * |x|), or the inverse (Johnston et al. 2019)."""
 
     layer: GDN1
+    power = 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (B, C, H, W)."""

@@ -1,30 +1,24 @@
 """Set how inputs are rounded: observers see the calibration images and become fake-quantizers.
 
-At first every input has one step for all its channels, which covers what was seen. Where that costs RD loss, three
-things are chosen by it, in this order:
-
-- the *spread* of the steps over the channels. Step c is in proportion to (largest magnitude of channel c)^power, and is
-  folded into the weights. Behind a GDN, channels differ by up to 50 times, and one step for all is coarse for most.
-- the *clip*, how much of the range is kept: a few large values, which clipping hardly hurts, would make the steps of
-  all others coarse.
-- the *bits*, 16 instead of 8 where that saves the most, as far as a budget of products allows.
+Each channel gets the range with the least error in the layer's output (:mod:`fmpq_fx.passes.clip.steps`); the steps of
+channels differ, and are folded into the weights. Then inputs get 16 bits instead of 8 where that saves the most RD
+loss, as far as a budget of products allows.
 """
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import annotate_graph, plan_of
-from fmpq_fx.passes.clip.descent import choose
-from fmpq_fx.passes.measure.allocator import freed_memory_kept
+from fmpq_fx.passes.clip.histograms import OCTAVE, Histogram
+from fmpq_fx.passes.clip.observing import Seen, observe
+from fmpq_fx.passes.clip.steps import POWERS, fit_sizes
 from fmpq_fx.passes.measure.bench import Bench, mean_rd
 from fmpq_fx.passes.measure.changes import ChangeMeter
 from fmpq_fx.passes.measure.coded_sizes import coded_size
@@ -35,24 +29,22 @@ from fmpq_fx.passes.plan.widths import WIDE
 from fmpq_fx.passes.tracing.model_outputs import output_of
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, quantized_layers, weights_kept
 
-POWERS = (0.0, 0.25, 0.5, 0.75)
-"""Powers of the spread that are tried; 0 is one step for all channels.
-
-With 1, every channel would end where its own range on the calibration does, which other images exceed: below it, the
-smaller a channel is, the more room it has."""
-
-CLIPS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3)
-"""Parts of the range that are tried."""
+ROOM, ROOM_OF_16_BITS = 1, OCTAVE
+"""By how many eighths of an octave ranges are wider than the images ask for, since others exceed them: those of 8 bits,
+and those of 16, which have steps to spare."""
 
 NEGLIGIBLE = 1e-4
-"""What rounding an input may cost, in fractions of the RD loss of the first images, without anything being tried to
-lower it."""
-
-_NOTHING_SEEN = np.zeros(1), np.zeros(1), True
-_MOST_EIGHTHS = 64  # of an octave, by which steps of channels may differ
+"""By what part of it the RD loss of the first images changes, up or down, where 16 bits are tried on all of them."""
 
 
-def calibrate(gm: fx.GraphModule, bench: Bench, mixed: tuple[str, ...] = (), budget: float = 0.0) -> float:
+def calibrate(
+    gm: fx.GraphModule,
+    bench: Bench,
+    mixed: tuple[str, ...] = (),
+    budget: float = 0.0,
+    *,
+    watched: Sequence[Tensor] = (),
+) -> float:
     """Say how the inputs of ``gm`` are rounded, from the images of ``bench``.
 
     Args:
@@ -61,6 +53,8 @@ def calibrate(gm: fx.GraphModule, bench: Bench, mixed: tuple[str, ...] = (), bud
         bench: what is observed, and what the RD loss is measured on.
         mixed: the sites whose inputs may get 16 bits.
         budget: how many more products these may take, as a fraction of those with 8 bits.
+        watched: more images (B, C, H, W), to see the ranges of inputs on. Eight crops tell what a layer is worth, but
+            not how large its inputs get.
 
     Returns:
         the RD loss of ``gm`` afterwards.
@@ -76,24 +70,22 @@ def calibrate(gm: fx.GraphModule, bench: Bench, mixed: tuple[str, ...] = (), bud
     }
     if not layers:
         return mean_rd(gm, bench, plan.lmbda)
-    inputs = _observed(gm, bench, layers)
+    macs = _multiply_accumulates(gm, bench)
+    images = _sites_of_images(gm)
+    inputs = {
+        site: _Input(layers[site], *seen, images=site in images)
+        for site, seen in observe(gm, bench, watched, layers).items()
+    }
     if not math.isfinite(rd := mean_rd(gm, bench, plan.lmbda)):
         return rd  # there is nothing to choose by
-    macs = _multiply_accumulates(gm, bench)
-    first = _zeta_of_inputs(gm, replace(bench, pieces=bench.pieces[:1]), inputs)
-    open_sites = {site: inputs[site] for site, zeta in first.items() if not zeta <= NEGLIGIBLE}
-    graded = {site: one for site, one in open_sites.items() if not one.integral}
-    set_power = {s: partial(one.set, "power") for s, one in graded.items() if one.layer.spread_shape()}
-    set_clip = {site: partial(one.set, "clip") for site, one in graded.items()}
-    if set_power:
-        choose(gm, bench, plan.lmbda, set_power, POWERS, "activation steps")
-    if set_clip:
-        _, rd = choose(gm, bench, plan.lmbda, set_clip, CLIPS, "activation ranges")
-
     products = {site: macs[site] * products_at(plan.bits[site], one.bits) for site, one in inputs.items()}
-    candidates = {site: one for site, one in open_sites.items() if site in mixed}
-    spare = budget * math.fsum(products.values())
-    wide = wide_inputs(_zeta_of_inputs(gm, bench, candidates), products, spare) if candidates else ()
+    candidates = {site: one for site, one in inputs.items() if site in mixed and not one.integral}
+    for some in (replace(bench, pieces=bench.pieces[:1]), bench):
+        zeta = _zeta_of_inputs(gm, some, candidates) if candidates else {}
+        candidates = {site: one for site, one in candidates.items() if abs(zeta[site]) > NEGLIGIBLE}
+    wide = wide_inputs(
+        {site: zeta[site] for site in candidates}, products, budget * math.fsum(products.values())
+    )
     for site in wide:
         inputs[site].widen()
     coded = _coded(plan, inputs)
@@ -111,22 +103,37 @@ def calibrate(gm: fx.GraphModule, bench: Bench, mixed: tuple[str, ...] = (), bud
 
 
 class _Input:
-    """The input of a layer while it is chosen how to round it."""
+    """The input of a layer while it is chosen how to round it.
 
-    def __init__(self, layer: QuantizedLayer, lows: np.ndarray, highs: np.ndarray, integral: bool):
-        self.layer, self.lows, self.highs, self.integral = layer, lows, highs, integral
-        self.bits = self._quantizer.bits
-        self.power, self.clip = 0.0, 1.0
-        self._apply()
+    Args:
+        layer: whose input it is.
+        seen: what was seen of the input.
+        histogram: of the input.
+        images: it is the images themselves, whose range is 0 … 1: 8 bits are then exact.
+    """
 
-    def set(self, name: str, value: float) -> None:
-        """Set ``power`` or ``clip``."""
-        setattr(self, name, value)
+    def __init__(self, layer: QuantizedLayer, seen: Seen, histogram: Histogram, *, images: bool):
+        self.layer, self.integral, self._histogram, self._images = layer, seen.integral, histogram, images
+        self.bits = self._of(layer).bits
+        peaks = seen.peaks
+        self._low, self._high = float(seen.lows.min()), float(seen.highs.max())
+        self._sides = float((-seen.lows / peaks).max()), float((seen.highs / peaks).max())
+        self._widest = math.ceil(OCTAVE * math.log2(peaks.max()))
+        self._sizes = np.full(len(peaks), self._widest)
+        self.fit()
+
+    def fit(self, powers: Sequence[float] = POWERS) -> None:
+        """Choose the ranges of the channels; see :func:`fit_sizes`."""
+        if not (self.integral or self._images):
+            levels = self._of(self.layer).high
+            fitted = fit_sizes(self.layer, self._histogram, self._widest, self._sides, levels, powers)
+            self._sizes = ROOM + fitted
         self._apply()
 
     def widen(self) -> None:
-        """Round to 16 bits, which cover what was seen in one step."""
-        self.bits, self.power, self.clip = WIDE, 0.0, 1.0
+        """Round to 16 bits, which cover more than was seen in one step."""
+        self.bits = WIDE
+        self._sizes = np.full_like(self._sizes, self._widest + ROOM_OF_16_BITS)
         self._apply()
 
     def widened(self, layer: nn.Module) -> nn.Module:
@@ -140,58 +147,34 @@ class _Input:
     @property
     def grid(self) -> InputGrid:
         """What the integers cover."""
-        peaks = np.maximum(-self.lows, self.highs)
-        # A channel that is zero on the calibration says nothing about its range: it gets the widest.
-        ratios = np.divide(peaks.max(), peaks, where=peaks > 0, out=np.ones_like(peaks))
-        octaves = np.log2(ratios)
-        eighths = np.round(8 * self.power * octaves).clip(max=_MOST_EIGHTHS).astype(int)
-        factors = 2.0 ** (-eighths / 8)
-        low, high = (self.lows / factors).min(), (self.highs / factors).max()
-        spread = tuple(eighths.tolist()) if eighths.any() else ()
-        return InputGrid(float(low * self.clip), float(high * self.clip), self.integral, spread)
+        if self.integral:
+            return InputGrid(self._low, self._high, True)
+        if self._images:
+            return InputGrid(0.0, 1.0)
+        eighths = self._sizes.max() - self._sizes
+        end = 2.0 ** (int(self._sizes.max()) / OCTAVE)
+        below, above = self._sides
+        return InputGrid(-below * end, above * end, False, tuple(eighths.tolist()) if eighths.any() else ())
 
     def _apply(self) -> None:
-        grid = self.grid
+        grid, quantizer = self.grid, self._of(self.layer)
         self.layer.set_spread(grid.log_spread)
-        self._quantizer.set_bits(self.bits)
-        self._quantizer.freeze(grid.low, grid.high, grid.whole)
+        quantizer.set_bits(self.bits)
+        quantizer.freeze(grid.low, grid.high, grid.whole)
 
-    @property
-    def _quantizer(self) -> ActivationFakeQuant:
-        quantizer = self.layer.input_quantizer
-        assert quantizer is not None
-        return quantizer
-
-
-def _observed(gm: fx.GraphModule, bench: Bench, layers: Mapping[str, QuantizedLayer]) -> dict[str, _Input]:
-    """Freeze the quantizers of the inputs of ``layers`` at what is seen of them."""
-    quantizers = [layer.input_quantizer for layer in layers.values() if layer.input_quantizer is not None]
-    for quantizer in quantizers:
-        quantizer.observe()  # what was run before this, with other weights perhaps, does not count
-    with torch.no_grad(), weights_kept(gm), freed_memory_kept():
-        for x in bench.ranks.share(bench.pieces):
-            output_of(gm, x)
-    seen = bench.ranks.gather([_ends(quantizer) for quantizer in quantizers])
-    inputs = {}
-    for (site, layer), of_ranks in zip(layers.items(), zip(*seen, strict=True), strict=True):
-        lows, highs, integral = zip(*(ends or _NOTHING_SEEN for ends in of_ranks), strict=True)
-        low = np.minimum.reduce(np.broadcast_arrays(*lows))
-        high = np.maximum.reduce(np.broadcast_arrays(*highs))
-        if not (np.isfinite(low).all() and np.isfinite(high).all()):
-            raise FmpqError(
-                f"the input of {site!r} is not finite on the calibration images once the weights are quantized; "
-                "allow more bits, or pass activation_bits=None"
-            )
-        inputs[site] = _Input(layer, low, high, all(integral))
-    return inputs
+    @staticmethod
+    def _of(layer: QuantizedLayer) -> ActivationFakeQuant:
+        assert layer.input_quantizer is not None
+        return layer.input_quantizer
 
 
-def _ends(quantizer: ActivationFakeQuant) -> tuple[np.ndarray, np.ndarray, bool] | None:
-    """Return the least and the largest value of each channel seen, and whether all were whole; None if none was."""
-    if quantizer.seen is None:
-        return None
-    low, high = (ends.double().cpu().numpy() for ends in quantizer.seen)
-    return low, high, quantizer.integral
+def _sites_of_images(gm: fx.GraphModule) -> set[str]:
+    """Return the sites whose input is the images that the model takes."""
+    return {
+        str(node.target)
+        for node in gm.graph.nodes
+        if node.op == "call_module" and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
+    }
 
 
 def _zeta_of_inputs(gm: fx.GraphModule, bench: Bench, inputs: Mapping[str, _Input]) -> dict[str, float]:
@@ -214,7 +197,7 @@ def _coded(plan: Plan, inputs: Mapping[str, _Input]) -> Table | None:
             if size <= coded[site][bits]:
                 coded[site] = {**coded[site], bits: size}
             else:
-                one.set("power", 0.0)
+                one.fit((0.0,))
     return coded
 
 

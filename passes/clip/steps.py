@@ -1,0 +1,88 @@
+"""Which range each channel of an input gets: that of the least error in the layer's output.
+
+Two things are off in the output, and both are added up in closed form, without running anything:
+
+- the input. A channel's range trades coarse steps against clipped values (:meth:`Histogram.mean_errors`), and the
+  squares of the weights that multiply the channel say how much of it reaches the output.
+- the weights. The channels' sizes r_c are folded into them, and what is rounded is W_oc r_c, in steps that the largest
+  of them sets. Where channels differ too much, the weights of the narrow ones are lost.
+
+So ranges lie between one for all channels and each channel's own best::
+
+    size of the range, in eighths of an octave
+    one for all       ────────────────────────
+    power 0.5         ──.                 .───
+                         `──.___.──.___.─'
+    each its own      ─.   ,-.      ,-.   .───
+                        `-'   `.__.'   `-'
+                      channels
+
+and are then all made narrower by the same factor, as far as that lowers the error.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fmpq_fx.passes.clip.histograms import OCTAVE, Floats, Histogram
+from fmpq_fx.quant import QuantizedLayer
+
+POWERS = tuple(n / 8 for n in range(9))
+"""How much of a channel's own range counts: with 0, all channels have the range of the widest."""
+
+LARGEST = 64
+"""How many eighths of an octave the ranges of channels may differ by."""
+
+NARROWER = 32
+"""How many eighths of an octave all ranges are made narrower, at most."""
+
+
+def fit_sizes(
+    layer: QuantizedLayer,
+    histogram: Histogram,
+    widest: int,
+    sides: tuple[float, float],
+    levels: int,
+    powers: Sequence[float] = POWERS,
+) -> NDArray[np.int64]:
+    """Return the size of each channel's range, (channels,), in eighths of an octave.
+
+    Args:
+        layer: whose input it is.
+        histogram: of the input.
+        widest: the size that covers everything.
+        sides: how far the range of size 0 reaches below and above 0.
+        levels: how many steps there are in a range.
+        powers: what is tried of :data:`POWERS`.
+    """
+    sizes = np.arange(widest, widest - LARGEST - NARROWER, -1)
+    spread, weight = layer.spread_shape() is not None, _weights(layer)
+    squares, magnitudes = histogram.mean_squares, np.abs(weight).max(2)
+    errors = histogram.mean_errors(sides, levels, layer.power, sizes) * _energies(layer, weight)
+    own = errors[: LARGEST + 1].argmin(0)
+    found, least = np.zeros_like(own), np.inf
+    for power in powers if spread else (0.0,):
+        for narrower in range(NARROWER):
+            numbers = np.round(power * own).astype(np.int64) + narrower
+            error = np.take_along_axis(errors, numbers[None], 0).sum()
+            if spread:
+                factors = 2.0 ** (sizes[numbers] / OCTAVE)
+                steps = (
+                    (magnitudes * factors).max(1) * layer.weight_quantizer.clip / layer.weight_quantizer.high
+                )
+                error += (steps**2).sum() / 12 * weight.shape[2] * (squares / factors**2).sum()
+            if error < least:
+                found, least = numbers, error
+    return np.asarray(sizes[found])
+
+
+def _energies(layer: QuantizedLayer, weight: Floats) -> Floats:
+    """Return the sum of the squared weights that multiply each input channel, (channels,)."""
+    groups = max(1, getattr(layer.layer, "groups", 1))
+    return np.asarray((weight**2).sum(2).reshape(groups, -1, weight.shape[1]).sum(1).reshape(-1))
+
+
+def _weights(layer: QuantizedLayer) -> Floats:
+    """Return the float weights, (out, in, places)."""
+    return np.asarray(layer.by_output(layer.float_weight().detach()).double().cpu().numpy())
