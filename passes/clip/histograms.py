@@ -31,24 +31,21 @@ class Histogram:
 
     def __init__(self, peaks: Floats, channel_dim: int):
         self.channel_dim = channel_dim
-        self.first = (
-            np.ceil(OCTAVE * np.log2(peaks)).astype(np.int64) - BELOW
-        )  # the lowest bin of each channel
-        self.counts = np.zeros((2, ABOVE + BELOW, len(peaks)), dtype=np.int64)  # of values below and above 0
+        # The lowest bin of each channel; bin n holds magnitudes of n eighths of an octave and more.
+        self.first = np.ceil(OCTAVE * np.log2(peaks)).astype(np.int64) - BELOW
+        self.counts = np.zeros((2, BELOW + ABOVE, len(peaks)), dtype=np.int64)  # of values below and above 0
         self.total = 0  # of each channel, zeros included
 
     def count(self, x: Tensor) -> None:
-        """Count values of ``x``, evenly spaced over each image."""
-        x = x[None] if x.ndim == -self.channel_dim else x  # a single input
-        values = x.movedim(self.channel_dim, -1).flatten(1, -2)  # (images, places, channels)
-        # An odd stride, or it would see the same columns of every row.
-        values = values[:, :: -(-values.size(1) // PLACES) | 1].flatten(0, 1).detach()
+        """Count values of ``x``, evenly spaced over each image. What is not a number counts to the lowest bin."""
         bins, channels = self.counts.shape[1:]
-        first = torch.as_tensor(self.first, device=x.device)
-        found = (OCTAVE * values.float().abs().log2() - first).clamp(0, bins - 1).int()
-        places = ((values > 0).int() * bins + found) * channels + torch.arange(
-            channels, device=x.device
-        ).int()
+        x = x[None] if x.ndim == -self.channel_dim else x  # a single input
+        values = x.detach().movedim(self.channel_dim, -1).reshape(len(x), -1, channels)
+        # An odd stride, or it would see the same columns of every row.
+        values = values[:, :: -(-values.size(1) // PLACES) | 1].reshape(-1, channels).float()
+        first, channel = torch.as_tensor(self.first).to(x.device), torch.arange(channels, device=x.device)
+        found = (OCTAVE * values.abs().log2() - first).nan_to_num(0.0).clamp(0, bins - 1).int()
+        places = ((values > 0).int() * bins + found) * channels + channel.int()
         counted = torch.bincount(places[values != 0], minlength=self.counts.size)
         self.counts += counted.view(self.counts.shape).cpu().numpy()
         self.total += len(values)
@@ -61,7 +58,7 @@ class Histogram:
     @property
     def mean_squares(self) -> Floats:
         """Of the values of each channel, (channels,)."""
-        return np.asarray((self.counts.sum(0) * self._magnitudes**2).sum(0) / self.total)
+        return np.asarray((self.counts.sum(0) * self._magnitudes**2).sum(0) / max(self.total, 1))
 
     def mean_errors(
         self, sides: tuple[float, float], levels: int, power: int, sizes: Iterable[int]
@@ -87,7 +84,7 @@ class Histogram:
                 outside = (x**power - (side * end) ** power) ** 2
                 sums = sums + (counts * np.where(x > side * end, outside, within)).sum(0)
             result.append(sums)
-        return np.stack(result) / self.total
+        return np.stack(result) / max(self.total, 1)
 
     @property
     def _magnitudes(self) -> Floats:

@@ -57,21 +57,23 @@ def fit_sizes(
         powers: what is tried of :data:`POWERS`.
     """
     sizes = np.arange(widest, widest - LARGEST - NARROWER, -1)
-    spread, weight = layer.spread_shape() is not None, _weights(layer)
-    squares, magnitudes = histogram.mean_squares, np.abs(weight).max(2)
+    weight, quantizer, spread = _weights(layer), layer.weight_quantizer, layer.spread_shape() is not None
+    magnitudes, squares = np.abs(weight).max(2), histogram.mean_squares
     errors = histogram.mean_errors(sides, levels, layer.power, sizes) * _energies(layer, weight)
     own = errors[: LARGEST + 1].argmin(0)
+
+    def error_of_weights(factors: Floats) -> float:
+        """Of all outputs together, from rounding the weights times ``factors`` of the input channels."""
+        steps = (magnitudes * factors).max(1) * quantizer.clip / quantizer.high
+        return float((steps**2).sum() / 12 * weight.shape[2] * (squares / factors**2).sum())
+
     found, least = np.zeros_like(own), np.inf
     for power in powers if spread else (0.0,):
         for narrower in range(NARROWER):
             numbers = np.round(power * own).astype(np.int64) + narrower
             error = np.take_along_axis(errors, numbers[None], 0).sum()
             if spread:
-                factors = 2.0 ** (sizes[numbers] / OCTAVE)
-                steps = (
-                    (magnitudes * factors).max(1) * layer.weight_quantizer.clip / layer.weight_quantizer.high
-                )
-                error += (steps**2).sum() / 12 * weight.shape[2] * (squares / factors**2).sum()
+                error += error_of_weights(2.0 ** (sizes[numbers] / OCTAVE))
             if error < least:
                 found, least = numbers, error
     return np.asarray(sizes[found])
