@@ -65,8 +65,8 @@ class Histogram:
     ) -> Floats:
         """Return the mean squared error of each channel's values by the size of the range, (sizes, channels).
 
-        A value within the range is off by a twelfth of the squared step, or by itself where it is smaller than that;
-        outside, by its distance from the end.
+        A value within the range is off by a twelfth of the squared step, if it is some steps large; outside, by its
+        distance from the end.
 
         Args:
             sides: how far the range of size 0 reaches below and above 0.
@@ -78,8 +78,10 @@ class Histogram:
         result = []
         for size in sizes:
             end = 2.0 ** (size / OCTAVE)
-            rounding = (sum(sides) * end / levels) ** 2 / 12 * power**2 * x ** (2 * power - 2)
-            within, sums = np.minimum(rounding, x ** (2 * power)), 0.0
+            step = sum(sides) * end / levels
+            small = (x**power - (np.round(x / step) * step) ** power) ** 2
+            within = np.where(x < 4 * step, small, step**2 / 12 * power**2 * x ** (2 * power - 2))
+            sums = 0.0
             for counts, side in zip(self.counts, sides, strict=True):
                 outside = (x**power - (side * end) ** power) ** 2
                 sums = sums + (counts * np.where(x > side * end, outside, within)).sum(0)

@@ -51,7 +51,7 @@ def test_ranges_are_better_than_one_for_all_and_than_each_channels_own() -> None
     own = np.ceil(OCTAVE * np.log2(x.abs().amax((0, 2, 3)).numpy())).astype(int)
     assert fitted.max() - fitted.min() > OCTAVE, "channels differ by 256 times"
     assert error(layer, x, fitted) < 0.7 * error(layer, x, np.full(4, own.max()))
-    assert error(layer, x, fitted) < 0.7 * error(layer, x, own), (
+    assert error(layer, x, fitted) < 0.9 * error(layer, x, own), (
         "here weights of narrow channels would be lost"
     )
 
