@@ -135,11 +135,10 @@ def prepare(
     plan, float_rd = _measure_and_plan(gm, bench, job.measurement(lmbda, measurable), task)
     quantized = quantize(gm, replace(plan, example=job.example, left_out=left_out(gm, sites)))
     if size == "nominal":
-        weights_rd = choose_scales(quantized, bench)
-    else:
-        with activations_float(quantized):
-            weights_rd = mean_rd(quantized, bench, plan.lmbda)
+        choose_scales(quantized, bench)
     rd = calibrate(quantized, bench, task.mixed, activation_budget, watched=job.watched)
+    with activations_float(quantized):
+        weights_rd = mean_rd(quantized, bench, plan.lmbda)
     return _finished(quantized, Measured(float_rd, weights_rd, rd)).train(model.training)
 
 

@@ -22,22 +22,18 @@ WORTHWHILE = 5e-4
 """Zeta below which a site is left at min-max: there is next to nothing to gain."""
 
 
-def choose_scales(gm: fx.GraphModule, bench: Bench) -> float:
+def choose_scales(gm: fx.GraphModule, bench: Bench) -> None:
     """Give each site of ``gm`` the weight scales that lower the RD loss on ``bench``, with activations float.
 
     Args:
         gm: a rewritten graph in evaluation mode, with min-max scales. It is changed, and the choice is written into
             its plan. The RD loss on ``bench`` never rises by it.
         bench: what the loss is measured on.
-
-    Returns:
-        that RD loss, as it is afterwards.
     """
     plan = plan_of(gm)
     # "not <": sites that were given bits for which zeta was not measured have NaN, and are tried as well.
     layers = {site: m for site, m in quantized_layers(gm).items() if not plan.zeta_of(site) < WORTHWHILE}
     setters = {site: layer.set_clip for site, layer in layers.items()}
     with activations_float(gm):
-        chosen, rd = choose(gm, bench, plan.lmbda, setters, (1.0, *CLIPS), "weight scales")
+        chosen, _ = choose(gm, bench, plan.lmbda, setters, (1.0, *CLIPS), "weight scales")
     annotate_graph(gm, plan=replace(plan, clips={site: clip for site, clip in chosen.items() if clip < 1}))
-    return rd

@@ -1,5 +1,6 @@
 """Finding image files, cutting calibration crops, and checking what calibration is given."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -234,3 +235,15 @@ def test_describe() -> None:
     mixed = [torch.zeros(2, 3, 64, 64), torch.zeros(1, 3, 64, 128), torch.zeros(9, 3, 64, 64)]
     assert crops.describe(mixed) == "11 crops of 64 x 64, 1 of 128 x 64"
     assert crops.describe([]) == "no crops"
+
+
+def test_ranges_are_seen_on_more_of_a_folder_but_not_of_given_images(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (300, 280)).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what is wrong with an image is said once, by batches()
+        further = crops.more(tmp_path, 7)
+    assert crops.describe(further) == "7 crops of 256 x 256"
+    assert crops.more([torch.zeros(1, 3, 64, 64)]) == []
+    assert sum(map(len, crops.more(None, 9))) == 9

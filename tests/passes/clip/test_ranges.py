@@ -1,6 +1,7 @@
-"""How inputs are rounded: steps per channel, ranges and bits are those that lower the RD loss."""
+"""How inputs are rounded: steps per channel, ranges and bits."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import fmpq_fx
+from fmpq_fx.passes.clip.ranges import calibrate
+from fmpq_fx.passes.measure.bench import make_bench
 from fmpq_fx.passes.plan.activations import wide_inputs
+from fmpq_fx.passes.rewrite import quantize
+from fmpq_fx.passes.sites import find_sites
+from fmpq_fx.passes.trace import trace
 
 
 class Uneven(nn.Module):
@@ -110,3 +116,27 @@ def test_the_inputs_of_sixteen_bits_are_the_best_that_fit(seed: int) -> None:
     chosen = wide_inputs(zeta, products, budget)
     assert sum(products[s] for s in chosen) <= budget
     assert sum(zeta[s] for s in chosen) == pytest.approx(best, abs=1e-12)
+
+
+def test_images_keep_the_grid_of_their_files(images: Tensor) -> None:
+    photograph = (200 * images).round() / 255  # without any white
+    gm = prepared(Uneven(1.0), photograph, activation_bits=8)
+    grid = fmpq_fx.plan_of(gm).inputs["first"]
+    assert (grid.low, grid.high, grid.spread) == (0, 1, ())
+    white = 1 - photograph
+    with torch.no_grad():
+        assert (gm.get_submodule("first").quantized_input(white) - white).abs().max() < 1e-6
+
+
+def test_ranges_cover_what_further_images_hold(images: Tensor) -> None:
+    model = Uneven(1.0)
+    plan = fmpq_fx.plan_of(prepared(model, images / 10, activation_bits=None))
+    grids = []
+    for watched in ([], [images]):
+        gm = trace(model)
+        find_sites(gm)
+        gm = quantize(gm, replace(plan, activation_bits={"first": 8, "last": 8}))
+        calibrate(gm, make_bench(gm, [images / 10]), watched=watched)
+        grids.append(fmpq_fx.plan_of(gm).inputs["last"])
+    narrow, wide = grids
+    assert wide.high == pytest.approx(10 * narrow.high, rel=0.2)
