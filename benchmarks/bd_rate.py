@@ -1,10 +1,12 @@
-"""BD-rate and BD-PSNR of quantized models against float32, on real bitstreams, before and after fine-tuning.
+r"""BD-rate and BD-PSNR of quantized models against float32, on real bitstreams, before and after fine-tuning.
 
 For every lambda: the float model, the float model fine-tuned for the same steps, and every planner at every
 size, weights only (A32) and with 8-bit activations (A8). Every result is kept as soon as it is there: the same
 command goes on where it was stopped, and several processes may share the work, each with lambdas of its own.
 
     python benchmarks/bd_rate.py --calibration bsds500/val --train bsds500/train --images kodak
+    python benchmarks/bd_rate.py --model mbt2018-mean --qualities 1 2 3 4 5 6 --metric ms-ssim \
+        --calibration bsds500/val --train bsds500/train --images kodak
 """
 
 import argparse
@@ -61,7 +63,7 @@ def main() -> None:
         raise SystemExit(f"no lambda has the float model, as it is and after {args.steps} steps, yet")
     if len(everything) >= 4:
         print_table(everything, args.steps)
-        plot_curves(everything, args.steps, args.out / f"bd_rate-{args.model}.png")
+        plot_curves(everything, args.steps, args.out / f"{given[0].results.path.stem.rpartition('-')[0]}.png")
     print_losses(everything, args.steps)
 
 

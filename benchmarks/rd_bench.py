@@ -25,10 +25,17 @@ from fmpq_fx import (
     save,
 )
 from fmpq_fx.history import Settings
+from fmpq_fx.images.distortions import find_distortion
 from fmpq_fx.images.reading import fingerprint, sources
 from fmpq_fx.models.zoo import load_model
 from fmpq_fx.storage.fingerprint import digest
 from fmpq_fx.training.loop import train
+
+LMBDAS = {
+    "mse": (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800),
+    "ms-ssim": (2.40, 4.58, 8.73, 16.64, 31.73, 60.50, 115.37, 220.00),
+}
+"""What CompressAI's pretrained weights were trained with, by quality from 1."""
 
 
 class Bench:
@@ -37,12 +44,19 @@ class Bench:
     Args:
         args: the command line.
         lmbda: what the model was trained with.
-        checkpoint: its weights; None is the sample model.
+        checkpoint: its weights; None is the sample model, or CompressAI's weights of ``quality``.
+        quality: of CompressAI's pretrained weights.
     """
 
-    def __init__(self, args: argparse.Namespace, lmbda: float, checkpoint: Path | None):
-        self.args, self.lmbda, self.checkpoint = args, lmbda, checkpoint
-        self.name = f"{args.model}-{lmbda:.4f}"
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        lmbda: float,
+        checkpoint: Path | None = None,
+        quality: int | None = None,
+    ):
+        self.args, self.lmbda, self.checkpoint, self.quality = args, lmbda, checkpoint, quality
+        self.name = f"{args.model}-{'' if args.metric == 'mse' else args.metric + '-'}{lmbda:.4f}"
         about = {
             "model": f"{args.model}, lambda {lmbda}, weights {digest(self.model().state_dict())[:12]}",
             "calibration": fingerprint(sources(args.calibration)),
@@ -54,16 +68,20 @@ class Bench:
 
     def model(self) -> nn.Module:
         """Return the float model."""
-        if self.checkpoint is None:
-            sample: nn.Module = samples.model(self.lmbda)
-            return sample
-        return load_model(self.args.model, checkpoint=self.checkpoint)
+        if self.quality is not None:
+            return load_model(self.args.model, quality=self.quality, metric=self.args.metric)
+        if self.checkpoint is not None:
+            return load_model(self.args.model, checkpoint=self.checkpoint)
+        sample: nn.Module = samples.model(self.lmbda)
+        return sample
 
     def sensitivity(self) -> Sensitivity:
         """Return the model's table, measured once."""
         path = self.args.cache / f"{self.name}-{self.key}-sensitivity.json"
         if not path.exists():
-            table = analyze(self.model(), calibration=self.args.calibration, lmbda=self.lmbda)
+            table = analyze(
+                self.model(), calibration=self.args.calibration, lmbda=self.lmbda, distortion=self.args.metric
+            )
             table.save(path)
         return Sensitivity.load(path)
 
@@ -85,10 +103,17 @@ class Bench:
                     self.lmbda,
                     steps=variant.steps,
                     loss=variant.loss,
+                    distortion=self.args.metric,
                     batch_size=self.args.batch_size,
                     crop=self.args.crop,
                 )
-                train(model, self.args.train, settings, checkpoint=self._training(variant))
+                train(
+                    model,
+                    self.args.train,
+                    settings,
+                    distortion=find_distortion(self.args.metric),
+                    checkpoint=self._training(variant),
+                )
                 model.update(force=True)  # type: ignore[operator]
             self._evaluate(variant, model, None)
 
@@ -131,7 +156,9 @@ class Bench:
         if quantized is not None:
             plan, coded_cr = plan_of(quantized), _coded_cr(quantized)
             bits, activation_bits = plan.average_bits, plan.average_activation_bits
-        self.results.add(Point.of(variant, self.lmbda, bits, coded_cr, activation_bits, results))
+        self.results.add(
+            Point.of(variant, self.lmbda, bits, coded_cr, activation_bits, results, self.args.metric)
+        )
         self._training(variant).unlink(missing_ok=True)
 
 
@@ -154,6 +181,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LMBDA=FILE",
         help="trained weights per lambda; default: the sample models of the package",
     )
+    add(
+        "--qualities",
+        type=int,
+        choices=range(1, 9),
+        nargs="+",
+        metavar="1 … 8",
+        help="of CompressAI's pretrained weights, which it downloads, instead of --checkpoint",
+    )
+    add("--metric", choices=list(LMBDAS), default="mse", help="what the weights were trained for")
     add("--lmbda", type=float, nargs="+", help="measure these lambdas alone; default: all there are")
     add("--calibration", required=True, help="image folder to measure sensitivity on")
     add("--train", required=True, help="image folder to fine-tune on")
@@ -172,6 +208,8 @@ def benches(args: argparse.Namespace) -> list[Bench]:
     args.cache.mkdir(parents=True, exist_ok=True)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.qualities:
+        return [Bench(args, LMBDAS[args.metric][quality - 1], quality=quality) for quality in args.qualities]
     files = {float(lmbda): Path(file) for lmbda, _, file in (text.partition("=") for text in args.checkpoint)}
     lmbdas = args.lmbda or list(files) or list(samples.LMBDAS)
     return [Bench(args, lmbda, files.get(lmbda)) for lmbda in lmbdas]

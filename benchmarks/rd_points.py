@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fmpq_fx import Evaluation
+from fmpq_fx.coding.evaluation import ImageResult
 from fmpq_fx.storage.files import write_text
 
 
@@ -33,10 +34,16 @@ class Point:
     estimated_bpp: float  # from likelihoods
     psnr: float  # dB, of 8-bit images
     ms_ssim: float
-    rd_loss: float  # mean of real bpp + lmbda * MSE of 8-bit images
+    rd_loss: float  # mean of real bpp + lmbda * distortion of 8-bit images
     deviation: int  # largest difference of a decoded image from the forward pass's, 8-bit levels
     coded_cr: float | None = None  # coded weight bytes / float32 bytes, as evaluated; None: not measured
     activation_bits: float = 32  # average; of older points it is the variant's
+    metric: str = "mse"  # of the RD loss: of training, fine-tuning and ``rd_loss``
+
+    @property
+    def quality(self) -> float:
+        """What BD-rate is over, in dB: PSNR, or -10 log10(1 - MS-SSIM)."""
+        return self.psnr if self.metric == "mse" else -10 * math.log10(1 - self.ms_ssim)
 
     @classmethod
     def of(
@@ -47,9 +54,10 @@ class Point:
         coded_cr: float | None,
         activation_bits: float,
         evaluation: Evaluation,
+        metric: str = "mse",
     ) -> "Point":
         """Return the means of ``evaluation``."""
-        losses = [i.bpp + lmbda * 255**2 * 10 ** (-i.psnr / 10) for i in evaluation.images]
+        losses = [i.bpp + lmbda * _distortion(i, metric) for i in evaluation.images]
         return cls(
             variant,
             lmbda,
@@ -62,7 +70,16 @@ class Point:
             evaluation.deviation,
             coded_cr,
             activation_bits,
+            metric,
         )
+
+
+def _distortion(image: ImageResult, metric: str) -> float:
+    if metric == "mse":
+        return float(255**2 * 10 ** (-image.psnr / 10))
+    if image.ms_ssim is None:
+        raise SystemExit(f"{image.name} is too small for MS-SSIM; take larger --images, or --metric mse")
+    return 1 - image.ms_ssim
 
 
 class Results:
@@ -101,6 +118,6 @@ def _point(fields: dict[str, object]) -> Point:
 
 
 def curve(points: Iterable[Point]) -> tuple[list[float], list[float]]:
-    """Return the bits per pixel and the PSNR of ``points``, by ascending rate."""
+    """Return the bits per pixel and the quality of ``points``, in dB, by ascending rate."""
     ordered = sorted(points, key=lambda p: p.bpp)
-    return [p.bpp for p in ordered], [p.psnr for p in ordered]
+    return [p.bpp for p in ordered], [p.quality for p in ordered]

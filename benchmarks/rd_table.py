@@ -47,10 +47,11 @@ def _words(variant: Variant, points: Sequence[Point]) -> list[str]:
 
 
 def print_table(everything: Sequence[Points], steps: int) -> None:
-    """Print BD-rate and BD-PSNR of every variant over the lambdas."""
+    """Print BD-rate and BD-PSNR (or BD-MS-SSIM, in dB) of every variant over the lambdas."""
     float_curve = curve(points[Variant()] for points in everything)
     tuned_curve = curve(points[Variant(steps=steps)] for points in everything)
     rows = []
+    name = "PSNR" if everything[0][Variant()].metric == "mse" else "MS-SSIM"
     for variant in _common(everything):
         points = [at[variant] for at in everything]
         mine = curve(points)
@@ -71,14 +72,16 @@ def print_table(everything: Sequence[Points], steps: int) -> None:
         "bits",
         "fine-tuned",
         "BD-rate",
-        "BD-PSNR",
+        f"BD-{name}",
         "BD-rate, float fine-tuned",
         "real / estimate",
         "deviation",
         "CR of the file's weights",
     ]
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 9)))
-    print("\n~: the curves overlap by less than three quarters of their PSNR, so that this is a rough figure")
+    print(
+        f"\n~: the curves overlap by less than three quarters of their {name}, so that this is a rough figure"
+    )
 
 
 def _real_cr(points: Sequence[Point]) -> str:
@@ -115,7 +118,7 @@ def print_losses(everything: Sequence[Points], steps: int) -> None:
 
 
 def plot_curves(everything: Sequence[Points], steps: int, path: Path) -> None:
-    """Draw PSNR over bits per pixel: one panel per size, before and after fine-tuning, with float activations."""
+    """Draw quality over bits per pixel: one panel per size, before and after fine-tuning, with float activations."""
     variants = [
         v
         for v in _common(everything)
@@ -129,8 +132,8 @@ def plot_curves(everything: Sequence[Points], steps: int, path: Path) -> None:
     )
     colours = {"uniform": "tab:red", "adaptive": "tab:blue", "optimal": "tab:green"}
     for panel, size in zip(panels[0], sizes, strict=True):
-        rates, psnrs = curve(points[Variant()] for points in everything)
-        panel.plot(rates, psnrs, "k.-", label="float32")
+        rates, qualities = curve(points[Variant()] for points in everything)
+        panel.plot(rates, qualities, "k.-", label="float32")
         for variant in (v for v in variants if v.target_cr == size):
             style = "o-" if variant.steps else "x:"
             label = f"{variant.planner}{', fine-tuned' if variant.steps else ''}"
@@ -141,12 +144,13 @@ def plot_curves(everything: Sequence[Points], steps: int, path: Path) -> None:
                 label=label,
                 markersize=4,
             )
-        span = psnrs[-1] - psnrs[0]
-        panel.set_ylim(psnrs[0] - BELOW * span, psnrs[-1] + MARGIN * span)
+        span = qualities[-1] - qualities[0]
+        panel.set_ylim(qualities[0] - BELOW * span, qualities[-1] + MARGIN * span)
         panel.set_title(f"{32 * size:g} bits per weight, A32 ({1 / size:.1f}x smaller)")
         panel.set_xlabel("bits per pixel, real bitstreams")
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("PSNR (dB)")
+    by_mse = everything[0][Variant()].metric == "mse"
+    panels[0][0].set_ylabel("PSNR (dB)" if by_mse else "MS-SSIM (dB)")
     handles = {
         label: h for panel in panels[0] for h, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }

@@ -1,5 +1,6 @@
 """The benchmarks' own parts: points that are kept and taken up again, Bjøntegaard deltas, training, end to end."""
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -18,7 +19,9 @@ from fmpq_fx.models.zoo import load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import bd_rate
 import end_to_end
+import rd_bench
 import rd_points
 import rd_table
 import sides
@@ -147,3 +150,39 @@ def test_codecs_are_measured_from_end_to_end(
     pictures = [np.asarray(Image.open(tmp_path / "0.png"))]
     (row,) = end_to_end.measure([sides.Pillow("PNG", "PNG")], pictures, rounds=1)
     assert (row.psnr, row.load) == (math.inf, None)
+
+
+def test_pretrained_models_are_compared_by_their_own_metric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pretrained(spec: str, quality: int, metric: str) -> torch.nn.Module:
+        assert (spec, metric) == ("bmshj2018-hyperprior", "ms-ssim")
+        asked.append(quality)
+        return small_model(spec)
+
+    asked: list[int] = []
+    monkeypatch.setattr(rd_bench, "load_model", pretrained)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(2):
+        noise = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(index))
+        picture = Image.fromarray((255 * noise).byte().permute(1, 2, 0).numpy())
+        picture.resize((192, 192), Image.Resampling.BICUBIC).save(photos / f"{index}.png")
+    given = ["--model", "bmshj2018-hyperprior", "--qualities", "2", "--metric", "ms-ssim", "--steps", "1"]
+    for folder in ("calibration", "train", "images"):
+        given += [f"--{folder}", str(photos)]
+    given += ["--planners", "uniform", "--target-cr", "0.25", "--activation-bits", "0"]
+    given += ["--out", str(tmp_path), "--cache", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["bd_rate.py", *given])
+    bd_rate.main()
+    assert set(asked) == {2}
+    assert "lambda 4.58" in capsys.readouterr().out, "that of quality 2"
+    (results,) = tmp_path.glob("bd_rate-*ms-ssim-4.5800.json")
+    points = Results(results, json.loads(results.read_text())["about"]).points
+    assert len(points) == 4, "float and uniform, before and after fine-tuning"
+    for one in points.values():
+        assert one.quality == pytest.approx(-10 * math.log10(1 - one.ms_ssim))
+        assert one.rd_loss == pytest.approx(one.bpp + 4.58 * (1 - one.ms_ssim), rel=1e-3)
+    monkeypatch.setattr(sys, "argv", ["bd_rate.py", *given, "--qualities", "0"])
+    with pytest.raises(SystemExit):
+        bd_rate.main()
