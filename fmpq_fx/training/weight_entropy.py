@@ -14,9 +14,8 @@ from torch import Tensor
 from fmpq_fx.quant import QuantizedLayer
 from fmpq_fx.storage.weight_coder import MODELED_BITS
 
-_RAREST = (
-    2.0**-17
-)  # least probability of an integer; of one as rare as that, the coder does not ask for more bits
+_RAREST = 2.0**-17
+"""Least probability of an integer: for one as rare as that, the coder does not ask for more bits."""
 
 
 def weight_cr(layers: Iterable[QuantizedLayer]) -> Tensor:
