@@ -33,20 +33,17 @@ def main() -> None:
     )
     args = parser.parse_args()
     model = load_model(args.model, checkpoint=args.checkpoint)
-    calibration = crops.batches(args.calibration)
     test = crops.cut(args.images or list(samples.held_out_photos().values()), count=args.crops)
-    table = analyze(model, calibration=calibration, lmbda=args.lmbda)
+    table = analyze(model, calibration=args.calibration, lmbda=args.lmbda)
     float_model = trace(model)
     bench = make_bench(float_model, test)
     float_rd = mean_rd(float_model, bench, args.lmbda)
-    print(f"{args.model}, lambda {args.lmbda}; calibrated on {crops.describe(calibration)} of")
-    print(
-        f"{args.calibration or 'scikit-image'}; RD loss of float32 on {crops.describe(test)}: {float_rd:.4f}"
-    )
+    print(f"{args.model}, lambda {args.lmbda}; calibrated on {args.calibration or 'scikit-image'};")
+    print(f"RD loss of float32 on {crops.describe(test)}: {float_rd:.4f}")
     rows = []
     for bits in args.bits:
         for planner in ("uniform", "adaptive", "optimal"):
-            gm = prepare(model, bits / 32, calibration=calibration, sensitivity=table, planner=planner)
+            gm = prepare(model, bits / 32, calibration=args.calibration, sensitivity=table, planner=planner)
             mixed = mean_rd(gm, bench, args.lmbda)
             with activations_float(gm):
                 a32 = mean_rd(gm, bench, args.lmbda)
