@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from torch import fx
 
@@ -80,7 +81,7 @@ def test_the_work_goes_on_where_nobody_reads(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("progress", [None, False])
 def test_preparing_tells_how_far_it_is(progress: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
-    model, images = small_model("bmshj2018-hyperprior"), photos(1, side=64)
+    model, images = small_model("bmshj2018-hyperprior"), [torch.stack(photos(1, side=64))] * 2
     fmpq_fx.prepare(
         model, 0.2, calibration=images, bits=[4, 8], size="coded", planner="optimal", progress=progress
     )

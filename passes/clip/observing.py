@@ -15,6 +15,7 @@ from fmpq_fx.passes.clip.histograms import Floats, Histogram
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.measure.bench import Bench, cut_into_pieces
 from fmpq_fx.passes.tracing.model_outputs import output_of
+from fmpq_fx.progress import reported
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, weights_kept
 
 _NOTHING_SEEN = np.zeros(1), np.zeros(1), True
@@ -58,7 +59,8 @@ def observe(
     with ExitStack() as hooks:
         for site, histogram in histograms.items():
             hooks.callback(layers[site].register_forward_pre_hook(partial(_count, histogram)).remove)
-        _watch(gm, bench.ranks.share([*bench.pieces, *cut_into_pieces(watched)]))
+        pieces = bench.ranks.share([*bench.pieces, *cut_into_pieces(watched)])
+        _watch(gm, reported(pieces, "activation ranges", "piece", show=bench.progress))
     for histogram in histograms.values():
         histogram.merge(bench.ranks)
     return {site: (seen, histograms[site]) for site, seen in _seen(bench, layers).items()}

@@ -122,7 +122,7 @@ def test_a_run_that_ends_above_where_it_began_says_so_and_leaves_the_model_as_it
     gm: fx.GraphModule, prepared: fx.GraphModule
 ) -> None:
     with pytest.warns(UserWarning, match=r"RD loss on the validation images ended above.*try a lower lr"):
-        history = tuned(gm, lr=10.0, quantizer_lr=10.0)
+        history = tuned(gm, lr=10.0)
     assert history.best.step == 0
     assert history.gain == 0
     assert same_state(gm, prepared)
