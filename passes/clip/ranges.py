@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fmpq_fx.passes.annotation import annotate_graph, plan_of
+from fmpq_fx.passes.annotation import annotate_graph, note_of, plan_of
 from fmpq_fx.passes.clip.histograms import OCTAVE, Histogram
 from fmpq_fx.passes.clip.observing import Seen, observe
 from fmpq_fx.passes.clip.steps import POWERS, fit_sizes
@@ -114,7 +114,7 @@ class _Input:
 
     def __init__(self, layer: QuantizedLayer, seen: Seen, histogram: Histogram, *, images: bool):
         self.layer, self.integral, self._histogram, self._images = layer, seen.integral, histogram, images
-        self.bits = self._of(layer).bits
+        self.bits = self._quantizer.bits
         peaks = seen.peaks
         self._low, self._high = float(seen.lows.min()), float(seen.highs.max())
         self._sides = float((-seen.lows / peaks).max()), float((seen.highs / peaks).max())
@@ -125,7 +125,7 @@ class _Input:
     def fit(self, powers: Sequence[float] = POWERS) -> None:
         """Choose the ranges of the channels; see :func:`fit_sizes`."""
         if not (self.integral or self._images):
-            levels = self._of(self.layer).high
+            levels = self._quantizer.high
             fitted = fit_sizes(self.layer, self._histogram, self._widest, self._sides, levels, powers)
             self._sizes = ROOM + fitted
         self._apply()
@@ -157,24 +157,27 @@ class _Input:
         return InputGrid(-below * end, above * end, False, tuple(eighths.tolist()) if eighths.any() else ())
 
     def _apply(self) -> None:
-        grid, quantizer = self.grid, self._of(self.layer)
+        grid, quantizer = self.grid, self._quantizer
         self.layer.set_spread(grid.log_spread)
         quantizer.set_bits(self.bits)
         quantizer.freeze(grid.low, grid.high, grid.whole)
 
-    @staticmethod
-    def _of(layer: QuantizedLayer) -> ActivationFakeQuant:
-        assert layer.input_quantizer is not None
-        return layer.input_quantizer
+    @property
+    def _quantizer(self) -> ActivationFakeQuant:
+        quantizer = self.layer.input_quantizer
+        assert quantizer is not None
+        return quantizer
 
 
 def _sites_of_images(gm: fx.GraphModule) -> set[str]:
-    """Return the sites whose input is the images that the model takes."""
-    return {
-        str(node.target)
-        for node in gm.graph.nodes
-        if node.op == "call_module" and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
-    }
+    """Return the sites whose input is always the images that the model takes, wherever they are called."""
+    calls: dict[str, list[bool]] = {}
+    for node in gm.graph.nodes:
+        for site in note_of(node).sites:
+            itself = node.op == "call_module" and gm.get_submodule(node.target) is gm.get_submodule(site)
+            images = [isinstance(x, fx.Node) and x.op == "placeholder" for x in node.args[:1]]
+            calls.setdefault(site, []).append(itself and images == [True])
+    return {site for site, of_images in calls.items() if all(of_images)}
 
 
 def _zeta_of_inputs(gm: fx.GraphModule, bench: Bench, inputs: Mapping[str, _Input]) -> dict[str, float]:

@@ -128,6 +128,26 @@ def test_images_keep_the_grid_of_their_files(images: Tensor) -> None:
         assert (gm.get_submodule("first").quantized_input(white) - white).abs().max() < 1e-6
 
 
+class Shared(nn.Module):
+    """Calls one layer on the images, and on what is larger than any image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1, bias=False)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.eye(3)[..., None, None])
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.layer(8 * self.layer(x))
+        return {"x_hat": y, "likelihoods": {"y": torch.full_like(y, 0.5)}}
+
+
+def test_a_layer_that_takes_more_than_images_is_not_clipped_to_theirs(images: Tensor) -> None:
+    gm = prepared(Shared(), images, activation_bits=8)
+    with torch.no_grad():
+        assert (gm(images)["x_hat"] - 8 * images).abs().max() < 0.5, "one layer has one step, of 8 / 255"
+
+
 def test_ranges_cover_what_further_images_hold(images: Tensor) -> None:
     model = Uneven(1.0)
     plan = fmpq_fx.plan_of(prepared(model, images / 10, activation_bits=None))
