@@ -63,7 +63,7 @@ def main() -> None:
         raise SystemExit(f"no lambda has the float model, as it is and after {args.steps} steps, yet")
     if len(everything) >= 4:
         print_table(everything, args.steps)
-        plot_curves(everything, args.steps, args.out / f"{given[0].results.path.stem.rpartition('-')[0]}.png")
+        plot_curves(everything, args.steps, args.out / f"bd_rate-{given[0].series}.png")
     print_losses(everything, args.steps)
 
 

@@ -56,7 +56,8 @@ class Bench:
         quality: int | None = None,
     ):
         self.args, self.lmbda, self.checkpoint, self.quality = args, lmbda, checkpoint, quality
-        self.name = f"{args.model}-{'' if args.metric == 'mse' else args.metric + '-'}{lmbda:.4f}"
+        self.series = args.model if args.metric == "mse" else f"{args.model}-{args.metric}"
+        self.name = f"{self.series}-{lmbda:.4f}"
         about = {
             "model": f"{args.model}, lambda {lmbda}, weights {digest(self.model().state_dict())[:12]}",
             "calibration": fingerprint(sources(args.calibration)),
@@ -208,6 +209,8 @@ def benches(args: argparse.Namespace) -> list[Bench]:
     args.cache.mkdir(parents=True, exist_ok=True)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.qualities and (args.checkpoint or args.lmbda):
+        raise SystemExit("--qualities name weights and lambdas; leave --checkpoint and --lmbda out")
     if args.qualities:
         return [Bench(args, LMBDAS[args.metric][quality - 1], quality=quality) for quality in args.qualities]
     files = {float(lmbda): Path(file) for lmbda, _, file in (text.partition("=") for text in args.checkpoint)}

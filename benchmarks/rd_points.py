@@ -41,6 +41,11 @@ class Point:
     metric: str = "mse"  # of the RD loss: of training, fine-tuning and ``rd_loss``
 
     @property
+    def measure(self) -> str:
+        """The name of what :attr:`quality` is."""
+        return "PSNR" if self.metric == "mse" else "MS-SSIM"
+
+    @property
     def quality(self) -> float:
         """What BD-rate is over, in dB: PSNR, or -10 log10(1 - MS-SSIM)."""
         return self.psnr if self.metric == "mse" else -10 * math.log10(1 - self.ms_ssim)

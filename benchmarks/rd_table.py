@@ -51,7 +51,7 @@ def print_table(everything: Sequence[Points], steps: int) -> None:
     float_curve = curve(points[Variant()] for points in everything)
     tuned_curve = curve(points[Variant(steps=steps)] for points in everything)
     rows = []
-    name = "PSNR" if everything[0][Variant()].metric == "mse" else "MS-SSIM"
+    name = everything[0][Variant()].measure
     for variant in _common(everything):
         points = [at[variant] for at in everything]
         mine = curve(points)
@@ -149,8 +149,7 @@ def plot_curves(everything: Sequence[Points], steps: int, path: Path) -> None:
         panel.set_title(f"{32 * size:g} bits per weight, A32 ({1 / size:.1f}x smaller)")
         panel.set_xlabel("bits per pixel, real bitstreams")
         panel.grid(alpha=0.3)
-    by_mse = everything[0][Variant()].metric == "mse"
-    panels[0][0].set_ylabel("PSNR (dB)" if by_mse else "MS-SSIM (dB)")
+    panels[0][0].set_ylabel(f"{everything[0][Variant()].measure} (dB)")
     handles = {
         label: h for panel in panels[0] for h, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }

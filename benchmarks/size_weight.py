@@ -12,21 +12,13 @@ from pathlib import Path
 
 import torch
 from tabulate import tabulate
-from torch import fx
 
 from fmpq_fx import Sensitivity, analyze, finetune, plan_of, prepare, samples
 from fmpq_fx.images import crops
 from fmpq_fx.passes.measure.bench import make_bench, mean_rd
-from fmpq_fx.passes.measure.coded_sizes import coded_size
+from fmpq_fx.passes.measure.coded_sizes import coded_cr
 from fmpq_fx.passes.trace import trace
-from fmpq_fx.quant import quantized_layers
 from fmpq_fx.report.table import short_bits
-
-
-def coded_cr(gm: fx.GraphModule) -> float:
-    """Return the coded bytes of the quantized weights of ``gm`` / their float32 bytes."""
-    layers = quantized_layers(gm).values()
-    return sum(map(coded_size, layers)) / sum(4 * layer.float_weight().numel() for layer in layers)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ class Job:
 
     model: nn.Module  # as it was given, or what was wrapped; it is not modified
     batches: list[Tensor]  # (B, C, H, W) each, in [0, 1], on the model's device and in its dtype
-    watched: list[Tensor]  # more of them, to see the ranges of activations on
+    calibration: Calibration  # what they are of
     memory: int  # bytes of activations that may be kept
     known: Sensitivity | None  # what was measured already, by the caller's table or the checkpoint
     checkpoint: str | os.PathLike[str] | None  # the file of the table
@@ -57,6 +57,10 @@ class Job:
         for x in {x.shape: x for x in cut_into_pieces(self.batches)}.values():
             check_trace(self.model, gm, x)
         return gm
+
+    def read_more(self) -> list[Tensor]:
+        """Return further images of the calibration, to see the ranges of activations on."""
+        return _moved(crops.more(self.calibration), self.batches[0])
 
     def make_bench(self, gm: fx.GraphModule) -> Bench:
         """Return what ``gm`` is measured on."""
@@ -116,14 +120,10 @@ def begin_job(
                 "the model": f"{type(model).__name__}, weights {weights}",
             }
         )
-    batches, watched = (
-        [x.to(parameter.device, parameter.dtype) for x in images]
-        for images in (given, crops.more(calibration))
-    )
     return Job(
         model,
-        batches,
-        watched,
+        _moved(given, parameter),
+        calibration,
         bytes_of(memory, parameter.device),
         known,
         checkpoint,
@@ -131,6 +131,10 @@ def begin_job(
         ranks,
         progress,
     )
+
+
+def _moved(images: list[Tensor], like: Tensor) -> list[Tensor]:
+    return [x.to(like.device, like.dtype) for x in images]
 
 
 def _read(checkpoint: str | os.PathLike[str] | None) -> Sensitivity | None:

@@ -136,9 +136,12 @@ def prepare(
     quantized = quantize(gm, replace(plan, example=job.example, left_out=left_out(gm, sites)))
     if size == "nominal":
         choose_scales(quantized, bench)
-    rd = calibrate(quantized, bench, task.mixed, activation_budget, watched=job.watched)
-    with activations_float(quantized):
-        weights_rd = mean_rd(quantized, bench, plan.lmbda)
+    rounded = bool(plan.rounded_inputs)
+    watched = job.read_more() if rounded else ()
+    weights_rd = rd = calibrate(quantized, bench, task.mixed, activation_budget, watched=watched)
+    if rounded:
+        with activations_float(quantized):  # whose weights have the steps of inputs folded in now
+            weights_rd = mean_rd(quantized, bench, plan.lmbda)
     return _finished(quantized, Measured(float_rd, weights_rd, rd)).train(model.training)
 
 

@@ -35,9 +35,8 @@ class QuantizedLayer(nn.Module):
     float_names: tuple[str, ...] = ("bias",)  # parameters of the float layer that are not quantized
     channel_dim = -3  # of the input
     power = 1  # of the input, to which the weight multiplies it
-    spread_over: tuple[int, ...] | None = (
-        None  # as what a number per input channel broadcasts against the weight
-    )
+    # As what a number per input channel broadcasts against the weight.
+    spread_over: tuple[int, ...] | None = None
 
     def __init__(
         self,

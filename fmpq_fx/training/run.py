@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.history import Settings, Validation, best_of
 from fmpq_fx.models.checkpoint import read_tensors
-from fmpq_fx.passes.measure.coded_sizes import coded_size
+from fmpq_fx.passes.measure.coded_sizes import coded_cr
 from fmpq_fx.quant import ActivationFakeQuant, WeightFakeQuant, quantized_layers
 from fmpq_fx.ranks import ALONE, Ranks
 from fmpq_fx.rd import MSE, PEAK, Distortion, RDSums, psnr, rate_and_distortion, rd_sums
@@ -135,18 +135,11 @@ class TrainingRun:
             own.append((rd_sums(output, x, self.distortion), rd_sums(output, x, MSE)))
         sums, by_mse = (sum(all_of_one, RDSums()) for all_of_one in zip(*self.ranks.merge(own), strict=True))
         mse, rd = by_mse.distortion / PEAK**2, sums.rd(self.settings.lmbda)
-        result = Validation(len(self.losses), sums.rate, mse, rd, self._coded_cr())
+        cr = coded_cr(self.model, self.ranks) if self.settings.size_weight else None
+        result = Validation(len(self.losses), sums.rate, mse, rd, cr)
         self.validation.append(result)
         if best_of(self.validation, self.settings) is result:
             self.best = _copied(self.model.state_dict())
-
-    def _coded_cr(self) -> float | None:
-        """Return the CR that the model file's coder reaches for the quantized weights, where it is trained."""
-        if not self.settings.size_weight:
-            return None
-        layers = list(quantized_layers(self.model).values())
-        sizes = self.ranks.merge([coded_size(layer) for layer in self.ranks.share(layers)])
-        return sum(sizes) / sum(4 * layer.float_weight().numel() for layer in layers)
 
     @property
     def remarks(self) -> str:

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 
-from torch import fx
+from torch import fx, nn
 
 from fmpq_fx.passes.plan.tables import Table
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.progress import reported
-from fmpq_fx.quant import QuantizedLayer, quantize_layer
+from fmpq_fx.quant import QuantizedLayer, quantize_layer, quantized_layers
 from fmpq_fx.ranks import ALONE, Ranks
 from fmpq_fx.storage.weight_coder import coded_bytes
 
@@ -49,3 +49,10 @@ def coded_size(layer: QuantizedLayer) -> float:
     """Return the bytes of the weights of ``layer`` as the model file codes them."""
     quantizer = layer.weight_quantizer
     return float(coded_bytes(layer.integers.cpu().long().numpy(), quantizer.low, quantizer.high))
+
+
+def coded_cr(model: nn.Module, ranks: Ranks = ALONE) -> float:
+    """Return the coded bytes of the quantized weights of ``model`` / their float32 bytes. ``ranks`` share the work."""
+    layers = list(quantized_layers(model).values())
+    sizes = ranks.merge([coded_size(layer) for layer in ranks.share(layers)])
+    return sum(sizes) / sum(4 * layer.float_weight().numel() for layer in layers)
