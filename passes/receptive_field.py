@@ -114,7 +114,8 @@ def _seen(gm: fx.GraphModule, node: fx.Node, reads: Reaches) -> Reaches:
     """Return the reach of ``node``, whose inputs have that of ``reads``."""
     if node.op == "call_module":
         rule = _rule_of(gm.get_submodule(str(node.target)))
-        if rule is not None and len(node.all_input_nodes) == 1:
+        # With an argument besides its input, the output size, a transposed convolution pads by how large that is.
+        if rule is not None and len(node.args) == 1 and not node.kwargs:
             return rule(reads)
     else:
         operation = operation_of(gm, node)
@@ -122,8 +123,8 @@ def _seen(gm: fx.GraphModule, node: fx.Node, reads: Reaches) -> Reaches:
         along = places is Places.ALONG and _dimension(node) == 1
         if places is Places.OWN or along or (places is Places.PICKED and _picks_channels(gm, node)):
             return reads
-        if places is Places.SHUFFLED and isinstance(node.args[-1], int):
-            return _shuffled(node.args[-1])(reads)
+        if places is Places.SHUFFLED and isinstance(factor := _last(node), int):
+            return _shuffled(factor)(reads)
         if places is Places.PADDED and (rule := _rule_of_pad(node)) is not None:
             return rule(reads)
     raise FmpqError(f"{_named(gm, node)} sees more than a neighbourhood, or what it sees is not known")
@@ -152,8 +153,15 @@ def _check_constants(
                 )
 
 
+def _last(node: fx.Node) -> Any:
+    """Return the last argument of ``node``."""
+    return (*node.args, *node.kwargs.values())[-1]
+
+
 def _dimension(node: fx.Node) -> Any:
     """Return the dimension that ``node`` puts together, or divides, tensors along."""
+    if not node.args:
+        return node.kwargs.get("dim", 0)
     position = 1 if isinstance(node.args[0], list | tuple) else 2  # of tensors to be joined, or of one
     return node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
 

@@ -27,6 +27,7 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.exact import ExactLayer
 from fmpq_fx.passes.receptive_field import Reach, Reaches, layer_reach, receptive_field
 from fmpq_fx.passes.tracing.leaves import NetworkTracer
+from fmpq_fx.quant import CalledAlike
 
 Size = tuple[int, int]  # height and width
 
@@ -124,7 +125,7 @@ class Transform:
         return replace(smallest, peak=self.peak(like, smallest.largest))
 
 
-class Tiled(nn.Module):
+class Tiled(CalledAlike):
     """Runs a module in tiles, where the whole would take more than a number of bytes.
 
     Args:
@@ -134,7 +135,7 @@ class Tiled(nn.Module):
     """
 
     def __init__(self, transform: Transform, module: nn.Module, budget: int):
-        super().__init__()
+        super().__init__(module)
         self.transform, self.budget = transform, budget
         self.module = module
         self.small = 0  # elements of an input that is known to fit

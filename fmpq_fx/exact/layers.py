@@ -25,7 +25,7 @@ from fmpq_fx.exact.fixed_point import (
     to_integers,
 )
 from fmpq_fx.exact.products import product_of
-from fmpq_fx.quant import QuantizedLayer, quantize_layer
+from fmpq_fx.quant import CalledAlike, QuantizedLayer, quantize_layer
 from fmpq_fx.quant.fake_quant import ActivationFakeQuant
 
 _FLOAT32_SUMS = 2**24  # float32 holds all integers up to here
@@ -33,7 +33,7 @@ _FLOAT32_OPERANDS = 2**8  # and bfloat16 up to here; a library may multiply floa
 _FLOAT_WEIGHT_BITS = 16  # of the integers for weights that the plan leaves float
 
 
-class ExactLayer(IntegerModule):
+class ExactLayer(CalledAlike, IntegerModule):
     """A layer with integer weights on integer inputs, summed exactly and rescaled to fixed-point numbers.
 
     Inputs become integers as the layer's quantizer says: steps, zero point and range are its own. Where there is
@@ -51,7 +51,7 @@ class ExactLayer(IntegerModule):
     """
 
     def __init__(self, layer: nn.Module, most: int = MOST):
-        super().__init__()
+        super().__init__(layer)
         self.most = most
         quantized = layer if isinstance(layer, QuantizedLayer) else quantize_layer(layer, 8)
         product = product_of(quantized.layer)
@@ -130,11 +130,11 @@ class ExactLayer(IntegerModule):
         return f"{type(self).__name__}({self.kind}, inputs={low} … {high}, {sums}, {self.arithmetic})"
 
 
-class ExactLeakyReLU(IntegerModule):
+class ExactLeakyReLU(CalledAlike, IntegerModule):
     """LeakyReLU on fixed-point numbers: negative ones times the slope, rounded to the next fixed-point number."""
 
     def __init__(self, layer: nn.LeakyReLU):
-        super().__init__()
+        super().__init__(layer)
         self.slope = layer.negative_slope
         self.rescaling = Rescaling([Fraction(layer.negative_slope)])
 

@@ -1,5 +1,6 @@
 """What a layer is once it is quantized: fake quantization and the layers built on it. It knows no graph."""
 
+from fmpq_fx.quant.calls import CalledAlike, argument_names, in_order
 from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant
 from fmpq_fx.quant.kept_weights import weights_kept
 from fmpq_fx.quant.latents import QuantizeLatent
@@ -10,9 +11,12 @@ from fmpq_fx.quant.rounding import integer_range
 __all__ = [
     "QUANTIZERS",
     "ActivationFakeQuant",
+    "CalledAlike",
     "QuantizeLatent",
     "QuantizedLayer",
     "WeightFakeQuant",
+    "argument_names",
+    "in_order",
     "integer_range",
     "quantize_layer",
     "quantized_class",

@@ -1,16 +1,18 @@
 """Quantized layers: a float layer, the fake quantization of its weight, and that of its input.
 
-The float layer stays inside, with its trained weight
-and bias, so that fine-tuning trains it and dequantization can always start from it again.
+The float layer stays inside, with its trained weight and bias, so that fine-tuning trains it and dequantization can
+always start from it again.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from compressai.layers import GDN, GDN1
 from torch import Tensor, nn
 
+from fmpq_fx.quant.calls import CalledAlike
 from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant
 from fmpq_fx.quant.masked import mask_of
 from fmpq_fx.quant.rounding import LEAK
@@ -19,7 +21,7 @@ QUANTIZERS = ("weight_quantizer.", "input_quantizer.")
 """In the state dict of a :class:`QuantizedLayer`, the names of its quantizers' tensors start with these."""
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(CalledAlike):
     """A layer whose weight lies on a grid of integers, and its input, too, if ``activation_bits`` is given.
 
     Args:
@@ -47,7 +49,7 @@ class QuantizedLayer(nn.Module):
         clip: float = 1.0,
         leak: float = LEAK,
     ):
-        super().__init__()
+        super().__init__(layer)
         self.layer = layer
         self.kept_weight: Tensor | None = None  # see weights_kept
         weight = self.float_weight().detach()
@@ -224,19 +226,13 @@ class QuantizedConvTranspose2d(QuantizedLayer):
         apart = integers.view(groups, outputs, inputs, *kernel).transpose(1, 2)
         self.set_weight((apart * self.weight_quantizer.scale).flatten(0, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Upsample ``x`` (B, C, H, W)."""
-        layer = self.layer
-        return F.conv_transpose2d(
-            self.quantized_input(x),
-            self.weight,
-            layer.bias,
-            layer.stride,
-            layer.padding,  # type: ignore[arg-type]  # a string for convolutions that are not transposed
-            layer.output_padding,
-            layer.groups,
-            layer.dilation,
-        )
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Upsample ``x`` (B, C, H, W), to ``output_size`` (height and width) where the call gives one."""
+        layer: Any = self.layer  # its types are those of all convolutions
+        stride, padding, dilation = layer.stride, layer.padding, layer.dilation
+        extra = layer._output_padding(x, output_size, stride, padding, layer.kernel_size, 2, dilation)
+        x, weight = self.quantized_input(x), self.weight
+        return F.conv_transpose2d(x, weight, layer.bias, stride, padding, extra, layer.groups, dilation)
 
 
 class QuantizedLinear(QuantizedLayer):

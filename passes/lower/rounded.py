@@ -57,7 +57,7 @@ class _Match:
     def bare(self, node: Any) -> Any:
         """Return what ``node`` has the values of, behind all calls of detach() and the like."""
         while self._is(node, "identity"):
-            node = node.args[0]
+            node = node.all_input_nodes[0]
         return node
 
     def pairs(self, node: Any, name: str) -> list[tuple[fx.Node, fx.Node]]:

@@ -132,7 +132,13 @@ class Walk:
             module = self.root.get_submodule(name)
             if not self.draft.note_module(self.prefix + name, module):
                 return []
-            return node.all_input_nodes if product_of(float_layer(module)) else self._checked(node)
+            if not product_of(float_layer(module)):
+                return self._checked(node)
+            if len(node.args) > 1 or node.kwargs:
+                self.draft.stop(
+                    self.prefix + name, "is called with an output size, and has no exact form then"
+                )
+            return node.all_input_nodes
         if node.op == "get_attr":
             self._note_constant(node)
         elif node.op in ("call_function", "call_method"):

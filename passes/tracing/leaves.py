@@ -7,7 +7,7 @@ from compressai.latent_codecs import LatentCodec
 from torch import fx, nn
 
 from fmpq_fx.passes.tracing.turns import TRACING, Thread
-from fmpq_fx.quant import QuantizedLayer, QuantizeLatent, quantized_class
+from fmpq_fx.quant import QuantizedLayer, QuantizeLatent, argument_names, in_order, quantized_class
 
 
 def kept_whole(module: nn.Module) -> bool:
@@ -51,9 +51,11 @@ class NetworkTracer(fx.Tracer):
             return super().trace(root, concrete_args)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Record a call of ``m``; what other threads call runs as ever."""
+        """Record a call of ``m``, its arguments by position; what other threads call runs as ever."""
         if not self._thread.runs():
             return forward(*args, **kwargs)
+        if kept_whole(m):
+            args, kwargs = in_order(argument_names(m), args, kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:

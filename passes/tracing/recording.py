@@ -29,7 +29,7 @@ from fmpq_fx.passes.tracing.tape import Source, Tape
 from fmpq_fx.passes.tracing.turns import Thread
 from fmpq_fx.passes.tracing.values import Values
 from fmpq_fx.passes.tracing.writes import View, shares_memory
-from fmpq_fx.quant import QuantizeLatent
+from fmpq_fx.quant import QuantizeLatent, argument_names, in_order
 
 
 class Recording(TorchFunctionMode):
@@ -198,7 +198,8 @@ class Recording(TorchFunctionMode):
     # What is kept whole.
 
     def call_module(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Record a call of a module of the model, which ``call`` runs."""
+        """Record a call of a module of the model, which ``call`` runs; passes find its arguments by position."""
+        args, kwargs = in_order(argument_names(module), args, kwargs)
         inplace = getattr(module, "inplace", False) is True
         return self._call_whole("call_module", self.names[id(module)], call, args, kwargs, inplace=inplace)
 

@@ -66,7 +66,7 @@ def test_what_fits_runs_as_a_whole() -> None:
     seen: list[torch.Size] = []
     layer = nn.Conv2d(3, 3, 3)
     layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
-    Tiled(Transform(layer), layer, 10**9)(noise(1, 3, 20, 20))
+    Tiled(Transform(layer), layer, 10**9)(input=noise(1, 3, 20, 20))
     assert seen == [(1, 3, 20, 20)]
 
 

@@ -116,6 +116,7 @@ class Forward(nn.Module):
         super().__init__()
         self.function = function
         self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.up = nn.ConvTranspose2d(4, 4, 3, 2, 1)
         self.plane = nn.Parameter(torch.zeros(1, 4, 8, 8))
         self.shift = nn.Parameter(torch.zeros(1, 4, 1, 1))
 
@@ -133,6 +134,12 @@ class Forward(nn.Module):
 )
 def test_padding_to_the_place(function: object) -> None:
     check(Forward(function))
+
+
+def test_what_is_given_by_name() -> None:
+    check(Forward(lambda m, x: torch.cat(tensors=(m.conv(input=x), x), dim=1)))
+    check(Forward(lambda m, x: torch.chunk(input=m.conv(input=x), chunks=2, dim=1)[1]))
+    check(Forward(lambda m, x: F.pixel_shuffle(input=m.conv(input=x), upscale_factor=2)))
 
 
 def test_padding_with_what_lies_at_the_border() -> None:
@@ -160,6 +167,8 @@ def test_padding_with_what_lies_at_the_border() -> None:
         (lambda m, x: x + F.max_pool2d(x, 2), "max_pool2d"),
         (lambda m, x: m.conv(x) + nn.functional.pixel_shuffle(x, 2)[:, :1], "several sizes"),
         (lambda m, x: (x, x), "not one tensor"),
+        (lambda m, x: m.up(x, output_size=(62, 62)), "'up' .*ConvTranspose2d.* sees more than"),
+        (lambda m, x: torch.cat(tensors=(x, x), dim=2), "cat"),
     ],
 )
 def test_what_sees_everything_is_named(function: object, says: str) -> None:

@@ -1,5 +1,6 @@
 """Quantized layers against torch's own functions on weights that were quantized one channel at a time."""
 
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -39,6 +40,28 @@ def test_a_quantized_layer_is_the_float_one_with_quantized_weights(
     assert torch.equal(quantized.weight, weight.view_as(effective(layer)))
     assert torch.equal(quantized(x), rule(layer, x, weight))
     assert not torch.equal(quantized(x), layer(x)), "nothing was quantized"
+
+
+@each_layer
+def test_a_quantized_layer_is_called_as_the_float_one_is(make: Callable[[], nn.Module], rule: Rule) -> None:
+    layer, x = made(make), torch.randn(2, 4, 8, 8)
+    name = next(iter(inspect.signature(layer.forward).parameters))
+    quantized, seen = quantize_layer(layer, 6, 8), list[Tensor]()
+    quantized.register_forward_pre_hook(lambda _, args: seen.extend(args))
+    assert torch.equal(quantized(**{name: x}), quantized(x))
+    assert [each is x for each in seen] == [True, True], "hooks get the input by position"
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nothing'"):
+        quantized(x, nothing=x)
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_a_transposed_convolution_makes_an_output_of_the_size_asked_for(extra: int) -> None:
+    layer = made(lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1))
+    quantized, x = quantize_layer(layer, 6), torch.randn(2, 4, 8, 8)
+    layer.weight.data = quantized.weight.detach()
+    for size in ((15 + extra, 15), (2, 6, 15, 15 + extra)):
+        assert torch.equal(quantized(x, output_size=size), layer(x, output_size=size))
+        assert torch.equal(quantized(x, size), layer(x, size))
 
 
 @each_layer

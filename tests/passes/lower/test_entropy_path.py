@@ -50,6 +50,9 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "residuals of residuals": lambda: Hyperprior(
         lambda m, x: (y := x + m.more(x)) + m.more(y) - x + 0.5, more=nn.Conv2d(24, 24, 1)
     ),
+    "layers called by name": lambda: Hyperprior(
+        lambda m, x: m.more(input=m.act(input=x)), more=nn.Conv2d(24, 24, 1), act=nn.LeakyReLU()
+    ),
     "a constant": lambda: Hyperprior(lambda m, x: x + 0.25),
     "a crop": lambda: Hyperprior(lambda m, x: x[:, :, : x.size(2), : x.shape[3]]),
     "a crop of a size that is computed": lambda: Hyperprior(lambda m, x: x[:, :, : x.size(2) * 2 // 2 + 0]),
@@ -136,6 +139,12 @@ INEXACT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a mean": (
         lambda: Hyperprior(lambda m, x: x.mean((2, 3), keepdim=True) + x),
         "'mean' .* adds up too many",
+    ),
+    "an output size": (
+        lambda: Hyperprior(
+            lambda m, x: m.last(x, output_size=x.shape[2:]), last=nn.ConvTranspose2d(24, 24, 3, 1, 1)
+        ),
+        "'last' is called with an output size",
     ),
     "a masked convolution": (
         lambda: Hyperprior(lambda m, x: m.masked(x), masked=MaskedConv2d(24, 24, 5, padding=2)),

@@ -22,7 +22,16 @@ def ste_round(x: Tensor) -> Tensor:
     return torch.round(x) - x.detach() + x
 
 
-@pytest.mark.parametrize("rounded", [quantize_ste, ste_round, torch.round, lambda x: x.round().detach()])
+@pytest.mark.parametrize(
+    "rounded",
+    [
+        quantize_ste,
+        ste_round,
+        torch.round,
+        lambda x: x.round().detach(),
+        lambda x: torch.clone(input=torch.round(x)),
+    ],
+)
 def test_latents_that_a_forward_rounds_by_itself(
     rounded: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

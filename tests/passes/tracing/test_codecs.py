@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressai.layers import GDN
 from torch import Tensor, fx, nn
 
 import fmpq_fx
@@ -79,7 +80,7 @@ def assert_same_loss(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 def layers_of(model: nn.Module) -> set[str]:
-    kinds = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+    kinds = nn.Conv2d | nn.ConvTranspose2d | nn.Linear | GDN
     return {name for name, module in model.named_modules() if isinstance(module, kinds)}
 
 

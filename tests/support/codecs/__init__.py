@@ -12,6 +12,7 @@ from support.codecs.frozen import Detached, NoGradient
 from support.codecs.gain import Gain
 from support.codecs.invertible import Invertible
 from support.codecs.layers import ConvNeXt, MadeInside
+from support.codecs.named import Named
 from support.codecs.rounding import NoiseInTraining, StraightThrough
 from support.codecs.slices import Slices
 from support.codecs.small import Small
@@ -29,6 +30,6 @@ CODECS: dict[str, Callable[[], Small]] = {
             Invertible,
             ConvNeXt,
         ),
-        *(MadeInside, Mixture, Distributions, StraightThrough, NoiseInTraining, NoGradient, Detached),
+        *(MadeInside, Mixture, Distributions, StraightThrough, NoiseInTraining, NoGradient, Detached, Named),
     )
 }
