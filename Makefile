@@ -34,9 +34,10 @@ types: $(VENV)/.installed
 	MYPYPATH=build/typed $(BIN)/mypy tests examples benchmarks
 
 # A process per core, up to four, with one thread of torch each: more threads would wait for each other. Where a test
-# asks for several threads all the same, one that waits leaves its core to another process.
+# asks for several threads all the same, one that waits leaves its core to another process. A test that ends its process
+# would do so in a new one, too.
 unit: $(VENV)/.installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
