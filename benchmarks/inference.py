@@ -35,6 +35,7 @@ from fmpq_fx.images import crops
 from fmpq_fx.models.zoo import load_model
 from fmpq_fx.onnx.codec import with_sessions
 from fmpq_fx.passes.plan.planners import PLANNERS
+from fmpq_fx.passes.plan.widths import MIXED
 from fmpq_fx.passes.swap import with_replaced
 from fmpq_fx.rd import RDSums, rd_sums
 from fmpq_fx.report.table import short_bits
@@ -85,8 +86,8 @@ class Variant:
         return jobs
 
 
-def variants(gm: fx.GraphModule, model: Any, folder: Path) -> dict[str, Variant]:
-    """Return all variants of ``model``, of which ``gm`` is the quantized graph."""
+def variants(graphs: dict[str, fx.GraphModule], model: Any, folder: Path) -> dict[str, Variant]:
+    """Return all variants of ``model``, of which ``graphs`` are the quantized ones, by their mean bits."""
     found = {
         EAGER: Variant(copy.deepcopy(model)),
         "channels_last": Variant(copy.deepcopy(model), channels_last=True),
@@ -101,19 +102,18 @@ def variants(gm: fx.GraphModule, model: Any, folder: Path) -> dict[str, Variant]
     except Exception as error:  # it needs a compiler, which not every machine has
         print(f"torch.compile does not work here: {type(error).__name__}: {str(error).splitlines()[0]}")
     everything_float = prepare(model, 1.0, calibration=torch.rand(1, 3, 64, 64), bits=[10], fixed={"*": None})
-    runs: dict[str, tuple[fx.GraphModule, str, dict[str, Any]]] = {
-        "ONNX Runtime float32": (everything_float, "portable", {"backend": "onnxruntime"}),
-        "OpenVINO float32": (everything_float, "portable", {"backend": "openvino"}),
-        "OpenVINO bfloat16": (everything_float, "portable", {"backend": "openvino", "precision": "bf16"}),
-        "ours, ONNX Runtime": (gm, "onnxruntime", {"backend": "onnxruntime"}),
-        "ours, OpenVINO": (gm, "portable", {"backend": "openvino"}),
-        "ours, OpenVINO bfloat16": (gm, "portable", {"backend": "openvino", "precision": "bf16"}),
+    runtimes: dict[str, dict[str, Any]] = {
+        "ONNX Runtime": {"backend": "onnxruntime"},
+        "OpenVINO": {"backend": "openvino"},
+        "OpenVINO bfloat16": {"backend": "openvino", "precision": "bf16"},
     }
-    for name, (graph, form, options) in runs.items():
-        place = folder / f"{'quantized' if graph is gm else 'float'}_{form}"
-        if not place.exists():
-            export_onnx(graph, place, form=form)
-        found[name] = Variant(with_sessions(convert(graph), place, **options))
+    for bits, gm in {"float32": everything_float, **graphs}.items():
+        for runtime, options in runtimes.items():
+            form = "onnxruntime" if bits in graphs and runtime == "ONNX Runtime" else "portable"
+            place = folder / f"{bits}_{form}"
+            if not place.exists():
+                export_onnx(gm, place, form=form)
+            found[f"{bits}, {runtime}"] = Variant(with_sessions(convert(gm), place, **options))
     return found
 
 
@@ -193,6 +193,12 @@ def main() -> None:
     add("--crops", type=int, default=12)
     add("--target-cr", type=float, default=0.25)
     add("--planner", choices=PLANNERS, default="uniform")
+    add(
+        "--activation-bits",
+        type=lambda text: text if text == MIXED else int(text),
+        nargs="+",
+        default=[8, MIXED],
+    )
     add("--lmbda", type=float, default=0.013)
     add("--threads", type=int, nargs="+", default=[1, 2])
     add("--repeats", type=int, default=7)
@@ -241,20 +247,25 @@ def _trained(name: str, checkpoint: Path | None) -> nn.Module:
 
 def measure(name: str, model: Any, batches: list[Tensor], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row per variant: RD loss, memory in MB, and seconds of each job."""
-    gm = prepare(
-        model,
-        args.target_cr,
-        calibration=args.calibration,
-        lmbda=args.lmbda,
-        planner=args.planner,
-    )
-    print(f"{name}: {args.planner}, {short_bits(plan_of(gm))}", flush=True)
+    graphs = {}
+    for activation_bits in args.activation_bits:
+        gm = prepare(
+            model,
+            args.target_cr,
+            calibration=args.calibration,
+            lmbda=args.lmbda,
+            planner=args.planner,
+            activation_bits=activation_bits,
+        )
+        graphs[short_bits(plan_of(gm))] = gm
+    print(f"{name}: {args.planner}, {', '.join(graphs)}", flush=True)
     photo = samples.photos()["astronaut"][None]
     x = F.interpolate(photo, (HEIGHT, WIDTH), mode="bicubic").clamp(0, 1)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        found = variants(gm, model, Path(folder))
+        found = variants(graphs, model, Path(folder))
         rd = {key: rd_of(variant, batches, args.lmbda) for key, variant in found.items()}
-        rd["fake-quantized graph"] = rd_of(Variant(convert(gm)), batches, args.lmbda)
+        fake = {f"{bits}, fake-quantized": Variant(convert(gm)) for bits, gm in graphs.items()}
+        rd.update((key, rd_of(variant, batches, args.lmbda)) for key, variant in fake.items())
         jobs = {(key, what): job for key, variant in found.items() for what, job in variant.jobs(x).items()}
         seconds = timed(jobs, args.repeats)
         y = model.g_a(x).round()
@@ -267,7 +278,7 @@ def measure(name: str, model: Any, batches: list[Tensor], args: argparse.Namespa
             "memory": memory.get(key),
             "seconds": {what: value for (variant, what), value in seconds.items() if variant == key},
         }
-        for key in [*found, "fake-quantized graph"]
+        for key in [*found, *fake]
     ]
 
 
