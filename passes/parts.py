@@ -30,7 +30,7 @@ def cut(gm: fx.GraphModule) -> tuple[Part, ...]:
     """Return the parts of ``gm`` in the order in which they can run.
 
     Nodes that lead to no latent and not to the reconstruction (a likelihood that is clamped, say) are in none, and so
-    are those that depend on no input.
+    are those that depend on no input, or on its dtype and device alone.
 
     The roles: "analysis" reads the image, "synthesis" makes the reconstruction, "hyper_analysis" reads latents
     before they are coded. Of what decoder and encoder both run, "context_prediction" reads the latents whose
@@ -98,7 +98,7 @@ class _Flow:
             if node not in self.needed or node.op in ("placeholder", "output") or node in self.coded:
                 continue
             reads = [read for read in node.all_input_nodes if read not in self.constants]
-            if reads:
+            if reads and not _is_type(node):
                 self.sources[node] = frozenset().union(*map(self._source, reads))
             else:
                 self.constants.add(node)
@@ -164,3 +164,7 @@ class _Flow:
 
 def _is_item(node: Any) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
+
+
+def _is_type(node: fx.Node) -> bool:
+    return node.target is getattr and node.args[1] in ("dtype", "device")

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.onnx.packages import package
+from fmpq_fx.onnx.translations import IN_PLACE, TRANSLATIONS
 from fmpq_fx.passes.parts import Part
 from fmpq_fx.passes.tracing.functions import numpy_scalar
 
@@ -27,7 +28,8 @@ def output_name(node: fx.Node) -> str:
 def exportable(parts: Iterable[Part], values: Mapping[fx.Node, Any]) -> list[Part]:
     """Return ``parts`` with tensors and sizes alone as inputs and outputs, and without those that make neither.
 
-    A part that reads something else, a dtype say, computes it itself from what that comes from.
+    A part that reads something else, a shape say, computes it itself from what that comes from; dtypes and devices are
+    those of the example.
 
     Args:
         parts: of one graph.
@@ -39,6 +41,8 @@ def exportable(parts: Iterable[Part], values: Mapping[fx.Node, Any]) -> list[Par
         moved: list[fx.Node] = []
         pending = list(part.inputs)
         for node in pending:  # grows
+            if isinstance(values[node], _OF_THE_EXAMPLE):
+                continue
             if not _is_data(values[node]):
                 moved.append(node)
                 pending += node.all_input_nodes
@@ -50,6 +54,10 @@ def exportable(parts: Iterable[Part], values: Mapping[fx.Node, Any]) -> list[Par
         if outputs:
             found.append(replace(part, nodes=nodes, inputs=tuple(inputs), outputs=outputs))
     return found
+
+
+_OF_THE_EXAMPLE = (torch.dtype, torch.device)
+"""Types of values that are not computed in ONNX."""
 
 
 def _is_data(value: Any) -> bool:
@@ -82,7 +90,7 @@ def onnx_of_parts(
     onnx = package("onnx")
     package("onnxscript")
     try:
-        model = _Joint(root, parts, inner).exported(values, opset)
+        model = _Joint(root, parts, values, inner).exported(opset)
     except Exception as error:  # of several types, which torch does not document
         *_, cause = _causes(error)
         if isinstance(cause, UnexportableError):
@@ -105,33 +113,42 @@ class _Joint(nn.Module):
     Args:
         root: has the modules that the nodes call.
         parts: of one graph.
+        values: of all nodes on the example.
         inner: names of nodes whose values are outputs as well, and inputs of what follows.
     """
 
-    def __init__(self, root: nn.Module, parts: Iterable[Part], inner: Collection[str] = ()):
+    def __init__(
+        self,
+        root: nn.Module,
+        parts: Iterable[Part],
+        values: Mapping[fx.Node, Any],
+        inner: Collection[str] = (),
+    ):
         super().__init__()
         graph = fx.Graph()
         self.inputs = list(dict.fromkeys(node for part in parts for node in part.inputs))
         self.outputs: dict[str, fx.Node] = {}
+        self.examples = tuple(values[node] for node in self.inputs)
         read = {node: graph.placeholder(node.name) for node in self.inputs}
-        constants: dict[fx.Node, fx.Node] = {}
+        constants: dict[fx.Node, Any] = {n: v for n, v in values.items() if isinstance(v, _OF_THE_EXAMPLE)}
 
-        def constant(node: fx.Node) -> fx.Node:
+        def constant(node: fx.Node) -> Any:
             if node not in constants:
                 constants[node] = graph.node_copy(node, constant)
             return constants[node]
 
         for part in parts:
-            values = {node: read[node] for node in part.inputs}
+            copies = {node: read[node] for node in part.inputs}
             for node in part.nodes:
-                values[node] = graph.node_copy(node, _found(values, constant))
+                copies[node] = graph.node_copy(node, _found(copies, constant))
                 if node.name in inner and node not in part.outputs:
-                    self.outputs[output_name(node)] = values[node]
+                    self.outputs[output_name(node)] = copies[node]
                     if node not in read:
                         read[node] = graph.placeholder(node.name)
                         self.inputs.append(node)
-                    values[node] = read[node]
-            self.outputs |= {output_name(node): values[node] for node in part.outputs}
+                        self.examples += (values[node],)
+                    copies[node] = read[node]
+            self.outputs |= {output_name(node): copies[node] for node in part.outputs}
         graph.output(tuple(self.outputs.values()))
         self.gm = fx.GraphModule(root, graph)
 
@@ -139,20 +156,20 @@ class _Joint(nn.Module):
         """Return what the parts compute."""
         return _Naming(self.gm).run(*inputs)
 
-    def exported(self, values: Mapping[fx.Node, Any], opset: int) -> Any:
+    def exported(self, opset: int) -> Any:
         """Return the ONNX graph."""
         optimizer = package("onnxscript.optimizer")
-        examples = tuple(values[node] for node in self.inputs)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of what torch deprecates in its own code
             program = torch.onnx.export(
                 self,
-                examples,
+                self.examples,
                 dynamo=True,
                 opset_version=opset,
-                dynamic_shapes=(tuple(map(_dynamic, examples)),),
+                dynamic_shapes=(tuple(map(_dynamic, self.examples)),),
                 input_names=[node.name for node in self.inputs],
                 output_names=list(self.outputs),
+                custom_translation_table=TRANSLATIONS,
                 optimize=False,  # runtimes do that when they load a graph
                 verbose=False,
             )
@@ -164,10 +181,8 @@ class _Joint(nn.Module):
         return program.model_proto
 
 
-def _found(
-    values: Mapping[fx.Node, fx.Node], constant: Callable[[fx.Node], fx.Node]
-) -> Callable[[fx.Node], fx.Node]:
-    return lambda node: values[node] if node in values else constant(node)
+def _found(copies: Mapping[fx.Node, fx.Node], constant: Callable[[fx.Node], Any]) -> Callable[[fx.Node], Any]:
+    return lambda node: copies[node] if node in copies else constant(node)
 
 
 def _dynamic(value: Any) -> Any:
@@ -184,11 +199,9 @@ class _Naming(fx.Interpreter):
         self.extra_traceback = False
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is getattr and args[1] == "data":  # which torch.export loses
-            return args[0].detach()
         if target is numpy_scalar and hasattr(math, args[0]):  # NumPy makes numbers of sizes
             target, args = getattr(math, args[0]), args[1:]
-        return super().call_function(target, args, kwargs)
+        return super().call_function(IN_PLACE.get(target, target), args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         try:
@@ -211,7 +224,7 @@ def _culprit(root: nn.Module, parts: Sequence[Part], values: Mapping[fx.Node, An
     while low < high:
         middle = (low + high) // 2
         try:
-            _Joint(root, _up_to(parts, middle + 1, values)).exported(values, opset)
+            _Joint(root, _up_to(parts, middle + 1, values), values).exported(opset)
         except Exception:  # as above
             high = middle
         else:

@@ -69,7 +69,7 @@ class MadeInside(Small):
         h, w = y_hat.shape[-2:]
         rows, columns = int(np.ceil(h / 3)) * 3, math.ceil(int(w) / 3) * 3
         y_hat = nn.ReflectionPad2d((0, columns - w, 0, rows - h))(y_hat)
-        low = nn.AdaptiveAvgPool2d((max(rows // 2, 1), min(int(columns / 2), rows)))(y_hat)
+        low = nn.AdaptiveAvgPool2d((max(-(-rows // 2), 1), min(int(columns / 2), rows)))(y_hat)
         smooth = F.interpolate(low, size=(rows, columns), mode="bilinear", align_corners=False)
         scale = math.sqrt(float(rows * columns)) / round(0.5 * rows + 0.5 * columns)
         places = torch.arange(columns, dtype=y_hat.dtype, device=y_hat.device) / columns
