@@ -57,6 +57,8 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
 
 def _in_training(root: nn.Module, image: Tensor, evaluation: Recorded) -> Recorded | None:
     """Return what the forward of ``root`` does in training; None where it does what it does in evaluation."""
+    if not evaluation.asks_mode:
+        return None
     try:
         training = record(root, image, training=True)
         if training.same(evaluation):

@@ -80,7 +80,7 @@ def calibrate(
         return rd  # there is nothing to choose by
     products = {site: macs[site] * products_at(plan.bits[site], one.bits) for site, one in inputs.items()}
     candidates = {site: one for site, one in inputs.items() if site in mixed and not one.integral}
-    for some in (replace(bench, pieces=bench.pieces[:1]), bench):
+    for some in (replace(bench, pieces=bench.pieces[:1]), bench)[: len(bench.pieces)]:
         zeta = _zeta_of_inputs(gm, some, candidates) if candidates else {}
         candidates = {site: one for site, one in candidates.items() if abs(zeta[site]) > NEGLIGIBLE}
     wide = wide_inputs(

@@ -34,6 +34,7 @@ class Recorded:
     constants: dict[str, Tensor]  # by the name in the graph
     frozen: dict[str, str]  # what may be bound to the size of the example, and where it is read
     kept: bool  # whether some of that may have been kept from an earlier run
+    asks_mode: bool  # whether the forward may do something else in training
 
     def held(self, root: nn.Module) -> dict[str, Any]:
         """Return all that the graph calls and reads, by name; ``root`` is the model."""
@@ -132,7 +133,7 @@ def _record(scratch: nn.Module, example: Tensor, training: bool, constants: str)
     graph, state = recording.tape.graph, recording.state
     graph.output(found)
     _clean(graph)
-    return Recorded(graph, recording.added, state.constants, state.frozen, state.kept)
+    return Recorded(graph, recording.added, state.constants, state.frozen, state.kept, recording.asks_mode)
 
 
 def _output(recording: Recording, output: dict[str, Any]) -> dict[str, Any]:

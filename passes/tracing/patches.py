@@ -41,6 +41,7 @@ def _exchanged(recording: Recording, root: nn.Module) -> dict[tuple[Any, str], A
         (nn.Module, "__call__"): _module_call(recording),
         (torch.autograd.Function, "apply"): _autograd_apply(recording),
         (EntropyModel, "quantize"): _quantize(recording),
+        (nn.Module, "training"): _Training(recording),
         # Checks of values, which would all become conditions of the graph.
         (torch.distributions.Distribution, "_validate_args"): _Unchecked(recording),
         (torch.utils.checkpoint, "checkpoint"): _checkpoint(recording),
@@ -58,6 +59,22 @@ def _exchanged(recording: Recording, root: nn.Module) -> dict[tuple[Any, str], A
         imported = {name: originals.get(id(value)) for name, value in vars(module).items()}
         exchanged |= {(module, name): stand_in for name, stand_in in imported.items() if stand_in is not None}
     return exchanged
+
+
+class _Training:
+    """The mode of modules, which notes that it was asked for."""
+
+    def __init__(self, recording: Recording):
+        self.recording = recording
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        if module is None or "training" not in vars(module):
+            raise AttributeError("training")
+        self.recording.asks_mode |= not self.recording.paused
+        return vars(module)["training"]
+
+    def __set__(self, module: Any, value: Any) -> None:
+        vars(module)["training"] = value
 
 
 class _Unchecked:

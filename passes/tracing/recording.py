@@ -29,7 +29,7 @@ from fmpq_fx.passes.tracing.tape import Source, Tape
 from fmpq_fx.passes.tracing.turns import Thread
 from fmpq_fx.passes.tracing.values import Values
 from fmpq_fx.passes.tracing.writes import View, shares_memory
-from fmpq_fx.quant import QuantizeLatent, argument_names, in_order
+from fmpq_fx.quant import QuantizeLatent, argument_names, in_order, quantized_class
 
 
 class Recording(TorchFunctionMode):
@@ -51,6 +51,8 @@ class Recording(TorchFunctionMode):
         self.added: dict[str, nn.Module] = {}  # modules that the graph calls and the model does not have
         self.names = {id(module): path for path, module in root.named_modules()}
         self.whole = {id(module) for module in root.modules() if kept_whole(module)}
+        # Whether in training it may do something else: where nothing asks for the mode, nothing does.
+        self.asks_mode = any(_may_differ(module) for module in root.modules())
         self.stack: list[nn.Module] = []  # the modules that run, or ran when something went wrong
         self.thread = Thread()
         self._paused = False
@@ -93,7 +95,7 @@ class Recording(TorchFunctionMode):
         if name == "__iter__":
             return iter(self._call(Tensor.unbind, "unbind", (args[0], 0), {}))
         if name in PLAIN_NUMBERS:
-            value = func(*args)
+            value, self.asks_mode = func(*args), True
             self.tape.expect(self.tape.defer(PLAIN_NUMBERS[name], self.values.node_of(args[0])), value)
             return value
         if name in ("numpy", "__array__"):
@@ -133,7 +135,7 @@ class Recording(TorchFunctionMode):
         if self.paused:
             return function(tensor)
         with self.pausing():
-            value = function(tensor)
+            value, self.asks_mode = function(tensor), True
         return self.tape.number(value, self.tape.defer(function, self.values.node_of(tensor)))
 
     # What is computed.
@@ -161,6 +163,7 @@ class Recording(TorchFunctionMode):
         return self.values.bind(out, node, view)
 
     def _decide(self, name: str, answer: bool, args: Any, kwargs: Any) -> None:
+        self.asks_mode = True  # layers may compute other values in training
         if name in ("equal", "allclose"):
             source: Source = self.tape.call("call_function", getattr(torch, name), args, kwargs)
         else:
@@ -241,6 +244,14 @@ class Recording(TorchFunctionMode):
             raise UnrecordableError(f"calls {target}, which writes to its input", "Hand it a clone.")
         self.values.written(out, node)
         return out
+
+
+def _may_differ(module: nn.Module) -> bool:
+    """Say whether ``module`` may do something else in training without asking for ``training`` while recorded."""
+    if type(module).train is not nn.Module.train:
+        return True
+    known = type(module).__module__.startswith(("torch.", "einops.", "compressai."))
+    return kept_whole(module) and not known and quantized_class(module) is None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
