@@ -9,8 +9,7 @@ command goes on where it was stopped, and several processes may share the work, 
         --calibration bsds500/val --train bsds500/train --images kodak
 """
 
-import argparse
-
+from arguments import parser_of
 from rd_bench import add_arguments, benches
 from rd_points import Variant
 from rd_table import plot_curves, print_losses, print_table
@@ -23,9 +22,7 @@ from fmpq_fx.progress import reported
 
 def main() -> None:
     """Measure what is missing, and print and draw what is there."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add_arguments(parser)
     add = parser.add_argument
     add("--planners", nargs="+", default=["adaptive", "uniform", "optimal"])

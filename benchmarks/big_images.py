@@ -8,7 +8,6 @@ whole, or of the largest budget.
     python benchmarks/big_images.py --model model.fmpq
 """
 
-import argparse
 import json
 import multiprocessing
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from arguments import parser_of
 from tabulate import tabulate
 from torch import Tensor
 
@@ -101,9 +101,7 @@ def differences(folder: Path, reference: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Print a table, and write it as JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--model", type=Path, help="a model file; default: the sample model at 8 bits")
     add("--size", type=_size, default=(6000, 4000), metavar="WxH", help="of the big photograph")

@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from arguments import add_model, parser_of
 from figures import save
 from tabulate import tabulate
 
@@ -30,12 +31,9 @@ from fmpq_fx.storage.fingerprint import digest
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
+    add_model(parser)
     add = parser.add_argument
-    add("--model", default="sample", help="'sample' or a name of CompressAI's zoo")
-    add("--checkpoint", type=Path, help="trained weights of the model")
     add("--lmbda", type=float, default=0.013)
     add("--calibration", required=True, help="image folder to measure sensitivity on")
     add("--images", required=True, help="image folder to measure the RD loss on")

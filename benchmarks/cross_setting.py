@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import parser_of
 from bench_models import UNTRAINED, WITH_CODECS, add_model_arguments, enliven
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -234,9 +235,7 @@ def print_times(codecs: dict[str, Any], pictures: list[Tensor]) -> None:
 
 def main() -> None:
     """Print the report of every model that was asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--model", nargs="+", default=["sample"], help="'sample' or names of CompressAI's zoo"
     )

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import parser_of
 from inference import processor
 from sides import Float, Ours, Pillow, Pixels, Side, pillow_sides, pixels_of
 from tabulate import tabulate
@@ -128,9 +129,7 @@ def table(rows: Sequence[Row], pictures: Sequence[Pixels]) -> str:
 
 def main() -> None:
     """Print the table, and what was measured on."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--images", help="image folder; default: scikit-image's photographs")
     add("--model", default="bmshj2018-hyperprior", help="of CompressAI's zoo, that --checkpoint is of")

@@ -7,11 +7,11 @@ these changes, and its plan is taken if its RD loss really is lower, until none 
     python benchmarks/exchanges.py --calibration ../data/bsds500/val --images ../data/kodak
 """
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
+from arguments import parser_of
 from tabulate import tabulate
 from torch import fx, nn
 
@@ -87,9 +87,7 @@ def _at_bits(layer: nn.Module, bits: int) -> nn.Module:
 
 def main() -> None:
     """Print a row per size."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--calibration", help="image folder; default: scikit-image's photographs")
     parser.add_argument("--images", help="image folder; default: scikit-image's other photographs")
     parser.add_argument("--crops", type=int, default=24, help="256 x 256 crops of --images")

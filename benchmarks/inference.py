@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from arguments import parser_of
 from compressai.models import MeanScaleHyperprior, ScaleHyperprior
 from tabulate import tabulate
 from torch import Tensor, fx, nn
@@ -182,9 +183,7 @@ def _memory(name: str) -> float:
 
 def main() -> None:
     """Print a table per model and number of threads, and write all as JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS))
     add("--checkpoint", type=Path, nargs="+", default=[], help="trained weights, in the order of --models")

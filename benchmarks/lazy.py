@@ -16,6 +16,7 @@ from multiprocessing import get_context
 
 import compressai.models as zoo
 import torch
+from arguments import parser_of
 from bench_models import add_measuring_arguments, bench_models, conditions
 from sensitivity import naive_zeta
 from tabulate import tabulate
@@ -95,9 +96,7 @@ def _zeta(table: Sensitivity, plan: Plan) -> float:
 
 def main() -> None:
     """Print the comparison for the models."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add_measuring_arguments(parser)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.25, 0.1875, 0.125])
     parser.add_argument("--planners", nargs="+", default=["adaptive", "optimal", "uniform"])

@@ -7,7 +7,6 @@ checkpoint; and the RD loss above float32, before any fine-tuning, activations f
     python benchmarks/model_size.py --calibration ../data/bsds500/val --images ../data/kodak
 """
 
-import argparse
 import gzip
 import io
 import json
@@ -24,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import zstandard
+from arguments import add_model, parser_of
 from figures import save as save_figure
 from tabulate import tabulate
 from torch import fx, nn
@@ -61,12 +61,9 @@ class Row:
 
 def main() -> None:
     """Print the tables, write them as JSON, and draw RD loss over file bytes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
+    add_model(parser)
     add = parser.add_argument
-    add("--model", default="sample", help="'sample' or a name of CompressAI's zoo")
-    add("--checkpoint", type=Path, help="trained weights of the model")
     add("--calibration", help="image folder; default: scikit-image's photographs")
     add("--images", required=True, help="image folder to measure the RD loss on")
     add("--lmbda", type=float, default=0.013)

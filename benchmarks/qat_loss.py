@@ -5,10 +5,10 @@
 Every result is kept as soon as it is there, in the files of bd_rate.py, whose points it takes where it can.
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from arguments import parser_of
 from figures import save
 from rd_bench import add_arguments, benches
 from rd_points import Point, Variant
@@ -25,9 +25,7 @@ def _name(variant: Variant) -> str:
 
 def main() -> None:
     """Measure what is missing, and print and draw all of it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add_arguments(parser)
     parser.add_argument("--planner", default="adaptive")
     parser.add_argument("--target-cr", type=float, nargs="+", default=[0.1875, 0.125])

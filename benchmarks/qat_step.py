@@ -17,6 +17,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from arguments import add_model, parser_of
 from figures import save
 from tabulate import tabulate
 from torch import nn
@@ -72,12 +73,9 @@ def _peak_memory(device: torch.device) -> float:
 
 def main() -> None:
     """Print a row per variant and draw them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
+    add_model(parser)
     add = parser.add_argument
-    add("--model", default="sample", help="'sample' or a name of CompressAI's zoo")
-    add("--checkpoint", type=Path, help="trained weights of the model")
     add("--train", help="image folder; default: scikit-image's photographs")
     add("--crop", type=int, default=Settings.crop)
     add("--batch-size", type=int, default=Settings.batch_size)

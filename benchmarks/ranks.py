@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from arguments import add_model, parser_of
 from tabulate import tabulate
 
 from fmpq_fx import prepare, ranks, samples
@@ -66,12 +67,9 @@ def run(processes: int, args: argparse.Namespace) -> dict[str, list[float]]:
 
 def main() -> None:
     """Print a row per variant."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
+    add_model(parser)
     add = parser.add_argument
-    add("--model", default="sample", help="'sample' or a name of CompressAI's zoo")
-    add("--checkpoint", type=Path, help="trained weights of the model")
     add("--images", help="image folder; default: scikit-image's photographs")
     add("--processes", type=int, default=2, help="of torchrun, and threads of the one process")
     add("--crops", type=int, default=8, help="to calibrate on, 256 x 256")

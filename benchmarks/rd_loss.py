@@ -3,9 +3,7 @@
 python benchmarks/rd_loss.py --calibration ../data/bsds500/val --images ../data/kodak
 """
 
-import argparse
-from pathlib import Path
-
+from arguments import add_model, parser_of
 from tabulate import tabulate
 
 from fmpq_fx import analyze, plan_of, prepare, samples
@@ -19,11 +17,8 @@ from fmpq_fx.report.table import short_bits
 
 def main() -> None:
     """Print a row per size and planner."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="sample", help="'sample' or a name of CompressAI's zoo")
-    parser.add_argument("--checkpoint", type=Path, help="trained weights of the model")
+    parser = parser_of(__doc__)
+    add_model(parser)
     parser.add_argument("--calibration", help="image folder; default: scikit-image's photographs")
     parser.add_argument("--images", help="image folder; default: scikit-image's other photographs")
     parser.add_argument("--crops", type=int, default=24, help="256 x 256 crops of --images")

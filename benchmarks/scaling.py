@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import parser_of
 from bench_models import enliven
 from compressai.models import Cheng2020Anchor, MeanScaleHyperprior, ScaleHyperprior
 from tabulate import tabulate
@@ -161,9 +162,7 @@ def compare(name: str, x: Tensor, options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Print the comparison for each model."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS))
     add("--images", help="calibration images; default: scikit-image's photographs")

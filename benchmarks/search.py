@@ -6,12 +6,12 @@ every beta at which the plan changes, and the knapsack. Summed zeta is the predi
     python benchmarks/search.py out/tables/*.json
 """
 
-import argparse
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from arguments import parser_of
 from tabulate import tabulate
 
 from fmpq_fx import Plan, Sensitivity, analyze, samples
@@ -60,9 +60,7 @@ def rows_for(table: Sensitivity, target_cr: float) -> list[tuple[object, ...]]:
 
 def main() -> None:
     """Print the comparison for each table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "tables", nargs="*", type=Path, help="saved by analyze(); default: measure the sample model"
     )

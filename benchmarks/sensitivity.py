@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from arguments import parser_of
 from bench_models import add_measuring_arguments, bench_models, conditions
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -67,9 +68,7 @@ def measure(name: str, args: argparse.Namespace) -> tuple[object, ...]:
 
 def main() -> None:
     """Print the comparison for the four models."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add_measuring_arguments(parser)
     parser.add_argument("--out", type=Path, help="folder to save the tables in, for benchmarks/search.py")
     args = parser.parse_args()

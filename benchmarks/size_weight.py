@@ -7,10 +7,10 @@ A row is how many times smaller the coded weights are planned to be, and the siz
 The RD loss is that of crops that were not trained on, from the likelihoods.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
+from arguments import parser_of
 from tabulate import tabulate
 
 from fmpq_fx import Sensitivity, analyze, finetune, plan_of, prepare, samples
@@ -23,9 +23,7 @@ from fmpq_fx.report.table import short_bits
 
 def main() -> None:
     """Print a row per plan and size_weight, each as soon as it is there, and all of them at the end."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--calibration", help="image folder; default: scikit-image's photographs")
     parser.add_argument("--train", required=True, help="image folder to fine-tune on")
     parser.add_argument("--images", required=True, help="image folder to test on")

@@ -7,11 +7,11 @@ Each file is {"arch", "N", "M", "lmbda", "steps", "state_dict"}, with CDF tables
 model of it. The same command goes on where it was stopped.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from arguments import parser_of
 from compressai.entropy_models import EntropyBottleneck
 from compressai.models import Cheng2020Anchor, MeanScaleHyperprior, ScaleHyperprior
 from torch import nn
@@ -41,9 +41,7 @@ def settle_quantiles(model: nn.Module, steps: int, lr: float) -> None:
 
 def main() -> None:
     """Train one model and write its checkpoint."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("images", type=Path, help="image folder to train on")
     add("--arch", choices=list(MODELS), default="bmshj2018-hyperprior")
