@@ -127,6 +127,7 @@ def plan_of(gm: nn.Module) -> Plan:
 
 
 def _no_plan(gm: nn.Module) -> FmpqError:
+    inner = ", which is its .module here" if isinstance(gm, nn.DataParallel) else ""
     return FmpqError(
-        f"this {type(gm).__name__} carries no plan: pass what fmpq_fx.prepare() or fmpq_fx.rewrite() returned"
+        f"this {type(gm).__name__} carries no plan: pass what fmpq_fx.prepare() or fmpq_fx.rewrite() returned{inner}"
     )

@@ -107,4 +107,6 @@ def add_backend(command: argparse.ArgumentParser) -> None:
 def set_threads(args: argparse.Namespace) -> None:
     """Let torch compute with as many threads as the command line says."""
     if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads is {args.threads}; pass 1 or more, or leave it out")
         torch.set_num_threads(args.threads)

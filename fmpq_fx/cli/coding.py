@@ -65,6 +65,8 @@ def _model(args: argparse.Namespace) -> nn.Module:
     """Return the model or what is in the file that the command names."""
     if args.backend != "torch" and Path(args.model).suffix != MODEL:
         raise ValueError(f"--backend {args.backend} runs model files (*{MODEL}); got {args.model}")
+    if Path(args.model).suffix != MODEL:
+        _refuse_unused(args, "cls", "graphs", "providers", because=f"that is for model files (*{MODEL})")
     if not Path(args.model).is_file():
         return load_model(args.model, quality=args.quality, metric=args.metric, checkpoint=args.checkpoint)
     if (args.quality, args.metric, args.checkpoint) != (None, None, None):
@@ -79,6 +81,7 @@ def _model(args: argparse.Namespace) -> nn.Module:
 def _codec(args: argparse.Namespace) -> nn.Module:
     """Return the codec in the model file that the command names, run by its backend, or on its device."""
     if args.backend == "torch":
+        _refuse_unused(args, "graphs", "providers", because="--backend torch runs no exported graphs")
         return load_codec(args.model, model=made_by(args)).to(ranks.own_device(args.device))
     if args.device != "cpu":
         raise ValueError(f"--backend {args.backend} runs on the CPU; leave --device {args.device} out")
@@ -86,6 +89,14 @@ def _codec(args: argparse.Namespace) -> nn.Module:
     if args.providers is not None:
         options["providers"] = args.providers
     return load_codec(args.model, model=made_by(args), backend=args.backend, **options)
+
+
+def _refuse_unused(args: argparse.Namespace, *options: str, because: str) -> None:
+    """Raise a ValueError where one of ``options`` is given, which would change nothing."""
+    for option in options:
+        if getattr(args, option) is not None:
+            name = {"cls": "class"}.get(option, option)
+            raise ValueError(f"--{name} would change nothing: {because}; leave it out")
 
 
 def add_encode(command: argparse.ArgumentParser) -> None:

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
@@ -12,14 +13,28 @@ def forgiving() -> Iterator[None]:
     """Within the block, let nothing that is printed raise an error: not the program's own lines, nor anyone else's.
 
     A character that the encoding of a stream lacks is printed as "?". A reader that closed its pipe has seen enough.
+    A warning for the user is printed as a sentence, without the line of the program that gave it.
     """
     with ExitStack() as stack:
+        stack.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
+        warnings.formatwarning = _sentence(warnings.formatwarning)
         for redirect, stream in ((redirect_stderr, sys.stderr), (redirect_stdout, sys.stdout)):
             if stream is not None:  # None: closed before the program began
                 forgiven = _Forgiving(stream)
                 stack.enter_context(redirect(forgiven))
                 stack.callback(forgiven.flush)
         yield
+
+
+def _sentence(otherwise: Callable[..., str]) -> Callable[..., str]:
+    """Return what writes a warning for users as a sentence, and one for programmers as ``otherwise`` does."""
+
+    def write(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+        if issubclass(category, UserWarning):
+            return f"fmpq-fx: warning: {message}\n"
+        return otherwise(message, category, *where, **line)
+
+    return write
 
 
 class _Forgiving:

@@ -214,6 +214,10 @@ def _named(images: str | os.PathLike[str] | Mapping[str, Tensor]) -> Iterator[tu
             (image,) = reading.checked(x, f"image {name!r}")
             yield name, lambda image=image: image
     else:
+        if not isinstance(images, str | os.PathLike):
+            raise TypeError(
+                f"images are a {type(images).__name__}; pass a folder, or a dict of names and float tensors (C, H, W)"
+            )
         for path in reading.find(images):
             yield path.name, lambda path=path: reading.read(path)
 

@@ -58,7 +58,13 @@ def _of_function(mean: Callable[[Tensor, Tensor], Tensor]) -> Distortion:
     where, name = (getattr(mean, part, type(mean).__name__) for part in ("__module__", "__qualname__"))
 
     def total(x_hat: Tensor, x: Tensor) -> Tensor:
-        value = mean(x_hat, x)
+        try:
+            value = mean(x_hat, x)
+        except Exception as error:  # the user's code may raise anything
+            raise FmpqError(
+                f"the distortion {name} failed on decoded and original images, two tensors {tuple(x.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         if not isinstance(value, Tensor) or value.numel() != 1:
             what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"the distortion {name} returned {what}; expected a tensor with one number")

@@ -37,15 +37,16 @@ def read(path: str | os.PathLike[str]) -> Tensor:
 
     The EXIF orientation is applied. Gray images become three equal channels. Transparency is composited over
     white, the page that such images are made for. Gray images of 16 bits keep all of them; of 16-bit colour
-    Pillow gives the upper 8 bits, so these arrive here. Of an animation the first frame is taken. Colour
-    profiles are not applied.
+    Pillow gives the upper 8 bits, so these arrive here. Colour profiles are not applied.
 
     Raises:
         FmpqError: ``path`` cannot be read as an image, is truncated, has more pixels than Pillow's protection
-            against decompression bombs lets through, or has pixels without a defined white (float, 32-bit).
+            against decompression bombs lets through, has pixels without a defined white (float, 32-bit), or is an
+            animation or has several pages.
     """
     path = Path(path)
     with _reading(path), Image.open(path) as image:
+        _check_single(image)
         deep = image.mode.startswith("I")
         levels = _levels(image) if deep else None
         upright = ImageOps.exif_transpose(image)
@@ -107,6 +108,13 @@ def _reading(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise FmpqError(f"cannot read {path}: {reason}") from error
+
+
+def _check_single(image: Image.Image) -> None:
+    """Raise a ValueError where ``image`` is one of several in its file, all but the first of which would be lost."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a camera's JPEG, with previews or a second view of the same
+        raise ValueError(f"it holds {frames} images, as an animation or pages; save the wanted one alone")
 
 
 def _rgb(image: Image.Image) -> NDArray[np.float32]:

@@ -154,16 +154,21 @@ def load(model: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:
             for key, value in module.named_buffers(recurse=False):
                 if name + key in names:
                     stored.setdefault(name + key, value)
-    own = model.state_dict()
-    complaint = differences(stored, own)
-    if others := [name for name in own if name in stored and own[name].shape != stored[name].shape]:
-        there, here = (" x ".join(map(str, of[others[0]].shape)) for of in (stored, own))
-        of_others = f", and {len(others) - 1} more have other shapes" if len(others) > 1 else ""
-        complaint = complaint or f"{others[0]} is {there} there and {here} in the model{of_others}"
-    if complaint:
+    if complaint := misfit(stored, model.state_dict()):
         raise FmpqError(f"the checkpoint is not of {what}: {complaint}")
     nn.Module.load_state_dict(model, stored)
     return model
+
+
+def misfit(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Return which names or shapes keep the state ``stored`` out of a model whose own state is ``own``; "" if none."""
+    complaint = differences(stored, own)
+    others = [name for name in own if name in stored and own[name].shape != stored[name].shape]
+    if complaint or not others:
+        return complaint
+    there, here = (" x ".join(map(str, of[others[0]].shape)) for of in (stored, own))
+    of_others = f", and {len(others) - 1} more have other shapes" if len(others) > 1 else ""
+    return f"{others[0]} is {there} there and {here} in the model{of_others}"
 
 
 def _make_room(module: nn.Module, prefix: str, stored: dict[str, Tensor]) -> None:

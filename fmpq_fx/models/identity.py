@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.models.checkpoint import misfit
 from fmpq_fx.models.zoo import model_names, sized, zoo_name
 from fmpq_fx.storage.tensor_packing import name_of
 
@@ -60,9 +61,14 @@ def _blank(name: str, state: dict[str, Tensor]) -> nn.Module | None:
 def given(model: Model | None, path: str | os.PathLike[str]) -> nn.Module | None:
     """Return a copy of the ``model`` that the user passed for the file ``path``, or what it makes; None for None.
 
+    Raises:
+        TypeError: ``model`` is neither a model nor what could make one.
+
     This runs the user's code: what that raises is no fault of the file. It comes through, with a note that says where
     the code was called (from Python 3.11 on, which has notes).
     """
+    if not (model is None or callable(model)):  # a module can be called, too
+        raise TypeError(f"model= is a {type(model).__name__}; pass a model, or what makes one")
     try:
         return copy.deepcopy(model) if model is None or isinstance(model, nn.Module) else model()
     except Exception as error:
@@ -107,13 +113,14 @@ def made(identity: dict[str, Any], state: dict[str, Tensor], own: nn.Module | No
 def _loaded(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """Load ``state`` into ``model``, whose numbers may have other types before, and return it."""
     _make_room(model, state)
+    if complaint := misfit(state, model.state_dict()):
+        raise FmpqError(
+            f"its tensors are not those of the {type(model).__name__} that was passed: {complaint}"
+        )
     for name, value in model.state_dict(keep_vars=True).items():
         if name in state and value.dtype != state[name].dtype:
             value.data = value.data.to(state[name].dtype)
-    try:
-        nn.Module.load_state_dict(model, state)
-    except RuntimeError as error:
-        raise FmpqError(f"its tensors are not those of the model: {error}") from error
+    nn.Module.load_state_dict(model, state)
     return model
 
 

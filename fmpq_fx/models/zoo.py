@@ -16,6 +16,7 @@ from torch import nn
 from fmpq_fx import samples
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.models import checkpoint as weights
+from fmpq_fx.storage.kinds import kind_of
 
 
 def model_names() -> list[str]:
@@ -44,7 +45,8 @@ def load_model(
             (:mod:`fmpq_fx.models.checkpoint`).
 
     Raises:
-        ValueError: no such model, or neither quality nor checkpoint for one of the zoo.
+        ValueError: no such model, or neither quality nor checkpoint for one of the zoo, or a quality for a model
+            that does not get CompressAI's weights.
         FmpqError: the module, the download or the checkpoint fails.
     """
     state = None if checkpoint is None else weights.read(Path(checkpoint))
@@ -55,6 +57,12 @@ def load_model(
             )
         sample: nn.Module = samples.model()
         return sample
+    if quality is not None and (state is not None or ":" in spec):
+        weights_of = spec if state is None else checkpoint
+        raise ValueError(
+            f"--quality {quality} chooses among CompressAI's pretrained weights, and those of {weights_of} are wanted; "
+            "leave --quality out"
+        )
     if state is not None:
         return model_of_state(spec, state)
     return model_factory(spec)() if ":" in spec else _pretrained(_known(spec), quality, metric)
@@ -81,10 +89,11 @@ def zoo_name(model: nn.Module) -> str | None:
 
 def _known(spec: str) -> str:
     if spec not in model_names():
-        raise ValueError(
-            f"there is no model and no file {spec!r}; pass 'sample', 'package.module:callable', or one of "
-            f"{', '.join(model_names())}"
-        )
+        expected = f"'sample', 'package.module:callable', or one of {', '.join(model_names())}"
+        if Path(spec).is_file():
+            kind = kind_of(spec)
+            raise ValueError(f"{spec} is {kind.what}, no model; {kind.remedy}. A model is {expected}")
+        raise ValueError(f"there is no model and no file {spec!r}; pass {expected}")
     return spec
 
 

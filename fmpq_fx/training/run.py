@@ -237,6 +237,9 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
 
     A zero point counts in integers of its range, a step in its logarithm: zero points get the steps' learning
     rate times their last integer, so that both move by the same part of the range.
+
+    Raises:
+        FmpqError: all parameters are frozen.
     """
     rates: dict[Tensor, float] = dict.fromkeys(model.parameters(), settings.lr)
     for module in model.modules():
@@ -248,6 +251,8 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
             rates[module.log_spread] = settings.quantizer_lr
         if isinstance(module, ActivationFakeQuant):
             rates[module.zero_point] = settings.quantizer_lr * module.high
+    if not any(p.requires_grad for p in rates):
+        raise FmpqError("all parameters are frozen; let some be trained: gm.requires_grad_()")
     return [
         {"params": [p for p, rate in rates.items() if rate == lr and p.requires_grad], "lr": lr}
         for lr in sorted(set(rates.values()))

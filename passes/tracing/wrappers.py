@@ -14,6 +14,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model that ``model`` is, without what torch.compile or DataParallel wrapped around it.
 
     Raises:
+        TypeError: it is no model.
         FmpqError: it is scripted, quantized already, or its forward wants more than images.
     """
     while True:
@@ -23,6 +24,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             break
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(
+            f"the model is {what}; pass a torch.nn.Module, made and with its trained weights loaded"
+        )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             what = f"its module {name!r}" if name else "the model"

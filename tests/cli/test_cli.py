@@ -99,6 +99,11 @@ def test_inputs_of_single_layers_get_their_bits(photos: Path, tmp_path: Path) ->
             "no checkpoint absent.pth",
         ),
         (["prepare", "sample", "--quality", "3", "--target-cr", "0.25"], "trained already"),
+        (
+            ["prepare", __file__, "--target-cr", "0.25"],
+            "test_cli.py is in no format that is known here, no model",
+        ),
+        (["prepare", "test_cli:not_a_model", "--quality", "3", "--target-cr", "4"], "leave --quality out"),
         (["prepare", "no_module:f", "--target-cr", "0.25"], "cannot get a model"),
         (["prepare", "test_cli:not_a_model", "--target-cr", "0.25"], "returned a int"),
         (["prepare", "sample", "--target-cr", "0.25", "--images", "absent"], "absent"),
@@ -259,6 +264,8 @@ def test_an_interrupted_fine_tuning_goes_on_with_the_same_command(
         (["finetune", "STATE", "PHOTOS", "--out", "absent/x"], "no folder absent"),
         (["finetune", "STATE", "PHOTOS", "--out", "x", "--crop", "128"], "none of the 2 images"),
         (["evaluate", "STATE", "PHOTOS", "--quality", "3"], "leave --quality, --metric and --checkpoint out"),
+        (["evaluate", "STATE", "PHOTOS", "--threads", "0"], "--threads is 0; pass 1 or more"),
+        (["evaluate", "STATE", "PHOTOS", "--class", "a:b"], "--class would change nothing"),
         (["export", "checkpoint", "STATE", "--out", "absent/x"], "no folder absent"),
     ],
 )

@@ -167,6 +167,19 @@ MISTAKES = {
         "cannot get a model from 'test_cli_files:fails': KeyError: 'width'",
     ),
     "suffix": (["export", "model", "{files}/model.state", "--out", "{tmp}/m.bin"], "named *.fmpq"),
+    "graphs in torch": (
+        [
+            "encode",
+            "{files}/photos/0.png",
+            "-m",
+            "{files}/model.fmpq",
+            "-o",
+            "{tmp}/b.fmi",
+            "--graphs",
+            "{tmp}/onnx",
+        ],
+        "--graphs would change nothing: --backend torch runs no exported graphs",
+    ),
     "inspect a state": (["inspect", "{files}/model.state"], "no model file"),
 }
 

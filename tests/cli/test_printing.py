@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TextIO
 
@@ -13,6 +14,7 @@ from torch import fx
 
 import fmpq_fx
 from fmpq_fx.cli.main import main
+from fmpq_fx.cli.printing import forgiving
 
 NAME = "\u5199\u771f.png"  # "photograph" in Japanese
 
@@ -73,3 +75,14 @@ def test_files_are_written_before_anything_is_printed(
     arguments = ["evaluate", tmp_path / "model.fmpq", tmp_path / "photos", "--json", tmp_path / "r.json"]
     assert main(list(map(str, arguments))) == 130
     assert json.loads((tmp_path / "r.json").read_text())["images"]
+
+
+def test_warnings_are_sentences() -> None:
+    """Under pytest, which records warnings, only the form of one can be seen."""
+    before = warnings.formatwarning
+    with forgiving():
+        said = warnings.formatwarning(UserWarning("image skipped"), UserWarning, "crops.py", 172)
+        other = warnings.formatwarning(FutureWarning("old"), FutureWarning, "crops.py", 172)
+    assert said == "fmpq-fx: warning: image skipped\n"
+    assert "crops.py:172: FutureWarning: old" in other
+    assert warnings.formatwarning is before

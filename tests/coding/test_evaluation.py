@@ -116,6 +116,11 @@ def test_tensors_that_are_no_images() -> None:
         fmpq_fx.evaluate(fmpq_fx.samples.model(), {"batch": torch.rand(1, 3, 64, 64)})
 
 
+def test_images_without_names() -> None:
+    with pytest.raises(TypeError, match="images are a list; pass a folder, or a dict of names"):
+        fmpq_fx.evaluate(fmpq_fx.samples.model(), [torch.rand(3, 64, 64)])  # type: ignore[arg-type]
+
+
 def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "sample", str(folder), "--json", str(tmp_path / "results.json")]) == 0
     assert "a.png" in capsys.readouterr().out

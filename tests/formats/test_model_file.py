@@ -221,8 +221,16 @@ def test_the_model_that_is_passed_is_not_modified(own: Path) -> None:
 @pytest.mark.parametrize("model", [Codec, lambda: small_model("mbt2018"), lambda: 3, nn.Identity])
 def test_a_model_of_another_architecture_is_refused(own: Path, path: Path, model: Make) -> None:
     for file, action in ((own, load), (path, load), (path, load_codec)):
-        with pytest.raises(FmpqError, match=r"model\.fmpq: (its tensors are not those|model= made a int)"):
+        with pytest.raises(
+            FmpqError, match=r"model\.fmpq: (its tensors are not those|model= made a int)"
+        ) as caught:
             action(file, model=model)
+        assert len(str(caught.value)) < 600, "a few names of each side, not all of them"
+
+
+def test_what_cannot_make_a_model_is_refused(own: Path) -> None:
+    with pytest.raises(TypeError, match="model= is a int; pass a model, or what makes one"):
+        load(own, model=3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("error", [KeyError("width"), RuntimeError("no weights"), FmpqError("no such class")])

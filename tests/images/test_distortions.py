@@ -79,6 +79,17 @@ def test_what_is_no_distortion_is_refused() -> None:
         rd_sums(out, x, find_distortion(lambda x_hat, x: x_hat - x))
 
 
+def test_a_function_that_fails_is_named() -> None:
+    def of_one(x_hat: Tensor) -> Tensor:
+        return x_hat.mean()
+
+    out, x = output()
+    with pytest.raises(
+        FmpqError, match=r"of_one failed on .*two tensors \(3, 3, 192, 192\): TypeError: .*takes 1"
+    ):
+        rd_sums(out, x, find_distortion(of_one))  # type: ignore[arg-type]
+
+
 def test_small_images_are_refused() -> None:
     out, x = output(side=160)
     with pytest.raises(FmpqError, match="at least 161 x 161, got 160 x 160"):

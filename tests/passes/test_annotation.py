@@ -76,3 +76,5 @@ def test_a_graph_of_someone_else_carries_no_plan(gm: fx.GraphModule) -> None:
     annotate_graph(gm, model=nn.Identity())
     with pytest.raises(FmpqError, match="carries no plan: pass what"):
         plan_of(gm)
+    with pytest.raises(FmpqError, match=r"this DataParallel carries no plan: .*which is its \.module here"):
+        plan_of(nn.DataParallel(gm))

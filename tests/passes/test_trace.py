@@ -170,6 +170,14 @@ def test_a_diverged_model_is_told_so() -> None:
         find_sites(gm)
 
 
+@pytest.mark.parametrize(
+    ("given", "what"), [(nn.Identity, "the class Identity"), ("model.pth", "a str"), ({}, "a dict")]
+)
+def test_what_is_no_model_is_named(given: Any, what: str) -> None:
+    with pytest.raises(TypeError, match=f"the model is {what}; pass a torch.nn.Module"):
+        trace(given, torch.rand(1, 3, 64, 64))
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "torch.compile"])
 def test_what_wraps_a_model_is_taken_off(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = lively(PLAIN["scale hyperprior"])

@@ -154,6 +154,11 @@ def test_a_frozen_parameter_stays_frozen(gm: fx.GraphModule) -> None:
     assert torch.equal(weight, before)
 
 
+def test_where_all_is_frozen_there_is_nothing_to_train(gm: fx.GraphModule) -> None:
+    with pytest.raises(FmpqError, match="all parameters are frozen"):
+        tuned(gm.requires_grad_(False))
+
+
 def test_float_models_are_trained_by_the_same_loop() -> None:
     model = small_model("mbt2018-mean")
     settings = Settings(LMBDA, steps=20, crop=64, validate_every=10, lr=1e-3)
