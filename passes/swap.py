@@ -11,21 +11,29 @@ from torch import nn
 
 def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``old`` is registered below ``root``, under however many names."""
-    for parent in list(root.modules()):
-        for name, child in parent._modules.items():
-            if child is old and parent is not new:
-                parent._modules[name] = new
+    for parent, name in _places(root, old):
+        if parent is not new:
+            parent._modules[name] = new
+
+
+def _places(root: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return which modules below ``root`` have ``module``, and under which names."""
+    parents = root.modules()
+    return [(parent, name) for parent in parents for name, m in parent._modules.items() if m is module]
 
 
 @contextmanager
 def substituted(root: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
     """Within the block, ``module`` stands in ``root`` for the one that ``name`` names."""
     old = root.get_submodule(name)
-    replace_module(root, old, module)
+    places = _places(root, old)  # once: a walk through hundreds of modules takes as long as some layers
+    for parent, own_name in places:
+        parent._modules[own_name] = module
     try:
         yield
     finally:
-        replace_module(root, module, old)
+        for parent, own_name in places:
+            parent._modules[own_name] = old
 
 
 def with_replaced(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:

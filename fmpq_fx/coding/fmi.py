@@ -93,12 +93,13 @@ def encode(
     with torch.no_grad():
         framed = frame.around(batch.to(parameter.device, parameter.dtype))
         coded = guarded.compress(tiled, framed, robust, margin)
-    strings = [string for string, *_ in coded.strings]
-    if not all(isinstance(string, bytes) for string in strings):
+    if not all(map(_are_strings, coded.strings)):
         raise FmpqError(
-            f"compress() of {type(coder).__name__} returns strings within strings, and a .fmi file holds a flat list, "
-            "as CompressAI's models return it; keep what compress() returns instead, and hand it to decompress()"
+            f"compress() of {type(coder).__name__} returns no list of strings for each latent, one for each image, as "
+            "CompressAI's models do, and a .fmi file holds no others; keep what compress() returns instead, and hand "
+            "it to decompress()"
         )
+    strings = [of_images[0] for of_images in coded.strings]
     parts = [
         _HEAD.pack(_fingerprint(coder), height, width),
         _STRIDE.pack(frame.stride),
@@ -161,6 +162,10 @@ def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) ->
     if decoded.shape[-2:] != frame.size:
         raise FmpqError(f"its latents are not those of an image of {width} x {height} pixels")
     return frame.inside(decoded)[0].float().clamp(0, 1).cpu()
+
+
+def _are_strings(found: Any) -> bool:
+    return isinstance(found, list | tuple) and bool(found) and all(isinstance(one, bytes) for one in found)
 
 
 def _fingerprint(codec: Codec) -> bytes:
