@@ -58,8 +58,8 @@ def with_replaced(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Mod
                     made[value].__dict__ = attributes
             return made[value]
         if type(value) in (dict, OrderedDict):
-            parts = {key: of(part) for key, part in value.items()}
-            return value if all(parts[key] is part for key, part in value.items()) else type(value)(parts)
+            changed = {key: other for key, part in value.items() if (other := of(part)) is not part}
+            return type(value)(value | changed) if changed else value
         if type(value) in (list, tuple):
             items = [of(part) for part in value]
             return value if all(map(operator.is_, items, value)) else type(value)(items)

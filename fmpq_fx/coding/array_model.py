@@ -16,11 +16,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from compressai.entropy_models import EntropyModel
+from compressai.entropy_models import EntropyModel, GaussianConditional
 from torch import Tensor
 
 from fmpq_fx.coding.array_coder import ArrayCoder, Integers
 from fmpq_fx.coding.string_coder import unpadded
+from fmpq_fx.passes.lower.entropy_path import compares_scales
 from fmpq_fx.passes.swap import shallow_copy
 
 
@@ -93,11 +94,25 @@ def array_model(model: EntropyModel, note: Callable[[Any, bool], None]) -> Entro
     """Return a twin of ``model`` that makes strings of arrays; ``note`` is told what it codes."""
     cls = type(model)
     if cls not in _CLASSES:
-        _CLASSES[cls] = type(cls.__name__, (cls, ArrayModel), {"__module__": cls.__module__})
+        own = {"build_indexes": _found_indexes} if compares_scales(model) else {}
+        _CLASSES[cls] = type(cls.__name__, (cls, ArrayModel), {"__module__": cls.__module__, **own})
     twin: Any = shallow_copy(model, _CLASSES[cls])
     twin.coder, twin.note = partial(_coder, model), note
     result: EntropyModel = twin
     return result
+
+
+def _found_indexes(model: GaussianConditional, scales: Tensor) -> Tensor:
+    """Return what ``build_indexes`` does, by one search instead of a comparison with each entry of the table.
+
+    Both count for each of ``scales`` the entries that are smaller, of all but the last.
+    """
+    table = model.scale_table[:-1]
+    if scales.dtype != table.dtype:
+        of_compressai: Tensor = GaussianConditional.build_indexes(model, scales)
+        return of_compressai
+    found: Tensor = torch.searchsorted(table, model.lower_bound_scale(scales).contiguous()).int()
+    return found
 
 
 _CLASSES: dict[type, type] = {}

@@ -47,6 +47,17 @@ def test_both_formats_hold_the_same_latents_in_as_many_bytes(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_cdf_of_a_scale_is_the_one_that_compressai_finds(dtype: torch.dtype) -> None:
+    model = gaussian()
+    scales = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(2)).exp().to(dtype)
+    table = model.scale_table.to(dtype)  # ties
+    edges = torch.tensor([0.0, -1.0, 1e9, torch.inf, -torch.inf, torch.nan], dtype=dtype)
+    for values in (scales, scales.transpose(1, 3), torch.cat([table, edges]).view(1, -1, 1, 1)):
+        ours = as_arrays(model.to(dtype) if dtype == torch.float64 else model)
+        assert torch.equal(ours.build_indexes(values), model.build_indexes(values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (2, 5, 4, 3), (1, 4, 0, 2), (0, 2, 2)])
 @pytest.mark.parametrize("with_means", [True, False])
 def test_a_tensor_of_any_shape_and_dtype_is_what_compressai_decodes(
