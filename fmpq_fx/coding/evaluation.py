@@ -199,7 +199,7 @@ def evaluate(
 def _codec(model: nn.Module) -> Codec:
     if isinstance(model, fx.GraphModule):
         return codec_of(convert(model))
-    codec = codec_of(copy.deepcopy(model).eval())
+    codec = codec_of(copy.deepcopy(model)).eval()
     update_tables(codec, missing=True)
     return codec
 

@@ -41,8 +41,7 @@ def read(path: str | os.PathLike[str]) -> Tensor:
 
     Raises:
         FmpqError: ``path`` cannot be read as an image, is truncated, has more pixels than Pillow's protection
-            against decompression bombs lets through, has pixels without a defined white (float, 32-bit), or is an
-            animation or has several pages.
+            against decompression bombs lets through, has no defined white (float, 32-bit), or holds several images.
     """
     path = Path(path)
     with _reading(path), Image.open(path) as image:
@@ -258,6 +257,7 @@ def _file(path: Path) -> Source:
 def _size(path: Path) -> tuple[int, int]:
     """Return height and width from the head of the file, before the EXIF orientation is applied."""
     with _reading(path), Image.open(path) as image:
+        _check_single(image)
         return image.height, image.width
 
 

@@ -109,6 +109,10 @@ def test_nothing_usable(tmp_path: Path) -> None:
 def test_a_model_that_cannot_code(x: Tensor) -> None:
     with pytest.raises(FmpqError, match=r"Conv2d has no compress\(\) and decompress\(\)"):
         fmpq_fx.evaluate(nn.Conv2d(3, 3, 1), {"first": x[0]})
+    with pytest.raises(
+        FmpqError, match=r"str has no compress\(\) and decompress\(\).*load_codec\(\) returned"
+    ):
+        fmpq_fx.evaluate("model.fmpq", {"first": x[0]})  # type: ignore[arg-type]
 
 
 def test_tensors_that_are_no_images() -> None:
