@@ -59,7 +59,8 @@ def observe(
     with ExitStack() as hooks:
         for site, histogram in histograms.items():
             hooks.callback(layers[site].register_forward_pre_hook(partial(_count, histogram)).remove)
-        pieces = bench.ranks.share([*bench.pieces, *cut_into_pieces(watched)])
+        more = [x.contiguous(memory_format=bench.layout) for x in cut_into_pieces(watched)]
+        pieces = bench.ranks.share([*bench.pieces, *more])
         _watch(gm, reported(pieces, "activation ranges", "piece", show=bench.progress))
     for histogram in histograms.values():
         histogram.merge(bench.ranks)

@@ -28,6 +28,12 @@ class Bench:
     distortion: Distortion = MSE  # of the RD loss
     progress: bool | None = False  # False shows nothing; see :func:`fmpq_fx.progress.reported`
 
+    @property
+    def layout(self) -> torch.memory_format:
+        """The layout of the images in memory."""
+        last = self.pieces[0].is_contiguous(memory_format=torch.channels_last)
+        return torch.channels_last if last else torch.contiguous_format
+
 
 def make_bench(
     gm: fx.GraphModule,
