@@ -183,13 +183,15 @@ def evaluate(
     skipped: list[str] = []
     with torch.no_grad():
         for name, load in reported(named, "evaluate", "image", show=progress):
+            whose = ""  # what reading a file says has its name in it
             try:
                 x = load().to(parameter.device, parameter.dtype)
+                whose = f"{name}: "
                 frame = Frame(x.size(1), x.size(2), stride_of(codec, x.size(0)))
                 tiled = within(codec, frame.size, memory, images=_IMAGES)
                 results.append(_code(tiled, name, x, frame, robust))
             except FmpqError as error:
-                skipped.append(str(error) if name in str(error) else f"{name}: {error}")
+                skipped.append(f"{whose}{error}")
                 warnings.warn(f"image skipped: {skipped[-1]}", stacklevel=2)
     if not results:
         raise FmpqError(f"none of the images can be evaluated: {reading.in_short(skipped)}")

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from fmpq_fx.coding.codec import Codec
 from fmpq_fx.coding.tiles import Size
+from fmpq_fx.errors import FmpqError
+from fmpq_fx.images.reading import CHANNELS
+from fmpq_fx.passes.tracing.model_outputs import wrong_channels
 
 STRIDES = (64, 128, 256, 512)
 """What is tried: six strides of 2 as in most codecs, and more of them, or windows of attention on latents."""
@@ -45,18 +48,29 @@ class Frame:
         return padding
 
 
-_STRIDES: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
+_STRIDES: "WeakKeyDictionary[nn.Module, dict[int, int | None]]" = WeakKeyDictionary()  # by channels
 
 
 def stride_of(codec: Codec, channels: int) -> int:
     """Return the least of :data:`STRIDES` that ``codec`` runs with on images of ``channels``; the first if none.
 
-    It is found once for each model, on black images of one and three strides.
+    Raises:
+        FmpqError: it runs with none, and does on images of another number of channels.
     """
-    known = next(codec.children())  # which all codecs of one model share
-    if known not in _STRIDES:
-        _STRIDES[known] = next((s for s in STRIDES if _runs(codec, channels, s)), STRIDES[0])
-    return _STRIDES[known]
+    found = _found(codec, channels)
+    if found is None:
+        takes = next((other for other in CHANNELS if _found(codec, other) is not None), None)
+        if takes is not None:
+            raise FmpqError(wrong_channels(takes, channels))
+    return found or STRIDES[0]
+
+
+def _found(codec: Codec, channels: int) -> int | None:
+    """Return the least stride that ``codec`` runs with, found once for each model on black images."""
+    known = _STRIDES.setdefault(next(codec.children()), {})  # which all codecs of one model share
+    if channels not in known:
+        known[channels] = next((stride for stride in STRIDES if _runs(codec, channels, stride)), None)
+    return known[channels]
 
 
 @torch.no_grad()
@@ -64,6 +78,6 @@ def _runs(codec: Codec, channels: int, stride: int) -> bool:
     parameter = next(codec.parameters())
     image = parameter.new_zeros(1, channels, stride, 3 * stride)
     try:  # a copy, since masks may be kept for the last size
-        return bool(copy.deepcopy(codec)(image)["x_hat"].shape[-2:] == image.shape[-2:])
+        return bool(copy.deepcopy(codec)(image)["x_hat"].shape == image.shape)
     except Exception:  # a user's model may do anything; what it says, it says of the image itself
         return False

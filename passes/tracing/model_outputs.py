@@ -51,6 +51,15 @@ def check_output(output: Any) -> None:
     )
 
 
+def wrong_channels(wanted: int, given: int) -> str:
+    """Return what to tell of a model that takes images of ``wanted`` channels, and was ``given`` others."""
+    return (
+        f"the model takes images of {wanted} channel{'s' * (wanted != 1)}, and these have {given}\n"
+        f"Pass tensors (…, {wanted}, H, W), float in [0, 1]; image files, and the photographs that prepare() takes "
+        "where none are given, have 3 channels."
+    )
+
+
 def ran_out_of_memory(error: BaseException) -> bool:
     """Say whether ``error`` was raised because an allocation failed, on a CPU or a GPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
@@ -67,11 +76,7 @@ def _failure(error: BaseException, x: Tensor) -> str:
         )
     channels = _CHANNELS.search(str(error))
     if channels is not None and int(channels[2]) == x.size(1):
-        return (
-            f"the model takes images of {channels[1]} channels, and these have {channels[2]}: {error}\n"
-            f"Pass tensors (B, {channels[1]}, H, W), float in [0, 1]; image files, and the photographs that are "
-            "taken where none are given, have 3 channels."
-        )
+        return wrong_channels(int(channels[1]), x.size(1))
     return (
         f"the model cannot run on {images} and {x.size(1)} channels: {error}\n"
         "Images must have as many channels as the model takes, and be at least as large as its stride and a multiple "

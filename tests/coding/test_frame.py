@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 import fmpq_fx
+from fmpq_fx import FmpqError
 from fmpq_fx.coding.codec import codec_of
 from fmpq_fx.coding.frame import STRIDES, Frame, stride_of
 from support.codecs.slices import Slices
@@ -47,6 +48,24 @@ def test_a_codec_gets_sizes_that_it_takes(cls: type, stride: int) -> None:
     assert fmpq_fx.decode(model, fmpq_fx.encode(model, image)).shape == image.shape
     (result,) = fmpq_fx.evaluate(model, {"x": image}, progress=False).images
     assert (result.height, result.width, result.deviation <= 1) == (100, 300, True)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_images_of_other_channels_are_told_from_those_that_a_codec_takes(channels: int) -> None:
+    model, image = coded(Wide), torch.rand(channels, 64, 64)
+    says = f"takes images of 3 channels, and these have {channels}"
+    with pytest.raises(FmpqError, match=says):
+        fmpq_fx.encode(model, image)
+    with pytest.warns(UserWarning, match=f"one: the model {says}"), pytest.raises(FmpqError, match=says):
+        fmpq_fx.evaluate(model, {"one": image}, progress=False)
+    assert stride_of(codec_of(model), 3) == 256, "the mistake is not kept"
+
+
+def test_a_gray_image_is_not_spread_over_the_steps_of_three_channels(
+    prepared: fx.GraphModule,
+) -> None:
+    with pytest.raises(FmpqError, match="takes images of 3 channels, and these have 1"):
+        fmpq_fx.encode(fmpq_fx.convert(prepared), torch.rand(1, 64, 64))
 
 
 def test_a_codec_that_runs_on_nothing_says_so_of_the_image() -> None:

@@ -47,9 +47,9 @@ def test_too_little_memory_is_said_to_be_that(error: Exception | None, x: Tensor
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_images_of_other_channels_are_told_from_small_ones(channels: int, x: Tensor) -> None:
-    with pytest.raises(FmpqError, match=rf"takes images of {channels} channels, and these have 3") as told:
+    with pytest.raises(FmpqError, match=rf"takes images of {channels} channels?, and these have 3") as told:
         fmpq_fx.prepare(OfChannels(channels), 0.2, calibration=x)
-    assert f"(B, {channels}, H, W)" in str(told.value)
+    assert f"(…, {channels}, H, W)" in str(told.value)
 
 
 @pytest.mark.parametrize("channels", [1, 4])
