@@ -1,8 +1,8 @@
 """How far long work has come: a bar on a terminal, and a line for each tenth of the work where there is none."""
 
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from time import monotonic
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -11,6 +11,9 @@ from tqdm import tqdm
 from fmpq_fx import ranks
 
 T = TypeVar("T")
+
+QUIET = 5
+"""Seconds that work goes on before the first line; of what is over by then, nobody needs to be told."""
 
 
 def reported(
@@ -37,7 +40,8 @@ def reported(
         done: how many of them were done before.
         every: how many there are from one line to the next; None is a tenth of ``total``.
         leave: whether a bar stays when the work is done.
-        show: True is a bar anywhere, False nothing, None a bar on a terminal and lines elsewhere.
+        show: True is a bar anywhere, False nothing, None a bar on a terminal and lines elsewhere, from :data:`QUIET`
+            seconds on.
     """
     if total is None:
         total = len(items) if isinstance(items, Sized) else 0
@@ -56,7 +60,7 @@ class Lines(Generic[T]):
         self.items, self.what, self.unit, self.total, self.done = items, what, unit, total, done
         self.every = every
         self.figures: Mapping[str, str] = {}
-        self.first, self.start = done, time.monotonic()
+        self.first, self.start = done, monotonic()
 
     def __iter__(self) -> Iterator[T]:
         for item in self.items:
@@ -77,7 +81,9 @@ class Lines(Generic[T]):
         self.done += count
         # A single piece of work has nothing to tell before it is over.
         if self.total > 1 and (self._part() > before or self.done == self.total):
-            self._print()
+            spent = monotonic() - self.start
+            if spent >= QUIET:
+                self._print(spent)
 
     def _part(self) -> int:
         """Return the number of the line that was due last."""
@@ -87,8 +93,7 @@ class Lines(Generic[T]):
         """Take ``figures`` for the next line."""
         self.figures = figures
 
-    def _print(self) -> None:
-        spent = time.monotonic() - self.start
+    def _print(self, spent: float) -> None:
         left = spent / (self.done - self.first) * (self.total - self.done)
         times = f"{tqdm.format_interval(spent)}, {tqdm.format_interval(left)} left"
         figures = "".join(f", {name} {value}" for name, value in self.figures.items())

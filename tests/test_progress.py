@@ -1,6 +1,7 @@
 """Progress: lines where there is no terminal, bars where there is one, and silence on request."""
 
 import io
+import itertools
 import sys
 from pathlib import Path
 
@@ -14,6 +15,14 @@ from conftest import small_model
 from fmpq_fx import ranks
 from fmpq_fx.progress import reported
 from support.finetuning import photos, tuned
+
+PROGRESS = sys.modules["fmpq_fx.progress"]
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let any work take as long as it is quiet for, from one look at the clock to the next."""
+    monkeypatch.setattr(PROGRESS, "monotonic", itertools.count(0, PROGRESS.QUIET).__next__)
 
 
 class Terminal(io.StringIO):
@@ -32,12 +41,27 @@ def lines(capsys: pytest.CaptureFixture[str], what: str) -> list[str]:
     return [line.partition(": ")[2].partition(",")[0] for line in printed if line.startswith(f"{what}: ")]
 
 
+@pytest.mark.usefixtures("slow")
 def test_without_a_terminal_there_is_a_line_for_each_tenth(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(reported(range(25), "counting", "number")) == list(range(25))
     tenths = [3, 5, 8, 10, 13, 15, 18, 20, 23, 25]
     assert lines(capsys, "counting") == [f"{done} of 25 numbers" for done in tenths]
 
 
+def test_of_work_that_is_soon_over_nothing_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock stands at the number of what has been counted."""
+    now = 0.0
+    monkeypatch.setattr(PROGRESS, "monotonic", lambda: now)
+    for long, told in ((4, []), (6, [5, 6]), (60, [6, 12, 18, 24, 30, 36, 42, 48, 54, 60])):
+        now = 0.0
+        for now in reported(range(1, long + 1), "counting", "number"):  # noqa: B007
+            pass
+        assert lines(capsys, "counting") == [f"{done} of {long} numbers" for done in told]
+
+
+@pytest.mark.usefixtures("slow")
 def test_lines_come_as_often_as_asked_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     with reported(range(10), "counting", "number", done=3, every=4) as work:
         for _ in range(7):
@@ -52,12 +76,14 @@ def test_lines_come_as_often_as_asked_and_at_the_end(capsys: pytest.CaptureFixtu
     assert all(line.endswith("left, sum 1.5") for line in printed)
 
 
+@pytest.mark.usefixtures("slow")
 def test_silence_on_request_and_for_a_single_piece(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(reported(range(20), "counting", "number", show=False)) == list(range(20))
     assert list(reported(["all"], "counting", "number")) == ["all"]
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.usefixtures("slow")
 def test_only_the_first_rank_tells(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,11 +100,13 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\rcounting: 100%" in terminal.getvalue()
 
 
+@pytest.mark.usefixtures("slow")
 def test_the_work_goes_on_where_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Closed())
     assert list(reported(range(3), "counting", "number")) == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("progress", [None, False])
 def test_preparing_tells_how_far_it_is(progress: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
     model, images = small_model("bmshj2018-hyperprior"), [torch.stack(photos(1, side=64))] * 2
@@ -94,6 +122,7 @@ def test_preparing_tells_how_far_it_is(progress: bool | None, capsys: pytest.Cap
     assert ("sensitivity: " in capsys.readouterr().err) is (progress is None)
 
 
+@pytest.mark.usefixtures("slow")
 def test_training_prints_a_line_at_each_validation(
     gm: fx.GraphModule, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +136,7 @@ def test_training_prints_a_line_at_each_validation(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.usefixtures("slow")
 def test_evaluating_a_folder_tells_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = small_model("bmshj2018-hyperprior")
     for number in range(2):
