@@ -104,6 +104,22 @@ def add_backend(command: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_unused(args: argparse.Namespace, *options: str, because: str) -> None:
+    """Raise a ValueError where one of ``options`` is given, which would change nothing."""
+    for option in options:
+        if getattr(args, option) is not None:
+            name = {"cls": "class"}.get(option, option)
+            raise ValueError(f"--{name} would change nothing: {because}; leave it out")
+
+
+def refuse_metric_of_own(args: argparse.Namespace) -> None:
+    """Raise a ValueError where --metric is given, and the weights are not those of CompressAI that it is for."""
+    if args.checkpoint is not None or ":" in args.model:
+        own = args.checkpoint or args.model
+        because = f"it chooses among CompressAI's pretrained weights, and those of {own} are wanted"
+        refuse_unused(args, "metric", because=because)
+
+
 def set_threads(args: argparse.Namespace) -> None:
     """Let torch compute with as many threads as the command line says."""
     if args.threads is not None:

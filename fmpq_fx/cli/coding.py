@@ -21,6 +21,8 @@ from fmpq_fx.cli.arguments import (
     add_model,
     add_robust,
     made_by,
+    refuse_metric_of_own,
+    refuse_unused,
     set_threads,
 )
 from fmpq_fx.cli.outputs import GRAPHS, IMAGE_MARK, RESULTS, Output, declare
@@ -66,8 +68,9 @@ def _model(args: argparse.Namespace) -> nn.Module:
     if args.backend != "torch" and Path(args.model).suffix != MODEL:
         raise ValueError(f"--backend {args.backend} runs model files (*{MODEL}); got {args.model}")
     if Path(args.model).suffix != MODEL:
-        _refuse_unused(args, "cls", "graphs", "providers", because=f"that is for model files (*{MODEL})")
+        refuse_unused(args, "cls", "graphs", "providers", because=f"that is for model files (*{MODEL})")
     if not Path(args.model).is_file():
+        refuse_metric_of_own(args)
         return load_model(args.model, quality=args.quality, metric=args.metric, checkpoint=args.checkpoint)
     if (args.quality, args.metric, args.checkpoint) != (None, None, None):
         raise ValueError(
@@ -81,7 +84,7 @@ def _model(args: argparse.Namespace) -> nn.Module:
 def _codec(args: argparse.Namespace) -> nn.Module:
     """Return the codec in the model file that the command names, run by its backend, or on its device."""
     if args.backend == "torch":
-        _refuse_unused(args, "graphs", "providers", because="--backend torch runs no exported graphs")
+        refuse_unused(args, "graphs", "providers", because="--backend torch runs no exported graphs")
         return load_codec(args.model, model=made_by(args)).to(ranks.own_device(args.device))
     if args.device != "cpu":
         raise ValueError(f"--backend {args.backend} runs on the CPU; leave --device {args.device} out")
@@ -89,14 +92,6 @@ def _codec(args: argparse.Namespace) -> nn.Module:
     if args.providers is not None:
         options["providers"] = args.providers
     return load_codec(args.model, model=made_by(args), backend=args.backend, **options)
-
-
-def _refuse_unused(args: argparse.Namespace, *options: str, because: str) -> None:
-    """Raise a ValueError where one of ``options`` is given, which would change nothing."""
-    for option in options:
-        if getattr(args, option) is not None:
-            name = {"cls": "class"}.get(option, option)
-            raise ValueError(f"--{name} would change nothing: {because}; leave it out")
 
 
 def add_encode(command: argparse.ArgumentParser) -> None:
@@ -208,7 +203,15 @@ def _raise_any(failures: Iterable[str], count: int, verb: str) -> None:
 
 
 def _to_encode(args: argparse.Namespace) -> dict[Path, Path]:
-    return _jobs(args, reading.find, CODED, check_folder)
+    return _jobs(args, reading.find, CODED, _check_coded)
+
+
+def _check_coded(path: Path) -> None:
+    check_folder(path)
+    # A device or a pipe has its own name, and /dev/stdout is a link to whatever the shell opened.
+    special = path.exists() and (path.is_symlink() or not path.is_file())
+    if path.suffix != CODED and not special:
+        raise ValueError(f"a coded image is named *{CODED}; got {path}")
 
 
 def _to_decode(args: argparse.Namespace) -> dict[Path, Path]:

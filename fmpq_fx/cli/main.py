@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from fmpq_fx import ranks
 from fmpq_fx.cli import coding, quantizing, shipping
@@ -43,6 +44,10 @@ def parser() -> argparse.ArgumentParser:
         prog="fmpq-fx",
         description="Mixed-precision quantization of learned image compression models, as a torch.fx pass.",
         epilog="'torchrun --nproc-per-node N -m fmpq_fx …' runs prepare and finetune in N processes.",
+    )
+    packages = ("fmpq-fx", "torch", "compressai")
+    parser.add_argument(
+        "--version", action="version", version=", ".join(f"{name} {version(name)}" for name in packages)
     )
     parser.set_defaults(shared=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from torch import fx
 
 from fmpq_fx import ranks
-from fmpq_fx.cli.arguments import add_device, add_model, distortion
+from fmpq_fx.cli.arguments import add_device, add_model, distortion, refuse_metric_of_own
 from fmpq_fx.cli.outputs import HISTORY, PICTURE, PLAN, STATE, TABLE, TRAINING, declare, training_checkpoint
 from fmpq_fx.formats.state import load_state, save_state, spec_of
 from fmpq_fx.history import LOSSES, History, Settings
@@ -95,6 +95,8 @@ def add_prepare(command: argparse.ArgumentParser) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
+    if args.distortion is not None:  # otherwise --metric says what it is
+        refuse_metric_of_own(args)
     table = Sensitivity.load(args.sensitivity) if args.sensitivity and args.sensitivity.exists() else None
     reuse = table is not None and table.complete
     with ranks.joined(args.device) as device:

@@ -22,8 +22,9 @@ from torch import Tensor
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.storage.files import WRITER, replacing
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+WRITTEN = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LOSSY = (".jpeg", ".jpg")  # of these: formats that cannot keep every pixel
+SUFFIXES = (".gif", *WRITTEN)  # of the images in a folder; a GIF has too few colours to be written
 
 CHANNELS = range(1, 5)
 """How many channels images may have; those of image files have 3."""
@@ -59,8 +60,8 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: it does not.
     """
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise ValueError(f"cannot write {path}: expected one of {', '.join(SUFFIXES)} at its end")
+    if Path(path).suffix.lower() not in WRITTEN:
+        raise ValueError(f"cannot write {path}: expected one of {', '.join(WRITTEN)} at its end")
     return Path(path)
 
 

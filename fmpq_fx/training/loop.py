@@ -65,14 +65,14 @@ def train(
         progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
 
     Raises:
-        ValueError: ``settings.batch_size`` is no multiple of the number of ranks, or the size is weighed of a model
-            without quantized layers.
+        ValueError: ``settings.batch_size`` is no multiple of the number of ranks, ``workers`` is negative, or the
+            size is weighed of a model without quantized layers.
         FmpqError: the images or the checkpoint cannot be used, or ranks have others.
         KeyboardInterrupt: an interruption, after the best state so far was restored.
     """
     parameter = next(model.parameters())
     ranks = current()
-    _check(model, settings, ranks)
+    _check(model, settings, ranks, workers)
     if checkpoint is not None:
         check_folder(checkpoint)
     to_train_on, to_validate_on = _split(images, validation, settings.crop)
@@ -138,8 +138,10 @@ def train(
     )
 
 
-def _check(model: nn.Module, settings: Settings, ranks: Ranks) -> None:
+def _check(model: nn.Module, settings: Settings, ranks: Ranks, workers: int | None) -> None:
     """Refuse what would fail, or train badly, after the long work has begun."""
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers must not be negative, got {workers}; 0 reads images in this process")
     if settings.batch_size % ranks.count:
         raise ValueError(
             f"batch_size counts the crops of all ranks: {settings.batch_size} cannot be shared evenly by "

@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,14 @@ def test_inputs_of_single_layers_get_their_bits(photos: Path, tmp_path: Path) ->
             "test_cli.py is in no format that is known here, no model",
         ),
         (["prepare", "test_cli:not_a_model", "--quality", "3", "--target-cr", "4"], "leave --quality out"),
+        (
+            [
+                "prepare",
+                "test_cli:not_a_model",
+                *("--metric", "mse", "--distortion", "mse", "--target-cr", "4"),
+            ],
+            "--metric would change nothing",
+        ),
         (["prepare", "no_module:f", "--target-cr", "0.25"], "cannot get a model"),
         (["prepare", "test_cli:not_a_model", "--target-cr", "0.25"], "returned a int"),
         (["prepare", "sample", "--target-cr", "0.25", "--images", "absent"], "absent"),
@@ -201,6 +210,13 @@ def test_python_m_is_the_same_program(
     assert "--target-cr" in capsys.readouterr().out
 
 
+def test_versions_are_told_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    names = ("fmpq-fx", "torch", "compressai")
+    assert capsys.readouterr().out == ", ".join(f"{name} {version(name)}" for name in names) + "\n"
+
+
 TRAIN = ("--steps", 6, "--crop", 64, "--validate-every", 2, "--workers", 0, "--lr", "1e-3")
 
 
@@ -266,6 +282,19 @@ def test_an_interrupted_fine_tuning_goes_on_with_the_same_command(
         (["evaluate", "STATE", "PHOTOS", "--quality", "3"], "leave --quality, --metric and --checkpoint out"),
         (["evaluate", "STATE", "PHOTOS", "--threads", "0"], "--threads is 0; pass 1 or more"),
         (["evaluate", "STATE", "PHOTOS", "--class", "a:b"], "--class would change nothing"),
+        (
+            ["evaluate", "test_cli:make_model", "PHOTOS", "--metric", "ms-ssim"],
+            "--metric would change nothing: it chooses among CompressAI's pretrained weights, and those of "
+            "test_cli:make_model are wanted; leave it out",
+        ),
+        (
+            ["evaluate", "mbt2018", "PHOTOS", "--checkpoint", "m.pth", "--metric", "mse"],
+            "and those of m.pth are wanted; leave it out",
+        ),
+        (
+            ["finetune", "STATE", "PHOTOS", "--out", "x", "--workers", "-1"],
+            "workers must not be negative, got -1",
+        ),
         (["export", "checkpoint", "STATE", "--out", "absent/x"], "no folder absent"),
     ],
 )

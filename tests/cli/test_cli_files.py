@@ -1,7 +1,9 @@
 """The commands for model files and coded images, as a user types them."""
 
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,20 @@ def test_folders_of_images(files: Path, tmp_path: Path) -> None:
     assert reading.read(tmp_path / "back" / "1.png").shape == (3, 50, 90)
 
 
+def test_a_pipe_and_what_a_link_leads_to_are_named_as_they_are(files: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "opened").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "opened")
+    to = ("encode", files / "photos" / "0.png", "-m", files / "model.fmpq", "-o")
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit((tmp_path / "pipe").read_bytes)
+        assert run(*to, tmp_path / "pipe") == 0
+        coded = read.result()
+    assert run(*to, tmp_path / "link") == 0
+    assert run(*to, tmp_path / "a.fmi") == 0
+    assert coded == (tmp_path / "opened").read_bytes() == (tmp_path / "a.fmi").read_bytes()
+
+
 def test_a_memory_that_is_too_little_is_an_error(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +183,14 @@ MISTAKES = {
         "cannot get a model from 'test_cli_files:fails': KeyError: 'width'",
     ),
     "suffix": (["export", "model", "{files}/model.state", "--out", "{tmp}/m.bin"], "named *.fmpq"),
+    "coded as a picture": (
+        ["encode", "{files}/photos/0.png", "-m", "{files}/model.fmpq", "-o", "{tmp}/b.png"],
+        "a coded image is named *.fmi; got {tmp}/b.png",
+    ),
+    "coded without a suffix": (
+        ["encode", "{files}/photos/0.png", "-m", "{files}/model.fmpq", "-o", "{tmp}/b"],
+        "a coded image is named *.fmi; got {tmp}/b",
+    ),
     "graphs in torch": (
         [
             "encode",
@@ -193,7 +217,7 @@ def test_mistakes_are_named_and_nothing_is_written(
     )
     arguments, says = MISTAKES[mistake]
     assert main([a.format(files=files, tmp=tmp_path) for a in arguments]) == 2
-    assert says in capsys.readouterr().err
+    assert says.format(tmp=tmp_path) in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a.fmi"]
 
 
@@ -260,7 +284,7 @@ def test_what_a_format_cannot_keep_is_said(
     photo, model, coded = files / "photos" / "0.png", files / "model.fmpq", tmp_path / "0.fmi"
     assert run("encode", photo, "-m", model, "-o", coded) == 0
     images = {}
-    for suffix in reading.SUFFIXES:
+    for suffix in reading.WRITTEN:
         out = tmp_path / f"a{suffix}"
         assert run("decode", coded, "-m", model, "-o", out) == 0
         assert (".png keeps what was decoded" in capsys.readouterr().err) == (suffix in (".jpg", ".jpeg"))

@@ -39,6 +39,8 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(path.read_bytes())
     (tmp_path / "notes").write_text("of the user")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.fmi").write_text("of the user")
     (tmp_path / "other.png").write_bytes((tmp_path / "photos" / "1.png").read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -71,22 +73,21 @@ def test_an_input_is_not_written_over_by_any_of_its_names(
 ) -> None:
     photo = here / "photos" / "0.png"
     (here / "link").symlink_to(photo)
-    os.link(photo, here / "second")
+    os.link(photo, here / "second.fmi")
     before = contents(here)
-    for out in ("photos/0.png", "photos/../photos/0.png", "link", "second", "model.fmpq"):
+    for out in ("link", "second.fmi", "photos/../second.fmi"):
         assert main(["encode", "photos/0.png", "-m", "model.fmpq", "-o", out]) == 2
         assert "which is an input; name another file, or pass --overwrite" in capsys.readouterr().err
         assert contents(here) == before, out
-    assert main(["encode", "photos/0.png", "-m", "model.fmpq", "-o", "second", "--overwrite"]) == 0
-    assert (here / "second").read_bytes() == (here / "0.fmi").read_bytes()
+    assert main(["encode", "photos/0.png", "-m", "model.fmpq", "-o", "second.fmi", "--overwrite"]) == 0
+    assert (here / "second.fmi").read_bytes() == (here / "0.fmi").read_bytes()
 
 
 @pytest.mark.parametrize(
     "line",
     [
         "decode 0.fmi -m model.fmpq -o other.png",
-        "encode photos/0.png -m model.fmpq -o notes",
-        "encode photos/0.png -m model.fmpq -o other.png",
+        "encode photos/0.png -m model.fmpq -o mine/notes.fmi",
         "decode . -m model.fmpq -o photos",  # where 0.png is already
         "evaluate model.fmpq photos --json model.fmpq",
         "evaluate model.fmpq photos --json photos/0.png",

@@ -229,7 +229,15 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, make: Callable[[Path], Non
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", ["webp", "png", "tiff"])
+def test_an_image_of_few_colours_is_read_and_not_written(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.gif", Image.new("RGB", (4, 3), "red"))
+    (source,) = reading.sources(tmp_path)
+    assert torch.equal(source.load(), reading.read(path))
+    with pytest.raises(ValueError, match=r"cannot write b\.gif: expected one of \.bmp"):
+        reading.check_writable("b.gif")
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
 def test_all_but_the_first_of_several_images_would_be_lost(suffix: str, tmp_path: Path) -> None:
     frames = [Image.new("RGB", (4, 3), colour) for colour in ("red", "green", "blue")]
     path = saved(tmp_path / f"a.{suffix}", frames[0], save_all=True, append_images=frames[1:])
