@@ -35,10 +35,11 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 }
 SPREAD = ("convolution", "linear", "transposed")
 """Kinds whose input has a step per channel here."""
-WIDTHS = {kind: [(8, 8) if index % 2 else (10, 16)] for index, kind in enumerate(KINDS)}
+PAIRS = ((10, 16), (8, 8), (2, 8), (9, None), (5, 8), (3, 16), (6, None))
+WIDTHS = {kind: [PAIRS[index % len(PAIRS)]] for index, kind in enumerate(KINDS)}
 WIDTHS |= {kind: [(8, 8), (10, 16)] for kind in ("convolution", "GDN")}
-"""Bits of the weight and of the input, one pair for most kinds: each layer more makes the export longer."""
-
+"""Bits of the weight and of the input, None for a float one; one pair for most kinds: each layer more makes the export
+longer."""
 
 SPREADS = [0.1 * channel for channel in range(16)]
 """Logarithms of the factors between the steps."""
@@ -46,23 +47,26 @@ SPREADS = [0.1 * channel for channel in range(16)]
 
 def away_from_ties(x: Tensor, layer: Any) -> Tensor:
     """Return ``x`` with all values at least a tenth of a step from where ``layer`` rounds its input up or down."""
+    if layer.input_quantizer is None:
+        return x
     step: Tensor = layer.input_quantizer.log_scale.detach().exp()
     if (spread := layer.weight_quantizer.log_spread) is not None:
         step = step * spread.exp().view(-1, *[1] * (-layer.channel_dim - 1))
     return x - 0.2 * (x - (x / step).round() * step)
 
 
-def in_range(layer: nn.Module, bits: int, activation_bits: int = 8, low: float = -0.7) -> Any:
-    """Return ``layer`` quantized, its input in ``low`` to 1."""
+def in_range(layer: nn.Module, bits: int, activation_bits: int | None = 8, low: float = -0.7) -> Any:
+    """Return ``layer`` quantized, its input in ``low`` to 1 if it is rounded."""
     made: Any = quantize_layer(layer, bits, activation_bits).eval()
-    made.input_quantizer.freeze(low, 1.0, False)
+    if activation_bits is not None:
+        made.input_quantizer.freeze(low, 1.0, False)
     return made
 
 
-def case(kind: str, bits: int, activation_bits: int) -> tuple[nn.Module, Tensor]:
+def case(kind: str, bits: int, activation_bits: int | None) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     layer = in_range(KINDS[kind](), bits, activation_bits)
-    if kind in SPREAD:
+    if kind in SPREAD and activation_bits is not None:
         layer.set_spread(SPREADS)
     # Beyond the range on both sides.
     return layer, away_from_ties(torch.empty(2, 16, 6, 16).uniform_(-1, 1.3), layer)
@@ -103,7 +107,7 @@ def test_every_width_in_every_kind_of_layer(kind: str, portable: dict[str, Expor
         torch.testing.assert_close(layer.found(), layer.expected, rtol=1e-4, atol=1e-4)
         unsigned = "GDN" in kind and bits == 8  # gamma is never negative
         assert layer.stored == ("uint8" if unsigned else "int8" if bits <= 8 else "int16")
-        integers = "GDN" not in kind and kind != "transposed_not_lowered" and bits <= 8
+        integers = "GDN" not in kind and kind != "transposed_not_lowered" and bits <= 8 == activation_bits
         assert layer.arithmetic.kind == ("int8" if integers else "float32")
 
 
