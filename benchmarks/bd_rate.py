@@ -9,6 +9,8 @@ command goes on where it was stopped, and several processes may share the work, 
         --calibration bsds500/val --train bsds500/train --images kodak
 """
 
+from dataclasses import replace
+
 from arguments import parser_of
 from rd_bench import add_arguments, benches
 from rd_points import Variant
@@ -34,6 +36,7 @@ def main() -> None:
         default=[None, 8, MIXED],
         help="0 is float",
     )
+    add("--activation-budget", type=float, default=Variant.activation_budget, help="of mixed activation bits")
     add("--size", choices=SIZES, default="nominal", help="what the target CR counts")
     add("--report", action="store_true", help="measure nothing, print what is there")
     args = parser.parse_args()
@@ -44,11 +47,10 @@ def main() -> None:
                 bench.measure([Variant(), Variant(steps=args.steps)])
             jobs = [(p, cr, bench) for p in args.planners for cr in args.target_cr for bench in given]
             for planner, cr, bench in reported(jobs, "plans", "plan", leave=True):
-                bench.measure(
-                    Variant(planner, cr, bits, steps, size=args.size)
-                    for bits in args.activation_bits
-                    for steps in (0, args.steps)
-                )
+                for bits in args.activation_bits:
+                    budget = args.activation_budget if bits == MIXED else Variant.activation_budget
+                    plan = Variant(planner, cr, bits, size=args.size, activation_budget=budget)
+                    bench.measure([plan, replace(plan, steps=args.steps)])
     # What is there of these steps, where there is something to compare with.
     needed = {Variant(), Variant(steps=args.steps)}
     everything = [

@@ -128,6 +128,7 @@ class Bench:
                 planner=variants[0].planner,
                 size=variants[0].size,
                 activation_bits=bits,
+                activation_budget=variants[0].activation_budget,
             )
             for bits in {variant.activation_bits for variant in variants}
         }

@@ -30,6 +30,7 @@ def _common(everything: Sequence[Points]) -> list[Variant]:
             order[v.planner],
             -v.target_cr,
             str(v.activation_bits or ""),
+            v.activation_budget,
             v.steps,
         ),
     )
