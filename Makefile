@@ -18,7 +18,9 @@ FIND_PYTHON = for python in $(or $(PYTHON),$(CANDIDATES)); do \
 demo: $(VENV)/.installed
 	$(BIN)/fmpq-fx demo --out out
 
-test: check unit
+# At the same time: the tests alone do not keep all cores busy to their end.
+test: $(VENV)/.installed
+	@$(MAKE) --no-print-directory --jobs 2 check unit
 
 check: lint types
 
@@ -34,10 +36,11 @@ types: $(VENV)/.installed
 	MYPYPATH=build/typed $(BIN)/mypy tests examples benchmarks
 
 # A process per core, up to four, with one thread of torch each: more threads would wait for each other. Where a test
-# asks for several threads all the same, one that waits leaves its core to another process. A test that ends its process
-# would do so in a new one, too.
+# asks for several threads all the same, one that waits leaves its core to another process. Each takes tests that follow
+# one another, which share what they prepare, and in the end some of another's. A test that ends its process would do so
+# in a new one, too.
 unit: $(VENV)/.installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --max-worker-restart 0 --dist worksteal
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
