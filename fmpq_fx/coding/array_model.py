@@ -105,9 +105,9 @@ def array_model(model: EntropyModel, note: Callable[[Any, bool], None]) -> Entro
 def _found_indexes(model: GaussianConditional, scales: Tensor) -> Tensor:
     """Return what ``build_indexes`` does, by one search instead of a comparison with each entry of the table.
 
-    Both count for each of ``scales`` the entries that are smaller, of all but the last.
+    Both count for each of ``scales`` the entries that are smaller, of all but the last, in whatever order these are.
     """
-    table = model.scale_table[:-1]
+    table = model.scale_table[:-1].sort().values
     if scales.dtype != table.dtype:
         of_compressai: Tensor = GaussianConditional.build_indexes(model, scales)
         return of_compressai

@@ -250,6 +250,8 @@ def _may_differ(module: nn.Module) -> bool:
     """Say whether ``module`` may do something else in training without asking for ``training`` while recorded."""
     if type(module).train is not nn.Module.train:
         return True
+    if any("training" in vars(cls) for cls in type(module).__mro__ if cls is not nn.Module):
+        return True  # it is not asked of nn.Module, then
     known = type(module).__module__.startswith(("torch.", "einops.", "compressai."))
     return kept_whole(module) and not known and quantized_class(module) is None
 

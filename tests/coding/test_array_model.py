@@ -57,6 +57,14 @@ def test_the_cdf_of_a_scale_is_the_one_that_compressai_finds(dtype: torch.dtype)
         assert torch.equal(ours.build_indexes(values), model.build_indexes(values))
 
 
+def test_the_cdf_of_a_scale_is_that_of_compressai_in_a_table_without_order() -> None:
+    """CompressAI refuses such a table where it makes a model, and takes it in update_scale_table()."""
+    model = GaussianConditional(None)
+    model.update_scale_table([8.0, 0.5, 2.0, 64.0])
+    scales = torch.tensor([0.1, 0.5, 1.0, 2.0, 5.0, 8.0, 30.0, 64.0, 99.0]).view(1, -1, 1, 1)
+    assert torch.equal(as_arrays(model).build_indexes(scales), model.build_indexes(scales))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (2, 5, 4, 3), (1, 4, 0, 2), (0, 2, 2)])
 @pytest.mark.parametrize("with_means", [True, False])

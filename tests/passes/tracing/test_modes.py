@@ -43,6 +43,15 @@ class OwnTrain(Small):
         return super().synthesis(y_hat + 1 if self.noisy else y_hat)
 
 
+class OwnDefault(Small):
+    """Says in its class what the mode is at first."""
+
+    training = True
+
+    def synthesis(self, y_hat: Tensor) -> Tensor:
+        return super().synthesis(y_hat + 1 if self.training else y_hat)
+
+
 class ByValues(Small):
     """Decides by the values of a layer, which are others in training."""
 
@@ -84,7 +93,7 @@ def test_a_forward_that_does_not_ask_for_the_mode_is_recorded_once() -> None:
         assert (gm.training_graph is not None) == (runs == 2)
 
 
-@pytest.mark.parametrize("make", [NoiseInTraining, OwnTrain, ByValues, ByCodec])
+@pytest.mark.parametrize("make", [NoiseInTraining, OwnTrain, OwnDefault, ByValues, ByCodec])
 def test_the_graph_does_in_training_what_the_model_does(make: type[Small]) -> None:
     model, x = make().eval(), torch.rand(1, 3, 32, 32)
     gm = trace(model, x)
