@@ -104,12 +104,12 @@ def values_of(prior: Any, scales: Tensor) -> Tensor:
     values = scales.detach().flatten().to("cpu", torch.float64, copy=True)
     bound = float(prior.lower_bound_scale.bound)
     # A bound at the first boundary changes no choice, and would put all scales below it there.
-    return values.clamp(min=bound) if bound > float(prior.scale_table[0]) else values
+    return values.clamp(min=bound) if bound > float(prior.scale_table.min()) else values
 
 
 def boundaries_of(prior: Any) -> Tensor:
     """Return the scales at which ``prior`` chooses another CDF, ascending, float64."""
-    boundaries: Tensor = prior.scale_table[:-1].detach().cpu().double()
+    boundaries: Tensor = prior.scale_table[:-1].detach().cpu().double().sort().values
     return boundaries
 
 

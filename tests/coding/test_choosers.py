@@ -43,3 +43,11 @@ def test_shifts_of_scales_move_none_of_them_far() -> None:
     writer = GuardWriter(2**-10, frozenset())
     writer.indexes(prior, scales)
     assert set(writer.shifts) == {1}
+
+
+def test_a_table_without_order_is_searched_as_compressai_does() -> None:
+    prior = GaussianConditional(None)
+    prior.update_scale_table([8.0, 0.5, 2.0, 64.0])
+    scales = torch.tensor([[0.1, 1.0, 5.0, 30.0, 99.0]])
+    writer = GuardWriter(2**-10, frozenset())
+    assert torch.equal(writer.indexes(prior, scales), prior.build_indexes(scales))
