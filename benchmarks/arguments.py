@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from fmpq_fx.passes.plan.widths import MIXED
+
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
     """Return a parser whose help is ``description``, line by line as it is."""
@@ -15,3 +17,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add ``--model`` and ``--checkpoint``, which load_model() takes."""
     parser.add_argument("--model", default="sample", help="'sample' or a name of CompressAI's zoo")
     parser.add_argument("--checkpoint", type=Path, help="trained weights of the model")
+
+
+def add_activation_bits(parser: argparse.ArgumentParser, default: list[int | str | None]) -> None:
+    """Add ``--activation-bits``, one or more of what prepare() takes."""
+    parser.add_argument(
+        "--activation-bits",
+        type=lambda text: text if text == MIXED else int(text) or None,
+        nargs="+",
+        default=default,
+        help="0 is float",
+    )

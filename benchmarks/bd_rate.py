@@ -11,7 +11,7 @@ command goes on where it was stopped, and several processes may share the work, 
 
 from dataclasses import replace
 
-from arguments import parser_of
+from arguments import add_activation_bits, parser_of
 from rd_bench import add_arguments, benches
 from rd_points import Variant
 from rd_table import plot_curves, print_losses, print_table
@@ -29,13 +29,7 @@ def main() -> None:
     add = parser.add_argument
     add("--planners", nargs="+", default=["adaptive", "uniform", "optimal"])
     add("--target-cr", type=float, nargs="+", default=[0.25, 0.1875, 0.15625, 0.125])
-    add(
-        "--activation-bits",
-        type=lambda text: text if text == MIXED else int(text) or None,
-        nargs="+",
-        default=[None, 8, MIXED],
-        help="0 is float",
-    )
+    add_activation_bits(parser, [None, 8, MIXED])
     add("--activation-budget", type=float, default=Variant.activation_budget, help="of mixed activation bits")
     add("--size", choices=SIZES, default="nominal", help="what the target CR counts")
     add("--report", action="store_true", help="measure nothing, print what is there")

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from arguments import parser_of
-from inference import processor
+from machine import processor
 from sides import Float, Ours, Pillow, Pixels, Side, pillow_sides, pixels_of
 from tabulate import tabulate
 from torch import nn

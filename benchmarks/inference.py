@@ -13,7 +13,6 @@ import copy
 import json
 import multiprocessing
 import pickle
-import platform
 import statistics
 import tempfile
 import time
@@ -25,8 +24,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from arguments import parser_of
+from arguments import add_activation_bits, parser_of
 from compressai.models import MeanScaleHyperprior, ScaleHyperprior
+from machine import processor
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
@@ -200,12 +200,7 @@ def main() -> None:
     add("--crops", type=int, default=12)
     add("--target-cr", type=float, default=0.25)
     add("--planner", choices=PLANNERS, default="uniform")
-    add(
-        "--activation-bits",
-        type=lambda text: text if text == MIXED else int(text),
-        nargs="+",
-        default=[8, MIXED],
-    )
+    add_activation_bits(parser, [8, MIXED])
     add("--lmbda", type=float, default=0.013)
     add("--threads", type=int, nargs="+", default=[1, 2])
     add("--repeats", type=int, default=7)
@@ -230,14 +225,6 @@ def main() -> None:
     write_text(args.out / "inference.json", json.dumps(content, indent=1) + "\n")
 
 
-def processor() -> str:
-    """Return the name of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _trained(name: str, checkpoint: Path | None) -> nn.Module:
     torch.manual_seed(0)
     if checkpoint is None:
@@ -255,14 +242,14 @@ def _trained(name: str, checkpoint: Path | None) -> nn.Module:
 def measure(name: str, model: Any, batches: list[Tensor], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row per variant: RD loss, memory in MB, and seconds of each job."""
     graphs = {}
-    for activation_bits in args.activation_bits:
+    for bits in args.activation_bits:
         gm = prepare(
             model,
             args.target_cr,
             calibration=args.calibration,
             lmbda=args.lmbda,
             planner=args.planner,
-            activation_bits=activation_bits,
+            activation_bits=bits,
         )
         graphs[short_bits(plan_of(gm))] = gm
     print(f"{name}: {args.planner}, {', '.join(graphs)}", flush=True)

@@ -21,9 +21,7 @@ class Variant:
     steps: int = 0  # of fine-tuning
     loss: str = "rd"  # that it lowered
     size: str = "nominal"  # what target_cr counts, or "coded"
-    activation_budget: float = (
-        0.1  # of products that inputs of 16 bits may take, if activation_bits is "mixed"
-    )
+    activation_budget: float = 0.1  # of products that inputs of 16 bits may take, where they are mixed
 
 
 @dataclass(frozen=True)
