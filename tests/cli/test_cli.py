@@ -1,8 +1,6 @@
 """The command line as a user types it: what it prints, what it writes, and what it says of mistakes."""
 
-import runpy
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -199,22 +197,6 @@ def test_an_interruption_leaves_nothing_behind(
     assert prepare("--target-cr", 0.25, "--plan-out", tmp_path / "plan.json") == 130
     assert "interrupted" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_python_m_is_the_same_program(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["fmpq_fx", "prepare", "--help"])
-    with pytest.raises(SystemExit, match=r"^0$"):
-        runpy.run_module("fmpq_fx", run_name="__main__")
-    assert "--target-cr" in capsys.readouterr().out
-
-
-def test_versions_are_told_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match=r"^0$"):
-        main(["--version"])
-    names = ("fmpq-fx", "torch", "compressai")
-    assert capsys.readouterr().out == ", ".join(f"{name} {version(name)}" for name in names) + "\n"
 
 
 TRAIN = ("--steps", 6, "--crop", 64, "--validate-every", 2, "--workers", 0, "--lr", "1e-3")

@@ -142,70 +142,71 @@ def test_a_private_class_is_named_on_the_command_line(files: Path, tmp_path: Pat
 
 MISTAKES = {
     "the wrong model": (
-        ["decode", "{tmp}/a.fmi", "-m", "{files}/other.fmpq", "-o", "{tmp}/a.png"],
+        "decode {tmp}/a.fmi -m {files}/other.fmpq -o {tmp}/a.png",
         "another model",
     ),
     "no such source": (
-        ["encode", "{tmp}/none", "-m", "{files}/model.fmpq", "-o", "{tmp}/b.fmi"],
+        "encode {tmp}/none -m {files}/model.fmpq -o {tmp}/b.fmi",
         "no file and no",
     ),
-    "no images": (["encode", "{tmp}", "-m", "{files}/model.fmpq", "-o", "{tmp}/b"], "no images in"),
-    "nothing coded": (["decode", "{files}", "-m", "{files}/model.fmpq", "-o", "{tmp}/b"], "no .fmi files in"),
-    "no such folder": (["encode", "{files}/photos/0.png", "-m", "m", "-o", "{tmp}/no/b.fmi"], "no folder"),
-    "unknown format": (["decode", "{tmp}/a.fmi", "-m", "m", "-o", "{tmp}/a.xyz"], "expected one of .bmp"),
+    "no images": (
+        "encode {tmp} -m {files}/model.fmpq -o {tmp}/b",
+        "no images in",
+    ),
+    "nothing coded": (
+        "decode {files} -m {files}/model.fmpq -o {tmp}/b",
+        "no .fmi files in",
+    ),
+    "no such folder": (
+        "encode {files}/photos/0.png -m m -o {tmp}/no/b.fmi",
+        "no folder",
+    ),
+    "unknown format": (
+        "decode {tmp}/a.fmi -m m -o {tmp}/a.xyz",
+        "expected one of .bmp",
+    ),
     "no such model": (
-        ["decode", "{tmp}/a.fmi", "-m", "{tmp}/m.fmpq", "-o", "{tmp}/a.png"],
+        "decode {tmp}/a.fmi -m {tmp}/m.fmpq -o {tmp}/a.png",
         "there is no model file",
     ),
     "not an image": (
-        ["decode", "{files}/photos/0.png", "-m", "{files}/model.fmpq", "-o", "{tmp}/a.png"],
+        "decode {files}/photos/0.png -m {files}/model.fmpq -o {tmp}/a.png",
         "no .fmi",
     ),
     "private class": (
-        ["decode", "{tmp}/a.fmi", "-m", "{files}/private.fmpq", "-o", "{tmp}/a.png"],
+        "decode {tmp}/a.fmi -m {files}/private.fmpq -o {tmp}/a.png",
         "--class",
     ),
     "malformed class": (
-        ["decode", "{tmp}/a.fmi", "-m", "{files}/private.fmpq", "--class", "Private", "-o", "{tmp}/a.png"],
+        "decode {tmp}/a.fmi -m {files}/private.fmpq --class Private -o {tmp}/a.png",
         "expected package.module:callable",
     ),
     "failing class": (
-        [
-            "decode",
-            "{tmp}/a.fmi",
-            "-m",
-            "{files}/private.fmpq",
-            "--class",
-            "test_cli_files:fails",
-            "-o",
-            "{tmp}/b.png",
-        ],
+        "decode {tmp}/a.fmi -m {files}/private.fmpq --class test_cli_files:fails -o {tmp}/b.png",
         "cannot get a model from 'test_cli_files:fails': KeyError: 'width'",
     ),
-    "suffix": (["export", "model", "{files}/model.state", "--out", "{tmp}/m.bin"], "named *.fmpq"),
+    "suffix": (
+        "export model {files}/model.state --out {tmp}/m.bin",
+        "named *.fmpq",
+    ),
     "coded as a picture": (
-        ["encode", "{files}/photos/0.png", "-m", "{files}/model.fmpq", "-o", "{tmp}/b.png"],
+        "encode {files}/photos/0.png -m {files}/model.fmpq -o {tmp}/b.png",
         "a coded image is named *.fmi; got {tmp}/b.png",
     ),
     "coded without a suffix": (
-        ["encode", "{files}/photos/0.png", "-m", "{files}/model.fmpq", "-o", "{tmp}/b"],
+        "encode {files}/photos/0.png -m {files}/model.fmpq -o {tmp}/b",
         "a coded image is named *.fmi; got {tmp}/b",
     ),
     "graphs in torch": (
-        [
-            "encode",
-            "{files}/photos/0.png",
-            "-m",
-            "{files}/model.fmpq",
-            "-o",
-            "{tmp}/b.fmi",
-            "--graphs",
-            "{tmp}/onnx",
-        ],
+        "encode {files}/photos/0.png -m {files}/model.fmpq -o {tmp}/b.fmi --graphs {tmp}/onnx",
         "--graphs would change nothing: --backend torch runs no exported graphs",
     ),
-    "inspect a state": (["inspect", "{files}/model.state"], "no model file"),
+    "inspect a state": (
+        "inspect {files}/model.state",
+        "no model file",
+    ),
 }
+"""What is typed, and what is said of it."""
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -215,8 +216,8 @@ def test_mistakes_are_named_and_nothing_is_written(
     assert (
         run("encode", files / "photos" / "0.png", "-m", files / "model.fmpq", "-o", tmp_path / "a.fmi") == 0
     )
-    arguments, says = MISTAKES[mistake]
-    assert main([a.format(files=files, tmp=tmp_path) for a in arguments]) == 2
+    line, says = MISTAKES[mistake]
+    assert main([word.format(files=files, tmp=tmp_path) for word in line.split()]) == 2
     assert says.format(tmp=tmp_path) in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a.fmi"]
 
