@@ -11,7 +11,7 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import KEY, annotate_sites, graph_note, note_of
 from fmpq_fx.passes.plan.tables import Plan
 from fmpq_fx.passes.sites import find_sites
-from fmpq_fx.passes.swap import replace_module
+from fmpq_fx.passes.swap import replace_modules
 from fmpq_fx.passes.tracing.module import TracedModule
 from fmpq_fx.quant import QuantizedLayer, quantize_layer, quantized_layers
 
@@ -45,9 +45,8 @@ def quantize(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         FmpqError: the plan is of another model.
     """
     _check_same_sites(gm, plan)
-    for site, bits in plan.bits.items():
-        if bits is not None:
-            quantize_site(gm, plan, site, bits)
+    for layer in quantize_sites(gm, plan).values():
+        layer.set_clip(layer.weight_quantizer.clip)
     annotate_sites(gm, bits=plan.bits)
     training_graph = gm.training_graph if isinstance(gm, TracedModule) else None
     result = QuantizedGraphModule(gm, gm.graph, training_graph, type(gm).__name__)
@@ -60,17 +59,28 @@ def quantize(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     return result
 
 
-def quantize_site(model: nn.Module, plan: Plan, site: str, bits: int) -> QuantizedLayer:
-    """Replace one site of ``model``, a graph or a model of any class, by its quantized layer and return that."""
-    layer = model.get_submodule(site)
+def quantize_sites(model: nn.Module, plan: Plan) -> dict[str, QuantizedLayer]:
+    """Replace the sites of ``model``, a graph or a model of any class, by quantized layers and return those, by site.
+
+    The steps of their weights are 1: they are still to be fitted or loaded.
+    """
+    layers, new = {}, {}
+    for site, bits in plan.bits.items():
+        if bits is not None:
+            layer = model.get_submodule(site)
+            layers[site] = new[layer] = _quantized(layer, plan, site, bits)
+    replace_modules(model, new)
+    return layers
+
+
+def _quantized(layer: nn.Module, plan: Plan, site: str, bits: int) -> QuantizedLayer:
     clip = plan.clips.get(site, 1.0)
-    quantized = quantize_layer(layer, bits, plan.activation_bits[site], clip=clip).train(layer.training)
+    quantized = quantize_layer(layer, bits, plan.activation_bits[site], clip=clip, fitted=False)
     if quantized.input_quantizer is not None and site in plan.inputs:
         grid = plan.inputs[site]
-        quantized.set_spread(grid.log_spread)
+        quantized.set_spread(grid.log_spread, fitted=False)
         quantized.input_quantizer.freeze(grid.low, grid.high, grid.whole)
-    replace_module(model, layer, quantized)
-    return quantized
+    return quantized.train(layer.training)
 
 
 def _check_same_sites(gm: fx.GraphModule, plan: Plan) -> None:

@@ -2,37 +2,44 @@
 
 import operator
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 
-def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` is registered below ``root``, under however many names."""
-    for parent, name in _places(root, old):
-        if parent is not new:
-            parent._modules[name] = new
+def replace_modules(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put what ``new`` has for a module wherever that is registered below ``root``, under however many names.
+
+    What takes the place of a module may have that inside.
+    """
+    for parent, name, old in _places(root, new):
+        parent._modules[name] = new[old]
 
 
-def _places(root: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return which modules below ``root`` have ``module``, and under which names."""
-    parents = root.modules()
-    return [(parent, name) for parent in parents for name, m in parent._modules.items() if m is module]
+def _places(root: nn.Module, modules: Container[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Return which modules below ``root`` have any of ``modules``, under which names."""
+    parents = root.modules()  # one walk for all: it takes as long as some layers
+    return [
+        (parent, name, m)
+        for parent in parents
+        for name, m in parent._modules.items()
+        if m is not None and m in modules
+    ]
 
 
 @contextmanager
 def substituted(root: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
     """Within the block, ``module`` stands in ``root`` for the one that ``name`` names."""
     old = root.get_submodule(name)
-    places = _places(root, old)  # once: a walk through hundreds of modules takes as long as some layers
-    for parent, own_name in places:
+    places = _places(root, {old})
+    for parent, own_name, _ in places:
         parent._modules[own_name] = module
     try:
         yield
     finally:
-        for parent, own_name in places:
+        for parent, own_name, _ in places:
             parent._modules[own_name] = old
 
 

@@ -15,7 +15,7 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import graph_note, plan_of
 from fmpq_fx.passes.lower.entropy_path import EntropyPath, entropy_path
 from fmpq_fx.passes.lower.integerize import integerize
-from fmpq_fx.passes.swap import replace_module
+from fmpq_fx.passes.swap import replace_modules
 from fmpq_fx.quant import quantized_layers
 from fmpq_fx.storage import fingerprint
 from fmpq_fx.storage.files import replacing
@@ -67,8 +67,9 @@ def quantized_model(gm: fx.GraphModule) -> nn.Module:
     plan_of(gm)
     twin = copy.deepcopy(gm).eval()
     model: nn.Module = graph_note(twin).model.eval()
-    for site, layer in quantized_layers(twin).items():
-        replace_module(model, model.get_submodule(site), layer)
+    replace_modules(
+        model, {model.get_submodule(site): layer for site, layer in quantized_layers(twin).items()}
+    )
     # Tables of a file are kept: here, their float arithmetic might come out otherwise than where it was written.
     if graph_note(gm).tables_of != fingerprint.of_entropy_models(model):
         update_tables(model)
@@ -123,8 +124,9 @@ def export_checkpoint(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: there is no such folder.
     """
     model = quantized_model(gm)
-    for layer in quantized_layers(model).values():
+    layers = quantized_layers(model).values()
+    for layer in layers:
         layer.set_integers(layer.integers)  # its float weight is what it multiplied with from now on
-        replace_module(model, layer, layer.layer)
+    replace_modules(model, {layer: layer.layer for layer in layers})
     with replacing(path) as file:
         torch.save({"state_dict": model.state_dict()}, file)

@@ -131,4 +131,7 @@ def _multiplier(factor: Fraction, bits: int, least: int, most: int) -> tuple[int
     shift = min(bits - exponent, most)
     if shift < least:
         raise FmpqError(f"it multiplies by {float(factor):.3g}, which is beyond fixed-point numbers")
-    return round(factor * 2**shift), shift
+    # round(factor * 2**shift), without the gcd that a product of fractions takes.
+    multiplier, rest = divmod(factor.numerator << shift, factor.denominator)
+    half = 2 * rest - factor.denominator
+    return multiplier + (half > 0 or (half == 0 and multiplier % 2)), shift

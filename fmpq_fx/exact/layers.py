@@ -59,10 +59,11 @@ class ExactLayer(CalledAlike, IntegerModule):
             raise FmpqError(f"a {type(quantized.layer).__name__} has no exact form")
         self.product, self.kind = product, type(quantized.layer).__name__
         if isinstance(layer, QuantizedLayer):
-            integers, steps = layer.integers.long(), exp(layer.weight_quantizer.log_scale)
+            integers, steps = layer.integers, exp(layer.weight_quantizer.log_scale)
         else:
             integers, steps = _integers_of_float(quantized.by_output(quantized.float_weight().detach()))
-        largest_sum = max(1, int(integers.abs().sum((1, 2)).max()))
+        magnitudes = integers.abs()
+        largest_sum = max(1, int(magnitudes.sum((1, 2)).max()))
 
         quantizer = quantized.input_quantizer if isinstance(layer, QuantizedLayer) else None
         self.input_rescaling: Rescaling | None = None
@@ -73,22 +74,24 @@ class ExactLayer(CalledAlike, IntegerModule):
             low, high = _range(quantizer)
             spread = quantized.weight_quantizer.log_spread
             factors = [Fraction(1)] if spread is None else exp(spread)
+            units = 1 / (step * 2**FRACTION_BITS)
             self.input_rescaling = Rescaling(
-                [1 / (step * factor * 2**FRACTION_BITS) for factor in factors], trailing=product.trailing
+                [units / factor for factor in factors], trailing=product.trailing
             )
         limit = (WIDEST - 1) // largest_sum
         low, high = max(low, -limit), min(high, limit)
         self.register_buffer("input_range", torch.tensor([low, high], dtype=torch.float64))
         self.bound = largest_sum * max(-low, high)
-        operands = max(-low, high, int(integers.abs().max()))
+        operands = max(-low, high, int(magnitudes.max()))
         narrow = self.bound < _FLOAT32_SUMS and operands <= _FLOAT32_OPERANDS
         self.arithmetic = torch.float32 if narrow else torch.float64
         self.register_buffer("matrix", product.matrix(integers).to(self.arithmetic))
 
         bias = quantized.bias
         numbers = [0.0] * len(steps) if bias is None else bias.detach().flatten().tolist()
+        unit = step * 2**FRACTION_BITS
         self.rescaling = Rescaling(
-            [step * weight_step * 2**FRACTION_BITS for weight_step in steps],
+            [unit * weight_step for weight_step in steps],
             [Fraction(number) * 2**FRACTION_BITS for number in numbers],
             bound=self.bound,
             trailing=self.product.trailing,

@@ -34,8 +34,8 @@ from fmpq_fx.passes.annotation import annotate_graph, graph_note, plan_of
 from fmpq_fx.passes.lower.entropy_path import EntropyPath, entropy_path
 from fmpq_fx.passes.plan.tables import Plan
 from fmpq_fx.passes.plan.widths import WIDTHS
-from fmpq_fx.passes.rewrite import quantize_site
-from fmpq_fx.passes.swap import replace_module
+from fmpq_fx.passes.rewrite import quantize_sites
+from fmpq_fx.passes.swap import replace_modules
 from fmpq_fx.pipeline import rewrite
 from fmpq_fx.quant import QUANTIZERS, QuantizedLayer, quantized_layers
 from fmpq_fx.storage import container, fingerprint, tensor_packing, weight_coder
@@ -61,8 +61,7 @@ def save(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     layers = _checked_layers(model, plan)
     integers = {site: layer.integers for site, layer in layers.items()}
     quantizers = _quantizer_states(layers)
-    for layer in layers.values():
-        replace_module(model, layer, layer.layer)
+    replace_modules(model, {layer: layer.layer for layer in layers.values()})
     quantized = {id(layer.layer.get_parameter(layer.weight_name)) for layer in layers.values()}
     state = model.state_dict(keep_vars=True)
     weights = {name: value for name, value in state.items() if id(value) in quantized}
@@ -107,8 +106,7 @@ def load(path: str | os.PathLike[str], *, model: Model | None = None) -> fx.Grap
     with blaming(path):
         codec, words = _codec(held, own)
         layers = quantized_layers(codec)
-        for layer in layers.values():
-            replace_module(codec, layer, layer.layer)
+        replace_modules(codec, {layer: layer.layer for layer in layers.values()})
         gm = rewrite(codec, plan_in(words))
         for site, layer in layers.items():
             gm.get_submodule(site).load_state_dict(layer.state_dict())
@@ -218,14 +216,11 @@ def _codec(held: container.Container, own: nn.Module | None) -> tuple[nn.Module,
     codec = made(identity, state, own).eval()
 
     quantizers = tensor_packing.unpacked(held.data["quantizers"], words["quantizers"])
-    for site, bits in plan.bits.items():
-        if bits is None:
-            continue
-        layer = quantize_site(codec, plan, site, bits)
+    for site, layer in quantize_sites(codec, plan).items():
         for name, value in layer.state_dict().items():
             if name.startswith(QUANTIZERS):
                 value.copy_(quantizers[f"{site}.{name}"])
-        shape = tuple(layer.integers.shape)
+        shape = layer.layout
         if list(shape) != words["layouts"][site]:
             raise FmpqError(
                 f"the weights of {site!r} are {words['layouts'][site]}, those of the model {shape}"
@@ -240,12 +235,15 @@ def plan_in(words: dict[str, Any]) -> Plan:
     """Return the plan among the words of a file.
 
     Raises:
-        FmpqError: it is none, or has impossible bits.
+        FmpqError: it is none, or has impossible bits or clips.
     """
     plan = Plan.from_json(json.dumps(words["plan"]))
     for site, bits in (*plan.bits.items(), *plan.activation_bits.items()):
         if bits is not None and (type(bits) is not int or bits not in WIDTHS):
             raise FmpqError(f"{site!r} has {bits!r} bits")
+    for site, clip in plan.clips.items():
+        if not 0 < clip <= 1:
+            raise FmpqError(f"{site!r} is clipped at {clip!r} of its range")
     if not plan.calibrated:
         raise FmpqError("its plan has no activation ranges")
     return plan

@@ -35,13 +35,27 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-class _Mixing(TorchFunctionMode):
-    """Within the block, tensors without values may meet those that a constructor makes from a list of numbers."""
+class _Valueless(TorchFunctionMode):
+    """Within the block, what a constructor does to tensors without values is left out as far as only values change.
+
+    Others may meet those that it makes from a list of numbers.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.eye and len(args) == 1:
+            func, args = torch.empty, args * 2
+        first, *others = args or (kwargs.get("tensor"),)
+        alone = all(not isinstance(value, Tensor) or value.numel() == 1 for value in others)
+        if func in _ELEMENTWISE and isinstance(first, Tensor) and first.is_meta and alone:
+            return first
         if any(isinstance(value, Tensor) and value.is_meta for value in args):
             args = [value.to("meta") if isinstance(value, Tensor) else value for value in args]
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
+
+
+# Of what constructors call, these take the most time where there are no values.
+_ELEMENTWISE = {nn.init.kaiming_uniform_, nn.init.uniform_, Tensor.add, Tensor.mul, torch.max, torch.sqrt}
 
 
 def _blank(name: str, state: dict[str, Tensor]) -> nn.Module | None:
@@ -50,7 +64,7 @@ def _blank(name: str, state: dict[str, Tensor]) -> nn.Module | None:
     It takes no memory, whatever the shapes. It is None where the zoo cannot make such a model.
     """
     try:
-        with torch.device("meta"), torch.no_grad(), _Mixing():
+        with torch.device("meta"), torch.no_grad(), _Valueless():
             model = sized(name, {key: value.to("meta") for key, value in state.items()})
     except (RuntimeError, KeyError, IndexError):  # ELIC's class asks for values, which there are none of
         return None

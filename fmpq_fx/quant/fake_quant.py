@@ -44,6 +44,7 @@ class WeightFakeQuant(_Quantizer):
         signed: False for tensors that are never negative (GDN's gamma).
         clip: part of each channel's largest magnitude that is kept; 1 is min-max, less clips outliers.
         leak: slope of the gradient outside the range.
+        fitted: False leaves the steps at 1, for others that are to be loaded.
     """
 
     log_scale: nn.Parameter
@@ -59,6 +60,7 @@ class WeightFakeQuant(_Quantizer):
         signed: bool = True,
         clip: float = 1.0,
         leak: float = LEAK,
+        fitted: bool = True,
     ):
         super().__init__()
         self.bits = bits
@@ -66,12 +68,14 @@ class WeightFakeQuant(_Quantizer):
         self.leak, self.dims, self.clip = leak, dims, clip
         self.register_parameter("log_spread", None)
         self.spread_shape: tuple[int, ...] = ()  # in which the spread broadcasts against the weight
-        scale = self._fitted(weight)
-        self.log_scale = nn.Parameter(scale.log().flatten())
-        self.broadcast = scale.shape
+        self.broadcast = tuple(1 if dim in dims else size for dim, size in enumerate(weight.shape))
+        steps, dtype = math.prod(self.broadcast), torch.promote_types(weight.dtype, torch.float32)
+        self.log_scale = nn.Parameter(weight.new_zeros(steps, dtype=dtype))
         # LSQ's gradient scale, per channel: the elements that share a step are those of one channel.
-        self.grad_scale = 1 / math.sqrt(weight.numel() / scale.numel() * self.high)
-        self.register_buffer("zero_point", scale.new_zeros(1), persistent=False)
+        self.grad_scale = 1 / math.sqrt(weight.numel() / steps * self.high)
+        self.register_buffer("zero_point", weight.new_zeros(1, dtype=dtype), persistent=False)
+        if fitted:
+            self.fit(weight, clip)
 
     @torch.no_grad()
     def fit(self, weight: Tensor, clip: float = 1.0) -> None:
@@ -79,14 +83,12 @@ class WeightFakeQuant(_Quantizer):
         self.clip = clip
         self.log_scale.copy_(self._fitted(weight).log().flatten())
 
-    @torch.no_grad()
-    def fold(self, weight: Tensor, log_spread: Tensor | None, shape: tuple[int, ...]) -> None:
-        """Fold the spread of the input in, (input channels,), or take it out (None), and fit the steps to ``weight``.
+    def fold(self, log_spread: Tensor | None, shape: tuple[int, ...]) -> None:
+        """Fold the spread of the input in, (input channels,), or take it out (None); steps are to be fitted anew.
 
         In ``shape`` it broadcasts against the weight.
         """
         self.log_spread, self.spread_shape = None if log_spread is None else nn.Parameter(log_spread), shape
-        self.fit(weight, self.clip)
 
     def _fitted(self, weight: Tensor) -> Tensor:
         weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

@@ -30,6 +30,7 @@ class QuantizedLayer(CalledAlike):
         activation_bits: of the input, at least 2, or None to keep it float.
         clip: see :class:`WeightFakeQuant`.
         leak: slope of gradients outside the ranges of weights and input.
+        fitted: see :class:`WeightFakeQuant`.
     """
 
     signed = True
@@ -48,13 +49,14 @@ class QuantizedLayer(CalledAlike):
         *,
         clip: float = 1.0,
         leak: float = LEAK,
+        fitted: bool = True,
     ):
         super().__init__(layer)
         self.layer = layer
         self.kept_weight: Tensor | None = None  # see weights_kept
         weight = self.float_weight().detach()
         self.weight_quantizer = WeightFakeQuant(
-            weight, bits, self.shared_dims(weight), signed=self.signed, clip=clip, leak=leak
+            weight, bits, self.shared_dims(weight), signed=self.signed, clip=clip, leak=leak, fitted=fitted
         )
         self.input_quantizer = (
             None
@@ -102,6 +104,11 @@ class QuantizedLayer(CalledAlike):
         """The integers that stand for the weight, int32, (out, in, places): a place in the kernel is one number."""
         return self.by_output(self.weight_quantizer.integers(self.float_weight()))
 
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """The shape of :attr:`integers`."""
+        return tuple(self.by_output(torch.empty(self.float_weight().shape, device="meta")).shape)
+
     def by_output(self, values: Tensor) -> Tensor:
         """Return ``values``, of the shape of :meth:`float_weight`, as (out, in, places)."""
         return values.flatten(2) if values.ndim > 2 else values.unsqueeze(2)
@@ -126,18 +133,16 @@ class QuantizedLayer(CalledAlike):
         """
         return self.spread_over if getattr(self.layer, "groups", 1) == 1 else None
 
-    def set_spread(self, log_spread: Sequence[float]) -> None:
+    def set_spread(self, log_spread: Sequence[float], *, fitted: bool = True) -> None:
         """Let the steps of the input differ by channel, by factors of these logarithms; without any they are the same.
 
-        The steps of the weights are fitted anew. The layer must have a :meth:`spread_shape`.
+        The steps of the weights are ``fitted`` anew. The layer must have a :meth:`spread_shape`.
         """
-        weight = self.float_weight()
-        values = (
-            weight.new_tensor(log_spread, dtype=self.weight_quantizer.log_scale.dtype) if log_spread else None
-        )
-        self.weight_quantizer.fold(weight, values, self.spread_shape() or ())
-        if self.kept_weight is not None:
-            self.kept_weight = self.dequantized_weight()
+        quantizer = self.weight_quantizer
+        values = quantizer.log_scale.detach().new_tensor(log_spread) if log_spread else None
+        quantizer.fold(values, self.spread_shape() or ())
+        if fitted:
+            self.set_clip(quantizer.clip)
 
     def set_weight(self, weight: Tensor) -> None:
         """Make ``weight``, of the shape of :attr:`weight`, the float layer's."""

@@ -44,9 +44,17 @@ def quantized_class(layer: nn.Module) -> type[QuantizedLayer] | None:
 
 
 def quantize_layer(
-    layer: nn.Module, bits: int, activation_bits: int | None = None, *, clip: float = 1.0, leak: float = LEAK
+    layer: nn.Module,
+    bits: int,
+    activation_bits: int | None = None,
+    *,
+    clip: float = 1.0,
+    leak: float = LEAK,
+    fitted: bool = True,
 ) -> QuantizedLayer:
     """Return ``layer`` with its weights quantized to ``bits`` and its input to ``activation_bits``.
+
+    The arguments are those of :class:`QuantizedLayer`.
 
     Raises:
         TypeError: there is no quantized form of such a layer.
@@ -56,7 +64,7 @@ def quantize_layer(
         raise TypeError(
             f"a {type(layer).__name__} cannot be quantized; {', '.join(cls.__name__ for cls in _REGISTRY)} can"
         )
-    return quantized(layer, bits, activation_bits, clip=clip, leak=leak)
+    return quantized(layer, bits, activation_bits, clip=clip, leak=leak, fitted=fitted)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

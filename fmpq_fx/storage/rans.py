@@ -88,11 +88,8 @@ class StringReader:
 
     def read(self, runs: Sequence[tuple[int, Distribution]]) -> Symbols:
         """Return the next symbols, in runs of these lengths and distributions."""
-        symbols, position = np.empty(sum(count for count, _ in runs), np.int32), 0
-        for count, model in runs:
-            symbols[position : position + count] = self._coder.decode(model, count)
-            position += count
-        return symbols
+        parts = [self._coder.decode(model, count) for count, model in runs]
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def end(self) -> None:
         """Check that the string ends here.

@@ -95,9 +95,9 @@ def decode(data: bytes, shape: tuple[int, ...], low: int, high: int) -> NDArray[
     weights = runs.unsorted(symbols, shape)
     if raw:
         weights = (weights << raw) + _unpacked(lowest, shape, raw)
+        if weights.max() > high - low:
+            raise FmpqError(f"a weight of {weights.max() + low}, above {high}")
     weights += low
-    if weights.max() > high:
-        raise FmpqError(f"a weight of {weights.max()}, above {high}")
     return weights
 
 

@@ -10,7 +10,7 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.exact import ExactLayer, ExactLeakyReLU
 from fmpq_fx.exact.fixed_point import MOST, from_integers, to_integers
 from fmpq_fx.passes.lower.entropy_path import EntropyPath
-from fmpq_fx.passes.swap import replace_module
+from fmpq_fx.passes.swap import replace_modules
 
 _MOST_NAMED = 8  # obstacles in an error: where a block is repeated, so is what stands in it
 
@@ -33,17 +33,16 @@ def integerize(model: nn.Module, path: EntropyPath) -> nn.Module:
         rest = f"; and {more} more" if more > 0 else ""
         raise FmpqError("; ".join(path.obstacles[:_MOST_NAMED]) + rest)
     device = next(model.parameters()).device
-    exact: dict[int, tuple[nn.Module, nn.Module]] = {}  # by the module replaced: it may have several names
+    exact: dict[nn.Module, nn.Module] = {}  # by the module replaced: it may have several names
     layer = functools.partial(ExactLayer, most=MOST // path.terms)
     for names, make in ((path.layers, layer), (path.activations, ExactLeakyReLU)):
         for name in names:
             old = model.get_submodule(name)
             try:
-                exact[id(old)] = old, make(old).to(device)  # type: ignore[arg-type]
+                exact[old] = make(old).to(device)  # type: ignore[arg-type]
             except FmpqError as error:
                 raise FmpqError(f"{name!r} has no exact form: {error}") from error
-    for old, new in exact.values():
-        replace_module(model, old, new)
+    replace_modules(model, exact)
     # Medians as well, so that a symbol plus its median is a fixed-point number in every type.
     medians = [attrgetter(f"{name}.quantiles")(model)[:, :, 1] for name in path.priors]
     for values in (*medians, *(attrgetter(name)(model) for name in path.constants)):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmpq_fx.passes.swap import with_replaced
+from fmpq_fx.passes.swap import replace_modules, with_replaced
 
 
 class Keeps(nn.Module):
@@ -17,6 +17,16 @@ class Keeps(nn.Module):
         self.conv, self.act = nn.Conv2d(1, 1, 1), nn.ReLU()
         self.named, self.listed = OrderedDict(conv=self.conv), [self.act, (self.conv,)]
         self.back = [self]
+
+
+def test_several_modules_are_replaced_under_all_their_names_by_what_has_them_inside() -> None:
+    conv, act = nn.Conv2d(1, 1, 1), nn.ReLU()
+    model = nn.Sequential(conv, nn.Sequential(act, conv))
+    new_conv, new_act = nn.Sequential(conv), nn.Sequential(act, conv)
+    replace_modules(model, {conv: new_conv, act: new_act})
+    inner: Any = model[1]
+    assert [model[0], *inner] == [new_conv, new_act, new_conv]
+    assert [*new_conv, *new_act] == [conv, act, conv]
 
 
 def test_the_new_module_stands_everywhere_and_the_old_model_is_as_it_was() -> None:

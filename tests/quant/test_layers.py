@@ -86,6 +86,23 @@ def test_what_the_weights_multiply_is_quantized(make: Callable[[], nn.Module], r
 
 
 @each_layer
+def test_steps_that_are_not_fitted_yet_are_as_if_fitted_once_they_are(
+    make: Callable[[], nn.Module], rule: Rule
+) -> None:
+    del rule
+    fitted, later = (quantize_layer(made(make), 5, 6, clip=0.8, fitted=whether) for whether in (True, False))
+    assert not later.weight_quantizer.log_scale.any()
+    if fitted.spread_shape() is not None:
+        channels = fitted.layer.in_channels if hasattr(fitted.layer, "in_channels") else 8
+        fitted.set_spread(spread := [0.1 * n for n in range(int(channels))])
+        later.set_spread(spread, fitted=False)
+        assert not later.weight_quantizer.log_scale.any()
+    later.set_clip(later.weight_quantizer.clip)
+    assert torch.equal(later.weight, fitted.weight)
+    assert later.layout == tuple(later.integers.shape)
+
+
+@each_layer
 def test_steps_per_input_channel_are_folded_into_the_weight(
     make: Callable[[], nn.Module], rule: Rule
 ) -> None:

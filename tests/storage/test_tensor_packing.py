@@ -209,7 +209,7 @@ FORGERIES: dict[str, list[Any]] = {
     "words plan bits g_a.0": [17, 10**9, 1, 0, -4, 4.0, "4", [4], True, ...],
     "words plan activation_bits": [17, 99, 1, -8, 8.0, "8", [8], True, {}, ...],
     "words plan activation_bits g_a.0": [17, 1, -8, 8.0, "8", [8], True, ...],
-    "words plan clips g_a.0": ["x", [1]],
+    "words plan clips g_a.0": ["x", [1], 0, 1.5, -0.5, float("nan")],
     "words plan inputs g_a.0": [[0], ["a", "b"], 5, {}, {"low": 0.0, "high": 1.0, "whole": False, "spread": [1]}, ...],
     "words plan": [None, {}, []],
     "words": [None, [], {}, "words", b"", container.packed(b"["), container.packed(b"[" * 100_000), ...],
