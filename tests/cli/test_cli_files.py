@@ -17,6 +17,7 @@ from conftest import small_model
 from fmpq_fx.cli.main import main
 from fmpq_fx.formats.state import save_state
 from fmpq_fx.images import reading
+from support.coded_models import graph_of
 
 
 class Private(nn.Module):
@@ -49,21 +50,21 @@ def run(*arguments: object) -> int:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a state, its model file, another model, and two photographs of different sizes."""
+    """Return a folder with a state, its model file, other models, two photographs of different sizes, and one coded."""
     folder = tmp_path_factory.mktemp("files")
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for name, bits in (("model", 8), ("other", 6)):
-        gm = fmpq_fx.prepare(
-            small_model("mbt2018-mean"), bits / 32, calibration=x, bits=[bits], planner="uniform"
-        )
+        gm = graph_of(small_model("mbt2018-mean"), x, bits=bits)
         fmpq_fx.save(gm, folder / f"{name}.fmpq")
         save_state(gm, folder / f"{name}.state", model="mbt2018-mean")
-    gm = fmpq_fx.prepare(Private(), 0.25, calibration=x, bits=[8], planner="uniform")
-    fmpq_fx.save(gm, folder / "private.fmpq")
+    fmpq_fx.save(graph_of(Private().eval(), x, bits=8), folder / "private.fmpq")
     (folder / "photos").mkdir()
     for index, size in enumerate([(64, 64), (50, 90)]):
         pixels = np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "photos" / f"{index}.png")
+    (folder / "coded").mkdir()
+    source, coded = folder / "photos" / "0.png", folder / "coded" / "a.fmi"
+    assert run("encode", source, "-m", folder / "model.fmpq", "-o", coded) == 0
     return folder
 
 
@@ -213,9 +214,7 @@ MISTAKES = {
 def test_mistakes_are_named_and_nothing_is_written(
     mistake: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        run("encode", files / "photos" / "0.png", "-m", files / "model.fmpq", "-o", tmp_path / "a.fmi") == 0
-    )
+    shutil.copy(files / "coded" / "a.fmi", tmp_path)
     line, says = MISTAKES[mistake]
     assert main([word.format(files=files, tmp=tmp_path) for word in line.split()]) == 2
     assert says.format(tmp=tmp_path) in capsys.readouterr().err
@@ -282,8 +281,7 @@ def test_a_full_disk_ends_the_work_and_what_failed_before_is_listed(
 def test_what_a_format_cannot_keep_is_said(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photo, model, coded = files / "photos" / "0.png", files / "model.fmpq", tmp_path / "0.fmi"
-    assert run("encode", photo, "-m", model, "-o", coded) == 0
+    model, coded = files / "model.fmpq", files / "coded" / "a.fmi"
     images = {}
     for suffix in reading.WRITTEN:
         out = tmp_path / f"a{suffix}"

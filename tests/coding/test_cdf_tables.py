@@ -1,5 +1,6 @@
 """CDF tables are those of the weights, whatever the class says about ``update()``."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,22 +45,24 @@ def tables(codec: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in codec.state_dict().items() if name.endswith(kinds)}
 
 
+@functools.cache
+def converted(make: Callable[..., nn.Module], with_tables: bool) -> Any:
+    torch.manual_seed(0)
+    model = make(8, 12).eval()
+    if with_tables:
+        update_tables(model)
+    gm = trained(model)
+    with torch.no_grad():
+        gm.get_parameter("entropy_bottleneck.quantiles")[:, :, 2].mul_(2)  # so that tables are longer
+    return fmpq_fx.convert(gm)
+
+
 @pytest.mark.parametrize("make", OTHERS)
 @pytest.mark.parametrize("with_tables", [False, True])
 def test_tables_are_those_of_the_weights_whatever_update_is(
     make: Callable[..., nn.Module], with_tables: bool, x: Tensor
 ) -> None:
-    codecs: list[Any] = []
-    for cls in (make, MeanScaleHyperprior):
-        torch.manual_seed(0)
-        model = cls(8, 12).eval()
-        if with_tables:
-            update_tables(model)
-        gm = trained(model)
-        with torch.no_grad():
-            gm.get_parameter("entropy_bottleneck.quantiles")[:, :, 2].mul_(2)  # so that tables are longer
-        codecs.append(fmpq_fx.convert(gm))
-    codec, stock = codecs
+    codec, stock = converted(make, with_tables), converted(MeanScaleHyperprior, with_tables)
     assert tables(codec).keys() == tables(stock).keys()
     assert all(torch.equal(tables(codec)[name], value) for name, value in tables(stock).items())
     with torch.no_grad():

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError
 from fmpq_fx.cli.main import main
+from support.coded_models import graph_of
 
 
 @pytest.fixture
@@ -63,10 +63,8 @@ def test_means_table_and_json(folder: Path) -> None:
     assert f"{results.bpp:.4f}" in str(results).splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["bmshj2018-hyperprior", "mbt2018-mean", "mbt2018"])
-def test_a_rewritten_graph_is_coded_with_its_quantized_weights(name: str, x: Tensor) -> None:
-    model = small_model(name)
-    gm = fmpq_fx.prepare(model, 0.1, calibration=x, bits=[2, 4])
+def test_a_rewritten_graph_is_coded_with_its_quantized_weights(model: nn.Module, x: Tensor) -> None:
+    gm = graph_of(model, x, bits=3)
     images = {"first": x[0]}
     quantized, original = (fmpq_fx.evaluate(each, images, robust=None) for each in (gm, model))
     assert quantized.psnr != original.psnr

@@ -49,7 +49,7 @@ def test_exact_is_one_of_three() -> None:
 
 @pytest.mark.parametrize("name", ["scale hyperprior", "mbt2018"])
 def test_a_file_gives_the_same_codec(name: str, tmp_path: Path) -> None:
-    _, x = lively(name)
+    x = lively(name)[1][:, :, :64, :64]
     paths = tmp_path / "a.fmpq", tmp_path / "b.fmpq"
     fmpq_fx.save(quantized(name), paths[0])
     gm = fmpq_fx.load(paths[0])

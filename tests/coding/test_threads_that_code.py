@@ -18,7 +18,7 @@ def test_two_threads_make_the_same_files_and_images(
 ) -> None:
     codec: nn.Module = fmpq_fx.convert(prepared, exact=robust == "exact").to(dtype)
     x = images()
-    photos = [x[index % 2].roll(index, -1) for index in range(8)]
+    photos = [x[index % 2].roll(index, -1) for index in range(4)]
     set_to = torch.get_default_dtype(), torch.backends.mkldnn.enabled
     files = [fmpq_fx.encode(codec, photo) for photo in photos]
     decoded = [fmpq_fx.decode(codec, file) for file in files]

@@ -198,7 +198,7 @@ def test_images_of_other_channels_in_tiles(channels: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(tiling, "LATENT_BYTES", 0)
     model = hyperprior_of(channels)
     image = picture().mean(0, keepdim=True).repeat(channels, 1, 1)
-    gm = fmpq_fx.prepare(model, 0.25, calibration=image[None, :, :64, :64], planner="uniform", progress=False)
+    gm = coded_models.graph_of(model, image[None, :, :64, :64])
     codec = fmpq_fx.convert(gm, exact="require")
     whole = encode(codec, image)
     needed = int(1.2 * memory.bytes_of(least(codec)))

@@ -45,14 +45,7 @@ class Exported:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Return a trained model and its export."""
     folder = tmp_path_factory.mktemp("exported") / "onnx"
-    gm = fmpq_fx.prepare(
-        fmpq_fx.samples.model(),
-        0.3,
-        calibration=PHOTO,
-        bits=[8, 10],
-        planner="uniform",
-        fixed=dict.fromkeys(AT_10_BITS, 10),
-    )
+    gm = graph_of(fmpq_fx.samples.model(), PHOTO, bits=8, fixed=dict.fromkeys(AT_10_BITS, 10))
     export_onnx(gm, folder)
     return Exported(gm, folder)
 
@@ -126,10 +119,10 @@ def test_the_manifest_lists_what_runs_and_what_it_takes(exported: Exported) -> N
     for layer in manifest.layers:
         assert layer.bits == plan.bits[layer.site]
         quantized: Any = gm.get_submodule(layer.site)
-        norm, wide = isinstance(quantized, QuantizedGDN), quantized.input_quantizer.bits > 8
+        norm = isinstance(quantized, QuantizedGDN)
         assert layer.stored == ("int16" if layer.bits == 10 else "uint8" if norm else "int8")
-        assert layer.runs == ("float32" if norm or wide or layer.bits == 10 else "int8")
-        assert norm or wide or layer.bits != 10 or layer.why == "its weights have 10 bits"
+        assert layer.runs == ("float32" if norm or layer.bits == 10 else "int8")
+        assert norm or layer.bits != 10 or layer.why == "its weights have 10 bits"
     assert manifest.nominal_bytes == plan.nominal_bytes
     assert manifest.stored_bytes >= manifest.nominal_bytes
     assert "g_a.0" in str(manifest)
@@ -182,7 +175,7 @@ class ThroughNumPy(torch.autograd.Function):
 def test_an_operation_without_an_onnx_form_leaves_nothing(
     operation: Any, node: str, x: Tensor, tmp_path: Path
 ) -> None:
-    gm = graph_of(Codec(lambda m, x: operation(m.conv(x))), x, bits=8)
+    gm = graph_of(Codec(lambda m, x: operation(m.conv(x))), x, fixed={"conv": None, "last": None})
     with pytest.raises(FmpqError, match=rf"(?s)node '{node}' has no ONNX form here: .*File .*, line"):
         export_onnx(gm, tmp_path / "onnx")
     assert not list(tmp_path.iterdir())

@@ -73,10 +73,10 @@ def case(kind: str, bits: int, activation_bits: int | None) -> tuple[nn.Module, 
 
 
 def largest(bits: int, activation_bits: int) -> tuple[nn.Module, Tensor]:
-    layer = nn.Conv2d(64, 32, 3)
+    layer = nn.Conv2d(576, 32, 1)
     with torch.no_grad():
         layer.weight.fill_(1.0)[::2] = -1.0
-    return in_range(layer, bits, activation_bits, low=0.0), torch.ones(2, 64, 8, 9)
+    return in_range(layer, bits, activation_bits, low=0.0), torch.ones(2, 576, 8, 9)
 
 
 def uneven(kind: str, bits: int, activation_bits: int) -> tuple[nn.Module, Tensor]:

@@ -25,11 +25,9 @@ from fmpq_fx.onnx import codec as onnx_codec  # noqa: E402  (after what it needs
 
 def graph(bits: int) -> fx.GraphModule:
     """Return a model whose convolutions have channels enough to run as integer products; some of them do."""
-    kept = ("g_a.2", "g_a.4", "g_s.2", "g_s.4")  # float, which is exported faster
+    kept = dict.fromkeys(("g_a.2", "g_a.4", "g_s.2", "g_s.4"))  # float, which is exported faster
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    made: fx.GraphModule = graph_of(
-        lively(lambda: zoo.FactorizedPriorReLU(16, 16)), x, bits=bits, kept_float=kept
-    )
+    made: fx.GraphModule = graph_of(lively(lambda: zoo.FactorizedPriorReLU(16, 16)), x, bits=bits, fixed=kept)
     return made
 
 

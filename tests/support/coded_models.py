@@ -3,8 +3,9 @@
 import copy
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import compressai.models as zoo
@@ -75,15 +76,23 @@ def graph_of(
     x: Tensor,
     activation_bits: int | None = 8,
     bits: int = 6,
-    kept_float: Iterable[str] = (),
+    fixed: Mapping[str, int | None] = MappingProxyType({}),
 ) -> Any:
-    """Return the graph of ``model`` at ``bits``, its activations calibrated on the first image of ``x``."""
+    """Return the graph of ``model`` at ``bits``, its activations calibrated on the first image of ``x``.
+
+    Args:
+        model: what is quantized.
+        x: images.
+        activation_bits: of the inputs of all sites.
+        bits: of the weights of all sites but the ``fixed``.
+        fixed: the bits of single sites, None for those that stay float.
+    """
     gm = trace(model, x)
     sites = find_sites(gm)
     zeros = {site.name: {bits: 0.0} for site in sites}
     table = Sensitivity(sites, 0.01, 0.0, 0.0, zeros, zeros, {}, "")
     plan = make_plan(table, target_cr=bits / 32, planner="uniform", activation_bits=activation_bits)
-    plan = replace(plan, bits={**plan.bits, **dict.fromkeys(kept_float)})
+    plan = replace(plan, bits={**plan.bits, **fixed})
     gm = quantize(gm, plan)
     if activation_bits is not None:
         _observe(gm, x[:1])
@@ -130,7 +139,7 @@ def _extreme(name: str, kind: str) -> Any:
                 layer.bias.copy_(halves * 2**-12)  # type: ignore[union-attr]
     if kind == "largest":
         return graph_of(model, x, 8, 8)
-    return graph_of(model, x, None, 8, on_path)
+    return graph_of(model, x, None, 8, dict.fromkeys(on_path))
 
 
 def extreme(name: str, kind: str) -> Any:

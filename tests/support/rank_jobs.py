@@ -23,7 +23,7 @@ from support.finetuning import LMBDA, photos, tuned
 CALIBRATION = torch.stack(
     photos(5, side=64)
 )  # batches of 2, 2 and 1: the ranks have different numbers of them
-TRAIN = ("--steps", "6", "--crop", "64", "--validate-every", "2", "--workers", "0", "--lr", "1e-3")
+TRAIN = ("--steps", "4", "--crop", "64", "--validate-every", "2", "--workers", "0", "--lr", "1e-3")
 
 
 def model() -> nn.Module:
@@ -34,7 +34,15 @@ def both_sizes() -> dict[str, fx.GraphModule]:
     """Return a graph planned in nominal bytes, with clipped weights and activations, and one in coded bytes."""
     return {
         "nominal": prepare(model(), 0.125, calibration=CALIBRATION, lmbda=LMBDA, bits=[3, 4, 5]),
-        "coded": prepare(model(), 0.2, calibration=CALIBRATION, bits=[4, 8], size="coded", planner="optimal"),
+        "coded": prepare(
+            model(),
+            0.2,
+            calibration=CALIBRATION,
+            bits=[4, 8],
+            activation_bits=None,
+            size="coded",
+            planner="optimal",
+        ),
     }
 
 
@@ -60,8 +68,7 @@ def share_work(folder: Path) -> None:
         refuse_what_differs(gm)
         runs: dict[str, dict[str, Any]] = {
             "tuned": {},
-            "resumed": {"checkpoint": folder / "training.pt"},
-            "mse": {"loss": "mse"},
+            "resumed": {"checkpoint": folder / "training.pt", "loss": "mse"},
             "bfloat16": {"bfloat16": True},
             "size": {"size_weight": 1.0},
         }

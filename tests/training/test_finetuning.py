@@ -61,16 +61,21 @@ def test_it_trains_the_same_where_the_caller_has_switched_gradients_off(
     gm: fx.GraphModule, mode: Callable[[], Any]
 ) -> None:
     other = copy.deepcopy(gm)
-    tuned(gm)
+    tuned(gm, steps=4)
     with mode():
-        tuned(other, images=photos(6))
+        tuned(other, steps=4, images=photos(6))
     assert same_state(gm, other)
 
 
 def test_a_graph_that_is_made_in_inference_mode_can_be_trained() -> None:
     with torch.inference_mode():
         gm = fmpq_fx.prepare(
-            small_model("bmshj2018-hyperprior"), 0.25, calibration=photos(2, side=64), bits=[8]
+            small_model("bmshj2018-hyperprior"),
+            0.25,
+            calibration=photos(2, side=64),
+            bits=[8],
+            planner="uniform",
+            activation_bits=8,
         )
         again = fmpq_fx.rewrite(small_model("bmshj2018-hyperprior"), fmpq_fx.plan_of(gm))
         moved = copy.deepcopy(gm)
@@ -94,7 +99,7 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(
     for seed in (0, 0, 1):
         gm = copy.deepcopy(prepared)
         torch.manual_seed(seed + len(models))  # of the caller; it must not matter
-        tuned(gm, seed=seed)
+        tuned(gm, steps=4, seed=seed)
         models.append(gm)
     assert same_state(models[0], models[1])
     assert not same_state(models[0], models[2])
@@ -243,7 +248,7 @@ def test_a_history_saves_loads_and_prints(gm: fx.GraphModule, tmp_path: Path) ->
 
 
 def test_trained_layers_stay_on_their_grids(gm: fx.GraphModule) -> None:
-    tuned(gm)
+    tuned(gm, steps=4)
     for layer in quantized_layers(gm).values():
         integers = layer.weight_quantizer.integers(layer.float_weight())
         assert integers.abs().max() <= layer.weight_quantizer.high

@@ -131,7 +131,7 @@ def test_training_with_it_makes_the_file_smaller(gm: fx.GraphModule, tmp_path: P
 
 def test_a_weight_of_0_is_training_without_it(gm: fx.GraphModule) -> None:
     other = copy.deepcopy(gm)
-    assert tuned(gm, size_weight=0.0) == tuned(other)
+    assert tuned(gm, steps=4, size_weight=0.0) == tuned(other, steps=4)
     assert same_state(gm, other)
 
 
@@ -139,12 +139,12 @@ def test_an_interrupted_run_ends_like_any_other(
     gm: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, checkpoint = copy.deepcopy(gm), tmp_path / "training.pt"
-    expected = tuned(whole, size_weight=1.0, checkpoint=tmp_path / "whole.pt")
+    expected = tuned(whole, steps=8, size_weight=1.0, checkpoint=tmp_path / "whole.pt")
     with monkeypatch.context() as patched:
         patched.setattr(TrainingRun, "step", stopping_at(6, KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            tuned(copy.deepcopy(gm), size_weight=1.0, checkpoint=checkpoint)
-    assert tuned(gm, size_weight=1.0, checkpoint=checkpoint) == expected
+            tuned(copy.deepcopy(gm), steps=8, size_weight=1.0, checkpoint=checkpoint)
+    assert tuned(gm, steps=8, size_weight=1.0, checkpoint=checkpoint) == expected
     assert same_state(gm, whole)
 
 

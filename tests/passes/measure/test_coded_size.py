@@ -55,6 +55,7 @@ def test_the_planned_size_is_that_of_the_file(name: str, x: Tensor, tmp_path: Pa
         calibration=x,
         size="coded",
         bits=range(2, 9),
+        activation_bits=None,
         fixed={"g_a.1": 12, "g_s.1": None},
     )
     plan = fmpq_fx.plan_of(gm)

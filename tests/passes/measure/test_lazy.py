@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -42,8 +43,7 @@ def test_the_search_for_beta_ends_where_that_on_the_full_table_does(target: floa
 
 
 @pytest.mark.parametrize(
-    ("planner", "target"),
-    [*(("adaptive", target) for target in TARGETS), *(("optimal", target) for target in TARGETS[::2])],
+    ("planner", "target"), [(planner, t) for planner in ("adaptive", "optimal") for t in TARGETS[::2]]
 )
 @pytest.mark.parametrize("name", TRAINED)
 def test_plans_of_trained_models_cost_what_those_of_full_tables_do(
@@ -136,8 +136,9 @@ def test_prepare_measures_a_part_and_makes_the_same_graph() -> None:
     model = fmpq_fx.samples.model()
     photos = fmpq_fx.images.crops.cut(fmpq_fx.samples.photos().values(), count=1, size=64)
     table = fmpq_fx.analyze(model, calibration=photos, lmbda=0.013)
-    whole = fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.15, calibration=photos, sensitivity=table))
-    lazy = fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.15, calibration=photos, lmbda=0.013))
+    floats: Any = {"calibration": photos, "activation_bits": None}
+    whole = fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.15, sensitivity=table, **floats))
+    lazy = fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.15, lmbda=0.013, **floats))
     assert lazy.bits == whole.bits
     assert (lazy.beta, lazy.measured, lazy.clips) == (whole.beta, whole.measured, whole.clips)
     assert not lazy.sensitivity.complete
@@ -167,12 +168,15 @@ def test_a_table_whose_values_are_no_candidates_is_refused() -> None:
 def test_a_partial_table_of_other_images_or_weights_is_refused(x: Tensor) -> None:
     model, other = small_model("bmshj2018-hyperprior"), small_model("bmshj2018-hyperprior")
     other.get_parameter("g_s.6.bias").data += 1e-3
-    plan = fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.15, calibration=x, bits=(4, 5, 6), planner="uniform"))
-    table = plan.sensitivity
+    uniform = fmpq_fx.prepare(
+        model, 0.15, calibration=x, bits=(4, 5, 6), planner="uniform", activation_bits=None
+    )
+    table = fmpq_fx.plan_of(uniform).sensitivity
     assert not table.complete
     with pytest.raises(FmpqError, match=r"\b0 of 60 values measured.*other images"):
         fmpq_fx.prepare(model, 0.15, calibration=x.flip(-1), sensitivity=table)
     with pytest.raises(FmpqError, match="other weights"):
         fmpq_fx.prepare(other, 0.15, calibration=x, sensitivity=table)
-    completed = fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.15, calibration=x, sensitivity=table))
+    again = fmpq_fx.prepare(model, 0.15, calibration=x, sensitivity=table, activation_bits=None)
+    completed = fmpq_fx.plan_of(again)
     assert len(completed.sensitivity.missing) < len(table.missing)

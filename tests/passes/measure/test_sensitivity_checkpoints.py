@@ -69,13 +69,14 @@ def test_a_killed_measurement_goes_on_to_the_same_bits(
 
 def test_prepare_goes_on_too(tmp_path: Path, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     path, model = tmp_path / "table.json", small_model(NAME)
-    straight = fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.2, calibration=x, bits=BITS))
+    given: Any = {"target_cr": 0.2, "calibration": x, "bits": BITS, "activation_bits": None}
+    straight = fmpq_fx.plan_of(fmpq_fx.prepare(model, **given))
     with monkeypatch.context() as patch:
         Calls(patch, interrupt_at=2)  # the second round
         with pytest.raises(KeyboardInterrupt):
-            fmpq_fx.prepare(model, 0.2, calibration=x, bits=BITS, checkpoint=path)
+            fmpq_fx.prepare(model, checkpoint=path, **given)
     assert len(Sensitivity.load(path).missing) == 80 - SITES
-    assert fmpq_fx.plan_of(fmpq_fx.prepare(model, 0.2, calibration=x, bits=BITS, checkpoint=path)) == straight
+    assert fmpq_fx.plan_of(fmpq_fx.prepare(model, checkpoint=path, **given)) == straight
     assert Sensitivity.load(path) == straight.sensitivity
 
 
