@@ -76,9 +76,18 @@ def with_replaced(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Mod
     return result
 
 
-def shallow_copy(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """Return a module of the class ``cls`` that has the attributes, tensors and modules of ``module``."""
+def shallow_copy(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> nn.Module:
+    """Return a module of the class ``cls`` that has the attributes, tensors and modules of ``module``, and others."""
     twin = object.__new__(cls)
     # Not by copy.copy(): some classes refuse to be copied, though nothing is wrong with sharing what they have.
-    twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
+    twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules), **attributes}
     return twin
+
+
+def subclass(cls: type[nn.Module], *bases: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of ``bases``, of which ``cls`` is one, with the name of ``cls``; for the same it is the same."""
+    names = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return _CLASSES.get(bases) or _CLASSES.setdefault(bases, type(cls.__name__, bases, names))
+
+
+_CLASSES: dict[tuple[type[nn.Module], ...], type[nn.Module]] = {}

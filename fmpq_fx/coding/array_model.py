@@ -17,24 +17,22 @@ from weakref import WeakKeyDictionary
 
 import torch
 from compressai.entropy_models import EntropyModel, GaussianConditional
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmpq_fx.coding.array_coder import ArrayCoder, Integers
-from fmpq_fx.coding.string_coder import unpadded
+from fmpq_fx.coding.string_coder import CheckedModel, unpadded
 from fmpq_fx.passes.lower.entropy_path import compares_scales
-from fmpq_fx.passes.swap import shallow_copy
+from fmpq_fx.passes.swap import shallow_copy, subclass
 
 
-class ArrayModel(EntropyModel):
+class ArrayModel(CheckedModel):
     """Codes as its base does, into strings of :class:`~fmpq_fx.coding.array_coder.ArrayCoder`.
 
     Attributes:
         coder: returns what codes under the tables as they are now.
-        note: is told the symbols of each string, and whether they were coded (or decoded).
     """
 
     coder: Callable[[], ArrayCoder]
-    note: Callable[[Integers, bool], None]
 
     def compress(self, inputs: Tensor, indexes: Tensor, means: Tensor | None = None) -> list[bytes]:
         """Return a string for each of ``inputs``, (B, ...), coded with the CDFs of ``indexes``, of the same shape.
@@ -90,32 +88,28 @@ class ArrayModel(EntropyModel):
         self._check_offsets_size()
 
 
-def array_model(model: EntropyModel, note: Callable[[Any, bool], None]) -> EntropyModel:
-    """Return a twin of ``model`` that makes strings of arrays; ``note`` is told what it codes."""
-    cls = type(model)
-    if cls not in _CLASSES:
-        own = {"build_indexes": _found_indexes} if compares_scales(model) else {}
-        _CLASSES[cls] = type(cls.__name__, (cls, ArrayModel), {"__module__": cls.__module__, **own})
-    twin: Any = shallow_copy(model, _CLASSES[cls])
-    twin.coder, twin.note = partial(_coder, model), note
-    result: EntropyModel = twin
-    return result
+class _Searching(GaussianConditional):
+    """Finds the CDFs of scales by one search instead of a comparison with each entry of the table.
 
-
-def _found_indexes(model: GaussianConditional, scales: Tensor) -> Tensor:
-    """Return what ``build_indexes`` does, by one search instead of a comparison with each entry of the table.
-
-    Both count for each of ``scales`` the entries that are smaller, of all but the last, in whatever order these are.
+    Both count for each scale the entries that are smaller, of all but the last, in whatever order these are.
     """
-    table = model.scale_table[:-1].sort().values
-    if scales.dtype != table.dtype:
-        of_compressai: Tensor = GaussianConditional.build_indexes(model, scales)
-        return of_compressai
-    found: Tensor = torch.searchsorted(table, model.lower_bound_scale(scales).contiguous()).int()
-    return found
+
+    def build_indexes(self, scales: Tensor) -> Tensor:
+        table = self.scale_table[:-1].sort().values
+        if scales.dtype != table.dtype:
+            of_compressai: Tensor = super().build_indexes(scales)
+            return of_compressai
+        found: Tensor = torch.searchsorted(table, self.lower_bound_scale(scales).contiguous()).int()
+        return found
 
 
-_CLASSES: dict[type, type] = {}
+def array_model(model: EntropyModel, note: Callable[[Any, bool], None]) -> nn.Module:
+    """Return a twin of ``model`` that makes strings of arrays; ``note`` is told what it codes."""
+    bases = (_Searching,) if compares_scales(model) else ()
+    cls = subclass(type(model), *bases, type(model), ArrayModel)
+    return shallow_copy(model, cls, coder=partial(_coder, model), note=note)
+
+
 _CODERS: "WeakKeyDictionary[EntropyModel, tuple[list[Tensor], ArrayCoder]]" = WeakKeyDictionary()
 
 

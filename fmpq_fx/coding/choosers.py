@@ -3,16 +3,18 @@
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from compressai.entropy_models import EntropyModel
 from torch import Tensor
 
 from fmpq_fx.coding.guard import MOST_SHIFTS, Guard, are_near, boundaries_of, shifted, values_of
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.quant import QuantizedLayer
 
 
 class Chooser(ABC):
@@ -31,6 +33,26 @@ class Chooser(ABC):
 
     def note(self, symbols: Sequence[int], coded: bool) -> None:  # noqa: B027  (most need none)
         """Note a string's symbols, which were just ``coded`` or decoded."""
+
+
+class Choosing(EntropyModel):
+    """A conditional entropy model whose CDFs a chooser chooses: a base before the class of the model."""
+
+    chooser: Chooser
+
+    def build_indexes(self, scales: Tensor) -> Tensor:
+        """Return the CDF that each of ``scales`` chooses, of the same shape, int32."""
+        return self.chooser.indexes(self, scales)
+
+
+class ChosenInput(QuantizedLayer):
+    """A layer whose input is rounded where a chooser says so: a base before the class of the layer."""
+
+    is_float: Callable[[], bool]
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Return ``x`` as it is, or what its class makes of it."""
+        return x if self.is_float() else super().quantized_input(x)
 
 
 class _Checked(Chooser):

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from fmpq_fx.coding import wavefront
 from fmpq_fx.coding.arithmetic import default_dtype
 from fmpq_fx.coding.array_model import array_model
-from fmpq_fx.coding.choosers import Chooser
-from fmpq_fx.coding.string_coder import CheckedCoder, unnoted
+from fmpq_fx.coding.choosers import Chooser, Choosing, ChosenInput
+from fmpq_fx.coding.string_coder import CheckedCoder, CheckedModel, unnoted
 from fmpq_fx.coding.tiles import Tiled, Transform, untiled
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.lower.entropy_path import compares_scales
-from fmpq_fx.passes.swap import shallow_copy, with_replaced
+from fmpq_fx.passes.swap import shallow_copy, subclass, with_replaced
 from fmpq_fx.quant import QuantizedLayer
 
 
@@ -121,7 +121,7 @@ def codec_of(model: nn.Module, kind: type[Codec] = Codec) -> Codec:
             f"a {type(model).__name__} has no compress() and decompress(), so it makes no bitstreams; pass what "
             "convert() or load_codec() returned"
         )
-    return cast(Codec, shallow_copy(owner, _codec_class(kind, type(owner))))
+    return cast(Codec, _as(kind, owner))
 
 
 def can_code(model: nn.Module) -> bool:
@@ -131,9 +131,7 @@ def can_code(model: nn.Module) -> bool:
 
 def with_settings(codec: Codec, **changes: Any) -> Codec:
     """Return a codec that shares everything with ``codec`` but the settings that change."""
-    twin = cast(Codec, shallow_copy(codec, type(codec)))
-    twin.fmpq = replace(codec.fmpq, **changes)
-    return twin
+    return cast(Codec, shallow_copy(codec, type(codec), fmpq=replace(codec.fmpq, **changes)))
 
 
 def as_it_runs(codec: nn.Module, name: str) -> nn.Module:
@@ -164,31 +162,20 @@ def _coding(codec: Codec) -> Codec:
     note = unnoted if chooser is None else chooser.note
     for name, module in codec.named_modules():
         if isinstance(module, EntropyModel) and module.entropy_coder.name == CheckedCoder.name:
-            arrays = codec.fmpq.arrays
-            prior = array_model(module, note) if arrays else shallow_copy(module, type(module))
-            others[module], prior.entropy_coder = prior, CheckedCoder(note)
+            prior = array_model(module, note) if codec.fmpq.arrays else _as(CheckedModel, module, note=note)
             if chooser is not None and compares_scales(module):
-                prior.build_indexes = partial(chooser.indexes, module)
+                prior = _as(Choosing, prior, chooser=chooser)
+            others[module] = prior
         elif chooser is not None and isinstance(module, QuantizedLayer) and module.input_quantizer:
-            others[module] = layer = shallow_copy(module, type(module))
-            layer.quantized_input = partial(_input, chooser, name, module)  # type: ignore[assignment]
+            others[module] = _as(ChosenInput, module, is_float=partial(chooser.is_float, name))
     return _running(codec, others)
 
 
-def _input(chooser: Chooser, name: str, layer: QuantizedLayer, x: Tensor) -> Tensor:
-    return x if chooser.is_float(name) else layer.quantized_input(x)
+def _as(kind: type[nn.Module], module: nn.Module, **attributes: Any) -> nn.Module:
+    """Return a twin of ``module`` whose class is a subclass of ``kind`` and of its own."""
+    cls = type(module)
+    return shallow_copy(module, subclass(cls, kind, cls), **attributes)
 
 
-def _codec_class(kind: type[Codec], cls: type[nn.Module]) -> type[Codec]:
-    """Return the subclass of both, which has the name of ``cls``; for the same two it is the same."""
-    names = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return _CLASSES.get((kind, cls)) or _CLASSES.setdefault(
-        (kind, cls), type(cls.__name__, (kind, cls), names)
-    )
-
-
-_CLASSES: dict[tuple[type, type], type[Codec]] = {}
-
-
-def _empty(kind: type[Codec], cls: type[nn.Module]) -> Codec:
-    return object.__new__(_codec_class(kind, cls))
+def _empty(kind: type[Codec], cls: type[nn.Module]) -> nn.Module:
+    return object.__new__(subclass(cls, kind, cls))

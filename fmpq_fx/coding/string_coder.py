@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from compressai.ans import BufferedRansEncoder, RansDecoder
+from compressai.entropy_models import EntropyModel
 from torch import Tensor
 
 from fmpq_fx.errors import FmpqError
@@ -132,6 +133,21 @@ class StringReader:
 
 def unnoted(symbols: Sequence[int], coded: bool) -> None:
     """Note nothing: what :class:`CheckedCoder` tells where nobody asks."""
+
+
+class CheckedModel(EntropyModel):
+    """An entropy model that is guarded while it codes, with the class of the model as another base.
+
+    Attributes:
+        note: see :class:`CheckedCoder`.
+    """
+
+    note: Callable[[Any, bool], None]
+
+    @property
+    def entropy_coder(self) -> "CheckedCoder":
+        """What stands for CompressAI's coder."""
+        return CheckedCoder(self.note)
 
 
 class CheckedCoder:
