@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -93,8 +94,8 @@ def test_steps_that_are_not_fitted_yet_are_as_if_fitted_once_they_are(
     fitted, later = (quantize_layer(made(make), 5, 6, clip=0.8, fitted=whether) for whether in (True, False))
     assert not later.weight_quantizer.log_scale.any()
     if fitted.spread_shape() is not None:
-        channels = fitted.layer.in_channels if hasattr(fitted.layer, "in_channels") else 8
-        fitted.set_spread(spread := [0.1 * n for n in range(int(channels))])
+        channels: Any = getattr(fitted.layer, "in_channels", 8)
+        fitted.set_spread(spread := [0.1 * n for n in range(channels)])
         later.set_spread(spread, fitted=False)
         assert not later.weight_quantizer.log_scale.any()
     later.set_clip(later.weight_quantizer.clip)
