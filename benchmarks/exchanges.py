@@ -56,7 +56,7 @@ class Exchanges:
         meter = ChangeMeter(self.graph(plan), self.bench)
         base = meter.measure_base().rd(self.lmbda)
         near = {
-            (site, b): (site, partial(_at_bits, bits=b))
+            (site, b): {site: partial(_at_bits, bits=b)}
             for site, now in plan.bits.items()
             for b in widths
             if now is not None and 0 < abs(b - now) <= REACH

@@ -72,7 +72,7 @@ def naive(model: nn.Module, x: Tensor, options: argparse.Namespace) -> Row:
     chosen = [every[i] for i in evenly_spaced(len(every), min(len(every), options.naive or len(every)))]
     with torch.no_grad():
         for site, bits in chosen:
-            with substituted(model, site.name, quantize_layer(model.get_submodule(site.name), bits)):
+            with substituted(model, {site.name: quantize_layer(model.get_submodule(site.name), bits)}):
                 rd_sums(model(x), x).rd(LMBDA)
     return {"factor": len(every) / len(chosen)}
 

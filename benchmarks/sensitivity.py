@@ -39,7 +39,7 @@ def naive_zeta(model: nn.Module, x: Tensor, lmbda: float) -> dict[str, dict[int,
         float_rd = rd_sums(model(x), x).rd(lmbda)
         for site in reported(sites, "naive", "site"):
             for bits in CANDIDATE_BITS:
-                with substituted(model, site.name, quantize_layer(model.get_submodule(site.name), bits)):
+                with substituted(model, {site.name: quantize_layer(model.get_submodule(site.name), bits)}):
                     rd = rd_sums(model(x), x).rd(lmbda)
                 zeta[site.name][bits] = (rd - float_rd) / float_rd
     return zeta

@@ -30,17 +30,17 @@ def _places(root: nn.Module, modules: Container[nn.Module]) -> list[tuple[nn.Mod
 
 
 @contextmanager
-def substituted(root: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
-    """Within the block, ``module`` stands in ``root`` for the one that ``name`` names."""
-    old = root.get_submodule(name)
-    places = _places(root, {old})
-    for parent, own_name, _ in places:
-        parent._modules[own_name] = module
+def substituted(root: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within the block, each of ``modules`` stands in ``root`` for the one that its key names."""
+    new = {root.get_submodule(name): module for name, module in modules.items()}
+    places = _places(root, new)
+    for parent, name, old in places:
+        parent._modules[name] = new[old]
     try:
         yield
     finally:
-        for parent, own_name, _ in places:
-            parent._modules[own_name] = old
+        for parent, name, old in places:
+            parent._modules[name] = old
 
 
 def with_replaced(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:

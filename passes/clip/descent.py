@@ -5,7 +5,7 @@ the graph decides. A site whose output no setting makes better is left as it is,
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
@@ -14,6 +14,7 @@ from fmpq_fx.passes.clip.output_errors import Setter, output_errors
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.measure.bench import Bench
 from fmpq_fx.passes.measure.changes import PieceMeter
+from fmpq_fx.passes.measure.groups import Group, halves, in_groups, parts
 from fmpq_fx.passes.measure.kept_values import Budget
 from fmpq_fx.passes.measure.rerun import find_downstream
 from fmpq_fx.progress import reported
@@ -32,12 +33,6 @@ error must change for the RD loss to be asked.
 
 On the sample model and a mean-scale hyperprior (5.3x and 8x smaller, 8-bit activations), the RD loss ends 0.4 % lower
 to 0.06 % higher than where each site is asked for one setting after the other, until one is no better."""
-
-GROUPS = 32
-"""In how many groups of neighbours sites are settled; as many sites or fewer, each for itself."""
-
-Group = tuple[str, ...]
-"""Sites that are settled together, neighbours in the order of the setters."""
 
 
 @torch.no_grad()
@@ -118,10 +113,8 @@ class _Descent:
         self.bench, self.lmbda, self.setters, self.settings = bench, lmbda, setters, settings
         self.likely = likely  # by site that is to be settled
         self.chosen = dict.fromkeys(setters, 0)
-        sites, size = tuple(likely), max(1, math.ceil(len(likely) / GROUPS))
-        self.groups = [sites[i : i + size] for i in range(0, len(sites), size)]
-        parts = {_name(part): part for group in self.groups for part in _parts(group)}
-        downstream = find_downstream(gm, parts)
+        self.groups = in_groups(list(likely))
+        downstream = find_downstream(gm, [part for group in self.groups for part in parts(group)])
         own = bench.ranks.share(bench.pieces)
         budget = Budget(bench.memory, shares=len(own))
         self.pieces = [PieceMeter(gm, x, downstream, budget, bench.distortion) for x in own]
@@ -133,15 +126,15 @@ class _Descent:
     def settle(self, group: Group) -> None:
         """Take what lowers the RD loss: for all of ``group`` at once, for each half of it, or for a single site."""
         self._settle(group)
-        for part in _parts(group):
+        for part in parts(group):
             for piece in self.pieces:
-                piece.forget(_name(part))
+                piece.forget(part)
 
     def _settle(self, group: Group) -> None:
         if len(group) == 1:
             self._settle_alone(group)
         elif self._try(group, [self.likely[site] for site in group]) > 0:
-            for half in _halves(group):
+            for half in halves(group):
                 self._settle(half)
 
     def _settle_alone(self, group: Group) -> None:
@@ -174,7 +167,7 @@ class _Descent:
 
     def _change(self, group: Group) -> float:
         """Return by what part of it the RD loss is higher now that ``group`` was changed; 0 is next to nothing."""
-        own = ((piece.sums, piece.measure(_name(group), remember=True)) for piece in self.pieces)
+        own = ((piece.sums, piece.measure(group, remember=True)) for piece in self.pieces)
         before = after = RDSums()
         # Alone, one piece after the other is run as far as the verdict needs it; ranks run theirs at the same time.
         for piece_before, piece_after in (
@@ -189,19 +182,3 @@ class _Descent:
             if not change <= EVIDENT:  # what is not a number is no gain either
                 return math.inf
         return change
-
-
-def _name(group: Group) -> str:
-    return ", ".join(group)
-
-
-def _halves(group: Group) -> tuple[Group, Group]:
-    return group[: len(group) // 2], group[len(group) // 2 :]
-
-
-def _parts(group: Group) -> Iterator[Group]:
-    """Yield ``group`` and all parts that it may be settled in."""
-    yield group
-    if len(group) > 1:
-        for half in _halves(group):
-            yield from _parts(half)

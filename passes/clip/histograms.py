@@ -1,6 +1,6 @@
 """How the values of each channel of an input are distributed, and how far off rounding them to steps would be."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -61,12 +61,13 @@ class Histogram:
         return np.asarray((self.counts.sum(0) * self._magnitudes**2).sum(0) / max(self.total, 1))
 
     def mean_errors(
-        self, sides: tuple[float, float], levels: int, power: int, sizes: Iterable[int]
+        self, sides: tuple[float, float], levels: int, power: int, sizes: Sequence[int]
     ) -> Floats:
         """Return the mean squared error of each channel's values by the size of the range, (sizes, channels).
 
         A value within the range is off by a twelfth of the squared step, if it is some steps large; outside, by its
-        distance from the end.
+        distance from the end. Bins and sizes are eighths of an octave both, so that a bin is off by what its distance
+        from the size says, times a power of the size.
 
         Args:
             sides: how far the range of size 0 reaches below and above 0.
@@ -74,22 +75,31 @@ class Histogram:
             power: of the value, to which the layer multiplies it.
             sizes: of ranges, in eighths of an octave.
         """
-        x = self._magnitudes
-        result = []
-        for size in sizes:
-            end = 2.0 ** (size / OCTAVE)
-            step = sum(sides) * end / levels
-            small = (x**power - (np.round(x / step) * step) ** power) ** 2
-            within = np.where(x < 4 * step, small, step**2 / 12 * power**2 * x ** (2 * power - 2))
-            sums = 0.0
-            for counts, side in zip(self.counts, sides, strict=True):
-                outside = (x**power - (side * end) ** power) ** 2
-                sums = sums + (counts * np.where(x > side * end, outside, within)).sum(0)
-            result.append(sums)
-        return np.stack(result) / max(self.total, 1)
+        bins, nearest = len(self.counts[0]), self.first.min() - max(sizes)
+        x = _middles(np.arange(nearest, self.first.max() + bins - min(sizes)))  # where the size is 0
+        step = sum(sides) / levels
+        small = (x**power - (np.round(x / step) * step) ** power) ** 2
+        within = np.where(x < 4 * step, small, step**2 / 12 * power**2 * x ** (2 * power - 2))
+        errors = [np.where(x > side, (x**power - side**power) ** 2, within) for side in sides]
+        # From each distance on, the errors of as many bins as a channel has.
+        rows = [np.lib.stride_tricks.sliding_window_view(of_side, bins) for of_side in errors]
+        counted = self.counts.transpose(0, 2, 1).astype(np.float64)
+        sums = [
+            2.0 ** (2 * power * size / OCTAVE)
+            * sum(
+                np.einsum("cb,cb->c", counts, of_side[self.first - size - nearest])
+                for counts, of_side in zip(counted, rows, strict=True)
+            )
+            for size in sizes
+        ]
+        return np.asarray(np.stack(sums) / max(self.total, 1))
 
     @property
     def _magnitudes(self) -> Floats:
         """The middle of each bin, (bins, channels)."""
-        bins = np.arange(self.counts.shape[1])[:, None] + self.first
-        return np.asarray(2.0 ** ((bins + 0.5) / OCTAVE))
+        return _middles(np.arange(self.counts.shape[1])[:, None] + self.first)
+
+
+def _middles(bins: NDArray[np.int64]) -> Floats:
+    """Return the magnitudes in the middle of bins."""
+    return np.asarray(2.0 ** ((bins + 0.5) / OCTAVE))

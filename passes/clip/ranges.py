@@ -19,10 +19,9 @@ from fmpq_fx.passes.annotation import annotate_graph, note_of, plan_of
 from fmpq_fx.passes.clip.histograms import OCTAVE, Histogram
 from fmpq_fx.passes.clip.observing import Seen, observe
 from fmpq_fx.passes.clip.steps import POWERS, fit_sizes
+from fmpq_fx.passes.clip.wide import find_wide
 from fmpq_fx.passes.measure.bench import Bench, mean_rd
-from fmpq_fx.passes.measure.changes import ChangeMeter
 from fmpq_fx.passes.measure.coded_sizes import coded_size
-from fmpq_fx.passes.plan.activations import wide_inputs
 from fmpq_fx.passes.plan.inputs import InputGrid, products_at
 from fmpq_fx.passes.plan.tables import Plan, Table
 from fmpq_fx.passes.plan.widths import WIDE
@@ -32,9 +31,6 @@ from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, quantized_layers,
 ROOM, ROOM_OF_16_BITS = 1, OCTAVE
 """By how many eighths of an octave ranges are wider than the images ask for, since others exceed them: those of 8 bits,
 and those of 16, which have steps to spare."""
-
-NEGLIGIBLE = 1e-4
-"""By what part of it the RD loss of the first images changes, up or down, where 16 bits are tried on all of them."""
 
 
 def calibrate(
@@ -79,13 +75,9 @@ def calibrate(
     if not math.isfinite(rd := mean_rd(gm, bench, plan.lmbda)):
         return rd  # there is nothing to choose by
     products = {site: macs[site] * products_at(plan.bits[site], one.bits) for site, one in inputs.items()}
-    candidates = {site: one for site, one in inputs.items() if site in mixed and not one.integral}
-    for some in (replace(bench, pieces=bench.pieces[:1]), bench)[: len(bench.pieces)]:
-        zeta = _zeta_of_inputs(gm, some, candidates) if candidates else {}
-        candidates = {site: one for site, one in candidates.items() if abs(zeta[site]) > NEGLIGIBLE}
-    wide = wide_inputs(
-        {site: zeta[site] for site in candidates}, products, budget * math.fsum(products.values())
-    )
+    candidates = {site: one.widened for site, one in inputs.items() if site in mixed and not one.integral}
+    most = budget * math.fsum(products.values())
+    wide = find_wide(gm, bench, candidates, products, most) if candidates else []
     for site in wide:
         inputs[site].widen()
     coded = _coded(plan, inputs)
@@ -178,14 +170,6 @@ def _sites_of_images(gm: fx.GraphModule) -> set[str]:
             images = [isinstance(x, fx.Node) and x.op == "placeholder" for x in node.args[:1]]
             calls.setdefault(site, []).append(itself and images == [True])
     return {site for site, of_images in calls.items() if all(of_images)}
-
-
-def _zeta_of_inputs(gm: fx.GraphModule, bench: Bench, inputs: Mapping[str, _Input]) -> dict[str, float]:
-    """Return what it costs, in fractions of the RD loss, that each input is rounded as it is and not to 16 bits."""
-    lmbda, meter = plan_of(gm).lmbda, ChangeMeter(gm, bench)
-    sums = meter.measure({site: (site, one.widened) for site, one in inputs.items()}, "activation bits")
-    rd = meter.measure_base().rd(lmbda)
-    return {site: (rd - widened.rd(lmbda)) / rd for site, widened in sums.items()}
 
 
 def _coded(plan: Plan, inputs: Mapping[str, _Input]) -> Table | None:

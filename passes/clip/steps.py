@@ -56,7 +56,7 @@ def fit_sizes(
         levels: how many steps there are in a range.
         powers: what is tried of :data:`POWERS`.
     """
-    sizes = np.arange(widest, widest - LARGEST - NARROWER, -1)
+    sizes = range(widest, widest - LARGEST - NARROWER, -1)
     weight, quantizer, spread = _weights(layer), layer.weight_quantizer, layer.spread_shape() is not None
     magnitudes, squares = np.abs(weight).max(2), histogram.mean_squares
     errors = histogram.mean_errors(sides, levels, layer.power, sizes) * _energies(layer, weight)
@@ -69,14 +69,14 @@ def fit_sizes(
 
     found, least = np.zeros_like(own), np.inf
     for power in powers if spread else (0.0,):
+        less = np.round(power * own).astype(np.int64)
+        # Weights do not feel a factor that all channels have.
+        of_weights = error_of_weights(2.0 ** (-less / OCTAVE)) if spread else 0.0
         for narrower in range(NARROWER):
-            numbers = np.round(power * own).astype(np.int64) + narrower
-            error = np.take_along_axis(errors, numbers[None], 0).sum()
-            if spread:
-                error += error_of_weights(2.0 ** (sizes[numbers] / OCTAVE))
+            error = np.take_along_axis(errors, less[None] + narrower, 0).sum() + of_weights
             if error < least:
-                found, least = numbers, error
-    return np.asarray(sizes[found])
+                found, least = less + narrower, error
+    return np.asarray(widest - found)
 
 
 def _energies(layer: QuantizedLayer, weight: Floats) -> Floats:

@@ -1,7 +1,7 @@
 """Measure what the RD loss of a graph becomes when one of its layers is changed, without running all of it again."""
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.measure.bench import Bench
+from fmpq_fx.passes.measure.groups import Group
 from fmpq_fx.passes.measure.kept_values import Budget
 from fmpq_fx.passes.measure.rerun import UNCHANGED, Downstream, IncrementalInterpreter, find_downstream
 from fmpq_fx.passes.swap import substituted
@@ -21,8 +22,8 @@ from fmpq_fx.rd import MSE, Distortion, RDSums, total_bits
 
 K = TypeVar("K", bound=Hashable)
 
-Change = tuple[str, Callable[[nn.Module], nn.Module]]
-"""A site's name, and what makes the module that takes its place from the one that is there."""
+Change = Mapping[str, Callable[[nn.Module], nn.Module]]
+"""By site: what makes the module that takes its place from the one that is there. Mostly there is one."""
 
 
 class PieceMeter:
@@ -31,7 +32,7 @@ class PieceMeter:
     Args:
         gm: a traced graph in evaluation mode.
         x: images (B, C, H, W) in [0, 1].
-        downstream: of the sites, or groups of sites, that may be changed, by their names.
+        downstream: of the groups of sites that may be changed.
         budget: for the values that are kept.
         distortion: of the RD loss.
 
@@ -44,7 +45,7 @@ class PieceMeter:
         self,
         gm: fx.GraphModule,
         x: Tensor,
-        downstream: Mapping[str, Downstream],
+        downstream: Mapping[Group, Downstream],
         budget: Budget,
         distortion: Distortion = MSE,
     ):
@@ -60,15 +61,15 @@ class PieceMeter:
         """The RD sums of the graph as it was run first, with the changes that were accepted since."""
         return self._sums(self._bits, self._error)
 
-    def measure(self, site: str, *, remember: bool = False) -> RDSums:
-        """Return the RD sums now that ``site`` alone is changed.
+    def measure(self, group: Group, *, remember: bool = False) -> RDSums:
+        """Return the RD sums now that ``group`` alone is changed.
 
         Args:
-            site: its name.
+            group: one of those that may be changed.
             remember: the change may be accepted afterwards.
         """
-        self._interpreter.prepare(site, self.x)
-        self._tried = self._measured(self._interpreter.rerun(site, remember=remember))
+        self._interpreter.prepare(group, self.x)
+        self._tried = self._measured(self._interpreter.rerun(group, remember=remember))
         return self._sums(*self._tried)
 
     def accept(self) -> None:
@@ -76,9 +77,9 @@ class PieceMeter:
         self._interpreter.accept()
         self._bits, self._error = self._tried
 
-    def forget(self, site: str) -> None:
-        """Let go of what is kept for changes of ``site``: it will not be changed again."""
-        self._interpreter.forget(site)
+    def forget(self, group: Group) -> None:
+        """Let go of what is kept for changes of ``group``: it will not be changed again."""
+        self._interpreter.forget(group)
 
     def _measured(self, output: Any) -> tuple[dict[str, float], float]:
         """Return bits by latent and distortion of an output in which only what changed is there."""
@@ -100,13 +101,13 @@ class PieceMeter:
 
 
 class ChangeMeter:
-    """Measures the RD sums of a graph with one of its layers exchanged, for any number of layers and exchanges.
+    """Measures the RD sums of a graph with one or a few of its layers exchanged, for any number of exchanges.
 
     Example::
 
         meter = ChangeMeter(gm, make_bench(gm, batches))
-        six_bits = {"g_a.0": ("g_a.0", partial(quantize_layer, bits=6))}
-        rise = meter.measure(six_bits)["g_a.0"].rd(lmbda) - meter.measure_base().rd(lmbda)
+        six_bits = {"g_a.0": partial(quantize_layer, bits=6)}
+        rise = meter.measure({6: six_bits})[6].rd(lmbda) - meter.measure_base().rd(lmbda)
 
     What a change gives does not depend, bit for bit, on what else is measured, on the memory or on the number of ranks.
     Each rank measures its share of the changes, on all the images. An evaluation takes what a plain run of one piece
@@ -115,12 +116,13 @@ class ChangeMeter:
     Args:
         gm: a traced graph in evaluation mode whose sites are marked. It is left as it was.
         bench: what it is measured on.
+        groups: of sites that are changed together; None is each site alone.
     """
 
-    def __init__(self, gm: fx.GraphModule, bench: Bench):
+    def __init__(self, gm: fx.GraphModule, bench: Bench, groups: Collection[Group] | None = None):
         self.gm, self.bench = gm, bench
         self.base: RDSums | None = None  # of the graph as it is; None: it was not run yet
-        self._downstream = find_downstream(gm)
+        self._downstream = find_downstream(gm, groups)
         self._pieces: list[PieceMeter] = []
 
     def measure_base(self) -> RDSums:
@@ -154,22 +156,26 @@ class ChangeMeter:
         """
         self.measure_base()
         own = dict(self.bench.ranks.share(list(changes.items())))
-        keys: dict[str, list[K]] = {site: [] for site in self._downstream}  # in the order of the graph
-        for key, (site, _) in own.items():
-            keys[site].append(key)
+        groups: dict[Group, list[K]] = {}
+        for key, change in own.items():
+            groups.setdefault(tuple(change), []).append(key)
         sums = dict.fromkeys(own, RDSums())
         show = False if title is None else self.bench.progress
         bar = reported(range(len(self._pieces) * len(own)), title or "", "run", show=show)
         with bar, freed_memory_kept():
-            for site, its_keys in keys.items():
-                layer = self.gm.get_submodule(site)
-                modules = {key: changes[key][1](layer) for key in its_keys}
+            for group in sorted(groups, key=list(self._downstream).index):
+                layers = {site: self.gm.get_submodule(site) for site in group}
+                modules = {
+                    key: {site: make(layers[site]) for site, make in own[key].items()}
+                    for key in groups[group]
+                }
                 with ExitStack() as stack:
-                    for module in modules.values():
-                        stack.enter_context(weights_kept(module))
+                    for of_key in modules.values():
+                        for module in of_key.values():
+                            stack.enter_context(weights_kept(module))
                     for piece in self._pieces:
-                        for key, module in modules.items():
-                            with substituted(self.gm, site, module):
-                                sums[key] += piece.measure(site)
+                        for key, of_key in modules.items():
+                            with substituted(self.gm, of_key):
+                                sums[key] += piece.measure(group)
                             bar.update()
         return dict(self.bench.ranks.merge(list(sums.items())))

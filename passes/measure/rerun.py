@@ -29,11 +29,13 @@ Between two calls an interpreter is in one of two states::
 from collections import ChainMap, Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, fx
 
 from fmpq_fx.passes.annotation import note_of
+from fmpq_fx.passes.measure.groups import Group
 from fmpq_fx.passes.measure.kept_values import Budget, KeptValues, value_bytes
 
 UNCHANGED = object()
@@ -42,44 +44,44 @@ UNCHANGED = object()
 
 @dataclass(frozen=True)
 class Downstream:
-    """What is computed from a site, and what that needs besides."""
+    """What is computed from a group of sites, and what that needs besides."""
 
-    starts: frozenset[fx.Node]  # the nodes that run the site
+    starts: frozenset[fx.Node]  # the nodes that run the sites
     nodes: tuple[fx.Node, ...]  # these and all that is computed from them, in order
     reads: frozenset[fx.Node]  # the other nodes whose values those need
-    last_reads: Mapping[fx.Node, tuple[fx.Node, ...]]  # by node: what no later one of ``nodes`` reads
+
+    @cached_property
+    def last_reads(self) -> Mapping[fx.Node, tuple[fx.Node, ...]]:
+        """By node: what no later one of :attr:`nodes` reads."""
+        return _last_reads(self.nodes)
 
 
-def find_downstream(
-    gm: fx.GraphModule, groups: Mapping[str, Collection[str]] | None = None
-) -> dict[str, Downstream]:
+def find_downstream(gm: fx.GraphModule, groups: Collection[Group] | None = None) -> dict[Group, Downstream]:
     """Return what lies downstream of sites of ``gm``; :func:`fmpq_fx.passes.sites.find_sites` marked them.
 
     Args:
         gm: a traced graph.
-        groups: sites that are changed together, by a name for them; None is each site alone, by its own name.
+        groups: of sites that are changed; None is each site alone, in the order of the graph.
     """
     runs: dict[str, set[fx.Node]] = {}
     for node in gm.graph.nodes:
         for site in note_of(node).sites:
             runs.setdefault(site, set()).add(node)
-    inputs = {node: node.all_input_nodes for node in gm.graph.nodes}
-    every = {site: (site,) for site in runs} if groups is None else groups
+    inputs = {node: [s for s in node.all_input_nodes if not _is_given(s)] for node in gm.graph.nodes}
     return {
-        name: _downstream(inputs, frozenset().union(*(runs[site] for site in sites)))
-        for name, sites in every.items()
+        group: _downstream(inputs, frozenset().union(*(runs[site] for site in group)))
+        for group in (((site,) for site in runs) if groups is None else groups)
     }
 
 
 def _downstream(inputs: Mapping[fx.Node, Sequence[fx.Node]], starts: frozenset[fx.Node]) -> Downstream:
-    below: dict[fx.Node, None] = {}  # in order
+    below = set(starts)
     reads: set[fx.Node] = set()
     for node, sources in inputs.items():
-        if node in starts or any(source in below for source in sources):
-            below[node] = None
-            reads.update(source for source in sources if not _is_given(source))
-    nodes = tuple(below)
-    return Downstream(starts, nodes, frozenset(reads.difference(below)), _last_reads(nodes))
+        if node in below or not below.isdisjoint(sources):
+            below.add(node)
+            reads.update(sources)
+    return Downstream(starts, tuple(filter(below.__contains__, inputs)), frozenset(reads - below))
 
 
 def _last_reads(nodes: Sequence[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
@@ -98,19 +100,19 @@ class IncrementalInterpreter(fx.Interpreter):
 
         interpreter = IncrementalInterpreter(gm, find_downstream(gm), Budget(2**30))
         before = interpreter.run_once(x)
-        with substituted(gm, "g_a.0", quantized):
-            after = interpreter.rerun("g_a.0")
+        with substituted(gm, {"g_a.0": quantized}):
+            after = interpreter.rerun(("g_a.0",))
 
     Kept is, as far as the budget allows, what an evaluation of some site reads, and values that are no larger than
     the images: latents, which after rounding may be equal. Larger ones never are, in practice.
 
     Args:
         gm: free of in-place operations, as :func:`fmpq_fx.passes.trace.trace` records it.
-        downstream: of the sites, or groups of sites, that may be changed.
+        downstream: of the groups of sites that may be changed.
         budget: for the values.
     """
 
-    def __init__(self, gm: fx.GraphModule, downstream: Mapping[str, Downstream], budget: Budget):
+    def __init__(self, gm: fx.GraphModule, downstream: Mapping[Group, Downstream], budget: Budget):
         super().__init__(gm, garbage_collect_values=False)
         self.downstream = dict(downstream)
         self._read = frozenset[fx.Node]().union(*(below.reads for below in downstream.values()))
@@ -146,21 +148,21 @@ class IncrementalInterpreter(fx.Interpreter):
                     self.kept.offer(node, value)
             for source in last_reads[node]:
                 fresh.pop(source, None)
-        needs = {site: sum(sizes[node] for node in below.reads) for site, below in self.downstream.items()}
+        needs = {group: sum(sizes[node] for node in below.reads) for group, below in self.downstream.items()}
         if needs:
             most = max(needs, key=needs.__getitem__)
             self._budget.check(needs[most], self._what(most, x))
         self.env = {}  # which would hold values beside those that are kept
         return value
 
-    def rerun(self, site: str, *, remember: bool = False) -> Any:
-        """Return the output now that ``site`` is changed, with :data:`UNCHANGED` in place of what is as before.
+    def rerun(self, group: Group, *, remember: bool = False) -> Any:
+        """Return the output now that ``group`` is changed, with :data:`UNCHANGED` in place of what is as before.
 
         Args:
-            site: its name.
+            group: one of those that may be changed.
             remember: the change may be accepted (:meth:`accept`) afterwards.
         """
-        below = self.downstream[site]
+        below = self.downstream[group]
         fresh: dict[fx.Node, Any] = {}
         self.env = ChainMap(fresh, self.kept.values, self._given)  # type: ignore[assignment]
         self.changed = set()
@@ -183,15 +185,15 @@ class IncrementalInterpreter(fx.Interpreter):
         self.env = {}  # which would hold values beside those that are kept
         return output
 
-    def prepare(self, site: str, x: Tensor) -> None:
-        """Have the values at hand that reruns of ``site`` read; it may be changed already, they do not depend on it."""
-        reads = self.downstream[site].reads
+    def prepare(self, group: Group, x: Tensor) -> None:
+        """Have the values at hand that reruns of ``group`` read. They are the same before and after it is changed."""
+        reads = self.downstream[group].reads
         missing = [node for node in reads if node not in self.kept.values]
         if not missing:
             return
         self.env = ChainMap({}, self.kept.values, self._given)  # type: ignore[assignment]
         self._recompute(missing)
-        self.kept.demand({node: self.env[node] for node in reads}, self._what(site, x))
+        self.kept.demand({node: self.env[node] for node in reads}, self._what(group, x))
         self.env = {}
 
     def accept(self) -> None:
@@ -203,9 +205,9 @@ class IncrementalInterpreter(fx.Interpreter):
         for node, value in accepted.items():
             self.kept.offer(node, value)
 
-    def forget(self, site: str) -> None:
-        """Let go of what is kept for reruns of ``site`` alone: it will not be changed again."""
-        below = self.downstream.pop(site)
+    def forget(self, group: Group) -> None:
+        """Let go of what is kept for reruns of ``group`` alone: it will not be changed again."""
+        below = self.downstream.pop(group)
         for node in (*below.nodes, *below.reads):
             self._uses[node] -= 1
             if not self._uses[node]:
@@ -239,8 +241,8 @@ class IncrementalInterpreter(fx.Interpreter):
     def _is_small(self, value: Any) -> bool:
         return value_bytes(value) <= self._small
 
-    def _what(self, site: str, x: Tensor) -> str:
-        return f"what {site!r} reads for {len(x)} images of {x.size(-1)} x {x.size(-2)}"
+    def _what(self, group: Group, x: Tensor) -> str:
+        return f"what {', '.join(group)!r} reads for {len(x)} images of {x.size(-1)} x {x.size(-2)}"
 
 
 def _equal(a: Any, b: Any) -> bool:

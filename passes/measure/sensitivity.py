@@ -80,7 +80,7 @@ class SensitivityMeter:
         """
         wanted = set(points)
         changes = {
-            (site, b): (site, partial(quantize_layer, bits=b))
+            (site, b): {site: partial(quantize_layer, bits=b)}
             for site, b in self.table.missing
             if (site, b) in wanted
         }

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 import fmpq_fx
 from fmpq_fx import plan_of, samples
 from fmpq_fx.images import crops
-from fmpq_fx.passes.clip import descent
 from fmpq_fx.passes.clip.descent import choose
+from fmpq_fx.passes.measure import groups
 from fmpq_fx.passes.measure.bench import Bench, make_bench, mean_rd
 from fmpq_fx.quant import QuantizedLayer, quantized_layers
 
@@ -101,12 +101,12 @@ def test_what_is_evidently_worse_is_run_on_the_first_images_alone(
     assert len(calls) == 1 + PIECES + 1
 
 
-@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("most", [1, 3])
 def test_many_sites_are_settled_in_groups(
-    gm: fx.GraphModule, four_pieces: Bench, monkeypatch: pytest.MonkeyPatch, groups: int
+    gm: fx.GraphModule, four_pieces: Bench, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     before = mean_rd(gm, four_pieces, LMBDA)
-    monkeypatch.setattr(descent, "GROUPS", groups)
+    monkeypatch.setattr(groups, "MOST", most)
     chosen, rd = choose(gm, four_pieces, LMBDA, setters_of(gm), (1.0, 0.9, 0.8, 0.7, 0.6, 0.5), "clips")
     assert chosen["g_s.6"] < 1
     assert rd < before
@@ -120,7 +120,7 @@ def test_many_sites_are_settled_in_groups(
 def test_a_group_that_gains_together_takes_one_verdict(
     gm: fx.GraphModule, four_pieces: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(descent, "GROUPS", 1)
+    monkeypatch.setattr(groups, "MOST", 1)
     sites: dict[str, QuantizedLayer] = {name: quantized_layers(gm)[name] for name in ("g_s.4", "g_s.6")}
     with counted(sites["g_s.6"]) as calls:
         chosen, _ = choose(

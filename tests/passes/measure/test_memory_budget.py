@@ -53,7 +53,7 @@ def traced(model: nn.Module) -> fx.GraphModule:
 
 
 def changes_of(gm: fx.GraphModule) -> dict[tuple[str, int], Change]:
-    return {(s.name, b): (s.name, partial(quantize_layer, bits=b)) for s in find_sites(gm) for b in (3,)}
+    return {(s.name, b): {s.name: partial(quantize_layer, bits=b)} for s in find_sites(gm) for b in (3,)}
 
 
 def least_memory(gm: fx.GraphModule, images: list[Tensor]) -> int:

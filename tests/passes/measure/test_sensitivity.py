@@ -103,8 +103,8 @@ def test_an_evaluation_runs_only_what_is_downstream(x: Tensor) -> None:
     with torch.no_grad():
         before = interpreter.run_once(x)
         runs.clear()
-        with substituted(gm, "h_s.2", quantize_layer(gm.get_submodule("h_s.2"), 3)):
-            after = interpreter.rerun("h_s.2")
+        with substituted(gm, {"h_s.2": quantize_layer(gm.get_submodule("h_s.2"), 3)}):
+            after = interpreter.rerun(("h_s.2",))
     # The hyper decoder does not touch the image: y_hat is the same, so the synthesis transform does not run.
     assert not any(name.startswith(("g_a", "h_a", "h_s_0", "g_s")) for name in runs)
     assert after["x_hat"] is UNCHANGED
@@ -118,7 +118,7 @@ def test_a_substituted_layer_is_put_back_also_after_an_error() -> None:
     quantized = quantize_layer(layer, 4)
 
     def fail_within() -> None:
-        with substituted(model, "g_a.2", quantized):
+        with substituted(model, {"g_a.2": quantized}):
             assert model.get_submodule("g_a.2") is quantized
             raise RuntimeError("stop")
 

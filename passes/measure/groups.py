@@ -1,0 +1,29 @@
+"""Groups of sites that are changed together, so that models of hundreds of sites take few runs."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+Group = tuple[str, ...]
+"""Sites that are changed together; mostly there is one."""
+
+MOST = 32
+"""In how many groups sites are taken at first; as many sites or fewer, each for itself."""
+
+
+def in_groups(sites: Sequence[str]) -> list[Group]:
+    """Return ``sites`` in at most :data:`MOST` groups of neighbours."""
+    size = max(1, math.ceil(len(sites) / MOST))
+    return [tuple(sites[i : i + size]) for i in range(0, len(sites), size)]
+
+
+def halves(group: Group) -> tuple[Group, Group]:
+    """Return the two halves of ``group``, of two sites or more."""
+    return group[: len(group) // 2], group[len(group) // 2 :]
+
+
+def parts(group: Group) -> Iterator[Group]:
+    """Yield ``group`` and all parts that it may be taken in."""
+    yield group
+    if len(group) > 1:
+        for half in halves(group):
+            yield from parts(half)
