@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import images, small_model
 from fmpq_fx import History
 from fmpq_fx.coding.evaluation import Evaluation, ImageResult
 from fmpq_fx.images import reading
 from fmpq_fx.models.zoo import load_model
+from support.small_models import images, small_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

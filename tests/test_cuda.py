@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import small_model
 from fmpq_fx import plan_of, prepare
 from fmpq_fx.cli.main import main
 from fmpq_fx.images.reading import sources, write
 from fmpq_fx.training.bfloat16 import transforms_in_bfloat16
 from fmpq_fx.training.data import RandomCrops, batches
 from support.finetuning import LMBDA, photos, tuned
+from support.small_models import small_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -9,7 +9,6 @@ from compressai.losses import RateDistortionLoss
 from torch import Tensor, fx, nn
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError, Plan, Sensitivity
 from fmpq_fx.cli.main import main
 from fmpq_fx.formats.state import load_state, save_state
@@ -17,6 +16,7 @@ from fmpq_fx.images import reading
 from fmpq_fx.models import zoo
 from fmpq_fx.passes.annotation import graph_note
 from support.finetuning import photos, tuned
+from support.small_models import small_model
 
 LMBDA = 16.64
 IMAGES = photos(2, side=192)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fmpq_fx
-from conftest import images, shared, small_model
+from conftest import shared
 from fmpq_fx import FmpqError, Plan
 from fmpq_fx.images import crops
 from fmpq_fx.passes.annotation import note_of
@@ -22,6 +22,7 @@ from fmpq_fx.passes.rewrite import activations_float
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.quant import quantized_layers
 from fmpq_fx.rd import rate_and_distortion
+from support.small_models import images, small_model
 
 BITS = (2, 4, 6, 8)
 

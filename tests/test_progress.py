@@ -11,10 +11,10 @@ from PIL import Image
 from torch import fx
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import ranks
 from fmpq_fx.progress import reported
 from support.finetuning import photos, tuned
+from support.small_models import small_model
 
 PROGRESS = sys.modules["fmpq_fx.progress"]
 

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import Plan, Sensitivity, plan_of
 from fmpq_fx.cli.main import main
 from fmpq_fx.formats.state import load_state
@@ -18,6 +17,7 @@ from fmpq_fx.models.zoo import load_model, model_names
 from fmpq_fx.passes.measure.changes import ChangeMeter
 from fmpq_fx.quant import quantized_layers
 from fmpq_fx.training.run import TrainingRun
+from support.small_models import small_model
 
 PIPELINE = sys.modules["fmpq_fx.pipeline"]
 

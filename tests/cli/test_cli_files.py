@@ -13,11 +13,11 @@ from PIL import Image
 from torch import nn
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx.cli.main import main
 from fmpq_fx.formats.state import save_state
 from fmpq_fx.images import reading
 from support.coded_models import graph_of
+from support.small_models import small_model
 
 
 class Private(nn.Module):

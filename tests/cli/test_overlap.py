@@ -9,12 +9,12 @@ import pytest
 from torch import Tensor, fx
 
 import fmpq_fx
-from conftest import images
 from fmpq_fx.cli.main import main
 from fmpq_fx.cli.overlap import each
 from fmpq_fx.coding import fmi
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images import reading
+from support.small_models import images
 
 JOBS = {Path(f"{n}.in"): Path(f"{n}.out") for n in range(6)}
 NAMES = [source.name for source in JOBS]

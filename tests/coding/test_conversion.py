@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError
 from fmpq_fx.quant import quantized_layers
 from support.coded_models import elic
+from support.small_models import small_model
 from support.traced_models import assert_same, outputs
 from support.traced_models import photos as noise
 from support.trained_graphs import Own, trained

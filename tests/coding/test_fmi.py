@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad as pad_image
 
 import fmpq_fx
-from conftest import SMALL, small_model
 from fmpq_fx import FmpqError
 from fmpq_fx.coding.fmi import MAGIC, VERSION, decode, encode
 from fmpq_fx.storage import fingerprint
 from fmpq_fx.storage.byte_reader import ByteReader, counted
 from support.coded_models import graph_of
+from support.small_models import SMALL, small_model
 from support.traced_models import WITH_CODEC, lively
 
 

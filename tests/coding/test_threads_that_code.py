@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 import fmpq_fx
-from conftest import images
+from support.small_models import images
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

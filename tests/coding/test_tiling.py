@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError, memory
 from fmpq_fx.coding import tiling
 from fmpq_fx.coding.codec import codec_of, with_settings
 from fmpq_fx.coding.fmi import decode, encode
 from support import coded_models
 from support.hyperpriors import hyperprior_of
+from support.small_models import small_model
 from support.traced_models import Codec, Make, each_model
 
 SIZE = (180, 200)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError
 from fmpq_fx.storage import container
 from support import naive_weights
+from support.small_models import small_model
 from support.trained_graphs import trained
 
 ROUNDS = 100

@@ -14,7 +14,6 @@ from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianC
 from torch import Tensor, fx, nn
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError, Sensitivity, convert, load, load_codec, plan_of, save
 from fmpq_fx.history import History, Settings, Validation
 from fmpq_fx.passes.annotation import annotate_graph, graph_note
@@ -22,6 +21,7 @@ from fmpq_fx.passes.plan.task import make_plan
 from fmpq_fx.storage import fingerprint
 from support import TESTS
 from support.coded_models import elic
+from support.small_models import small_model
 from support.traced_models import WITH_CODEC, Codec, Make, assert_same, lively, outputs, photos
 from support.trained_graphs import Own, trained
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 import fmpq_fx
-from conftest import SMALL, small_model
 from fmpq_fx import FmpqError, Plan, plan_of
 from fmpq_fx.formats.state import FORMAT, load_state, save_state, spec_of
 from fmpq_fx.history import History, Settings, Validation
 from fmpq_fx.passes.annotation import annotate_graph, graph_note
+from support.small_models import SMALL, small_model
 from support.trained_graphs import trained
 
 

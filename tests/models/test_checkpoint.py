@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 
 import fmpq_fx
-from conftest import SMALL, small_model
 from fmpq_fx.cli.main import main
 from fmpq_fx.formats.state import save_state
 from fmpq_fx.history import Settings
 from fmpq_fx.models.zoo import load_model, model_names
 from fmpq_fx.training.run import TrainingRun
+from support.small_models import SMALL, small_model
 
 State = Mapping[str, Tensor]
 

@@ -16,10 +16,10 @@ from compressai.entropy_models import EntropyBottleneck
 from torch import Tensor, fx, nn
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError
 from fmpq_fx.quant.layers import QuantizedGDN
 from support.coded_models import graph_of
+from support.small_models import small_model
 from support.traced_models import Codec
 
 pytest.importorskip("onnxscript", reason="needs the extra: pip install 'fmpq-fx[onnx]'")

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError
 from fmpq_fx.onnx.subpixel import subpixel
 from fmpq_fx.passes.annotation import note_of
@@ -18,6 +17,7 @@ from fmpq_fx.passes.trace import trace
 from fmpq_fx.passes.tracing.leaves import NetworkTracer
 from fmpq_fx.quant import quantize_layer, quantized_layers
 from fmpq_fx.quant.layers import QuantizedConvTranspose2d
+from support.small_models import small_model
 from support.traced_models import PLAIN, lively
 
 Pair = tuple[int, int]

@@ -14,7 +14,6 @@ from compressai.entropy_models import EntropyBottleneck
 from compressai.optimizers import net_aux_optimizer
 from torch import Tensor, fx, nn
 
-from conftest import images, small_model
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import annotate_sites, plan_of
 from fmpq_fx.passes.clip.ranges import calibrate
@@ -25,6 +24,7 @@ from fmpq_fx.passes.trace import trace
 from fmpq_fx.quant import ActivationFakeQuant, quantize_layer, quantized_layers
 from support.coded_models import quantized
 from support.rewritten import notes, outputs, plan_for, same
+from support.small_models import images, small_model
 
 
 @functools.cache

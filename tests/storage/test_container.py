@@ -17,13 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError
 from fmpq_fx.formats.state import save_state
 from fmpq_fx.quant import QuantizedLayer
 from fmpq_fx.storage import container
 from fmpq_fx.storage.container import packed, read, unpacked, write
 from fmpq_fx.storage.fingerprint import digest, of_codec, of_entropy_models
+from support.small_models import small_model
 from support.trained_graphs import trained
 
 ABOUT: dict[str, Any] = {"model": {"class": "a.B", "zoo": None}, "ζ": [1, 2.5, "\n", {}]}

@@ -20,7 +20,6 @@ from scipy.special import expit
 from torch import Tensor
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError
 from fmpq_fx.quant import quantize_layer
 from fmpq_fx.storage import container
@@ -35,6 +34,7 @@ from fmpq_fx.storage.tensor_packing import (
 )
 from support.layer_cases import CASES as LAYERS
 from support.layer_cases import effective, made, output_channels
+from support.small_models import small_model
 from support.trained_graphs import trained
 
 DTYPES = [

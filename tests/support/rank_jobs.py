@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from conftest import small_model
 from fmpq_fx import FmpqError, History, plan_of, prepare, ranks
 from fmpq_fx.cli.main import main
 from fmpq_fx.training.run import TrainingRun
 from support.finetuning import LMBDA, photos, tuned
+from support.small_models import small_model
 
 CALIBRATION = torch.stack(
     photos(5, side=64)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import fx
 
-from conftest import small_model
 from fmpq_fx import FmpqError, History, prepare
 from fmpq_fx.history import Settings
 from fmpq_fx.training.run import TrainingRun
 from support.finetuning import LMBDA, photos, same_state, stopping_at, tuned
+from support.small_models import small_model
 
 
 class Finished(NamedTuple):

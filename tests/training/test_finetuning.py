@@ -10,7 +10,6 @@ import torch
 from torch import fx, nn
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError, History
 from fmpq_fx.history import Settings
 from fmpq_fx.passes.annotation import graph_note
@@ -20,6 +19,7 @@ from fmpq_fx.training.loop import train
 from fmpq_fx.training.run import TrainingRun, parameter_groups
 from support.coded_models import CODED, graph_of
 from support.finetuning import LMBDA, loss_of, photos, same_state, tuned
+from support.small_models import small_model
 
 
 def test_the_rd_loss_on_other_images_falls_and_the_best_state_is_what_is_left(gm: fx.GraphModule) -> None:

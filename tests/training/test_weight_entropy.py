@@ -9,7 +9,6 @@ from compressai.layers import GDN, MaskedConv2d
 from torch import Tensor, fx, nn
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import History, samples
 from fmpq_fx.history import Settings, Validation, best_of
 from fmpq_fx.passes.measure.coded_sizes import coded_size
@@ -18,6 +17,7 @@ from fmpq_fx.training.loop import train
 from fmpq_fx.training.run import TrainingRun
 from fmpq_fx.training.weight_entropy import weight_bits, weight_cr
 from support.finetuning import LMBDA, photos, same_state, stopping_at, tuned
+from support.small_models import small_model
 
 
 def layers_of(model: nn.Module, bits: int) -> list[QuantizedLayer]:

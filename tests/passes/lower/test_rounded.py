@@ -11,11 +11,11 @@ from compressai.ops import quantize_ste
 from torch import Tensor, nn
 
 import fmpq_fx
-from conftest import images
 from fmpq_fx import FmpqError
 from fmpq_fx.passes.lower.entropy_path import entropy_path
 from support.codecs import slices
 from support.coded_models import graph_of
+from support.small_models import images
 
 
 def ste_round(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import pytest
 from torch import Tensor
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError, Plan
 from fmpq_fx.passes.measure.coded_sizes import measure_coded_sizes
 from fmpq_fx.passes.plan.planners import PLANNERS
@@ -14,6 +13,7 @@ from fmpq_fx.passes.plan.tables import Table
 from fmpq_fx.passes.plan.task import make_plan
 from fmpq_fx.passes.trace import trace
 from support.sensitivities import PARAMS, sensitivity
+from support.small_models import small_model
 
 # Every width of every site takes three quarters of its nominal bytes and some more.
 CODED: Table = {site: {b: 0.75 * count * b / 8 + 40 for b in range(2, 11)} for site, count in PARAMS.items()}

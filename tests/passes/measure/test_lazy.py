@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError, Plan, Sensitivity
 from fmpq_fx.passes.plan.interpolation import interpolated
 from fmpq_fx.passes.plan.task import make_plan
 from support import TESTS
 from support.counted import lazy_plan
+from support.small_models import small_model
 
 DATA = TESTS / "data"
 TRAINED = ("bmshj2018-hyperprior", "mbt2018-mean")

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx.passes.clip.descent import choose
 from fmpq_fx.passes.measure import bench
 from fmpq_fx.passes.measure.bench import make_bench, mean_rd
@@ -22,6 +21,7 @@ from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.quant import quantize_layer, quantized_layers
 from fmpq_fx.rd import rd_sums
+from support.small_models import small_model
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from compressai.layers import GDN, MaskedConv2d
 from torch import Tensor, nn
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError, Sensitivity
 from fmpq_fx.passes.measure.kept_values import Budget
 from fmpq_fx.passes.measure.rerun import UNCHANGED, IncrementalInterpreter, find_downstream
@@ -19,6 +18,7 @@ from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.swap import substituted
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.quant import quantize_layer
+from support.small_models import small_model
 
 LMBDA = 0.01
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import fmpq_fx
-from conftest import images, small_model
 from fmpq_fx import FmpqError, Sensitivity
 from fmpq_fx.passes.measure.changes import ChangeMeter
 from fmpq_fx.rd import RDSums
 from support.full_disk import small_files
+from support.small_models import images, small_model
 
 BITS = (2, 4, 6, 8)
 NAME = "bmshj2018-hyperprior"

@@ -9,9 +9,9 @@ from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
 
 import fmpq_fx
-from conftest import small_model
 from fmpq_fx import FmpqError
 from fmpq_fx.passes.tracing.model_outputs import output_of
+from support.small_models import small_model
 
 
 class OfChannels(ScaleHyperprior):
