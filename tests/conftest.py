@@ -1,11 +1,10 @@
-"""Fixtures of many tests, and where the photographs and checkpoints lie.
+"""Fixtures of many tests.
 
 The process that deals tests out to others reads this file, too: the libraries, which take seconds, are not for it.
 """
 
 import copy
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,8 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor, fx, nn
 
 os.environ["MPLBACKEND"] = "Agg"
-
-SHARED = Path(os.environ.get("FMPQ_FX_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,14 +42,6 @@ def x() -> "Tensor":
     from support.small_models import images
 
     return images()
-
-
-def shared(*parts: str) -> Path:
-    """Return a path among the development data, or skip the test where there is none."""
-    path = SHARED.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"needs {'/'.join(parts)} of the development data, which is not part of the repository")
-    return path
 
 
 @pytest.fixture(scope="session")

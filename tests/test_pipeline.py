@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, fx, nn
 
 import fmpq_fx
-from conftest import shared
 from fmpq_fx import FmpqError, Plan
 from fmpq_fx.images import crops
 from fmpq_fx.passes.annotation import note_of
@@ -22,6 +22,7 @@ from fmpq_fx.passes.rewrite import activations_float
 from fmpq_fx.passes.trace import trace
 from fmpq_fx.quant import quantized_layers
 from fmpq_fx.rd import rate_and_distortion
+from support import REPOSITORY
 from support.small_models import images, small_model
 
 BITS = (2, 4, 6, 8)
@@ -208,6 +209,15 @@ def test_the_plan_as_json_is_plain() -> None:
     assert fields["format"] == "Plan"
     assert fields["bits"] == plan.bits
     assert all(len(step) == 2 for step in fields["history"])
+
+
+def shared(*parts: str) -> Path:
+    """Return a path among the development data, or skip the test where there is none."""
+    folder = Path(os.environ.get("FMPQ_FX_SHARED", REPOSITORY.parent / "shared"))
+    path = folder.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"needs {'/'.join(parts)} of the development data, which is not part of the repository")
+    return path
 
 
 def test_fmpq_at_6_bits_costs_less_than_half_of_uniform_on_kodak() -> None:
