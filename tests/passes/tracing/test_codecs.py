@@ -88,7 +88,7 @@ def layers_of(model: nn.Module) -> set[str]:
 def test_all_layers_are_sites(make: Make) -> None:
     model = make().eval()
     unused = {"Invertible": {"g_a.0", "g_a.2", "g_s.0", "g_s.2"}}.get(type(model).__name__, set())
-    assert {site.name for site in find_sites(trace(model, images(1, 40, 56)))} == layers_of(model) - unused
+    assert {site.name for site in find_sites(traced(make))} == layers_of(model) - unused
 
 
 @each_kind
@@ -117,12 +117,12 @@ def test_a_codec_goes_all_the_way(make: Make, tmp_path: Path) -> None:
 @each_kind
 def test_a_graph_changes_its_type_as_the_model_does(make: Make) -> None:
     model, x = make().eval(), images(2, 32, 56).double()
-    gm = trace(model, images(1, 40, 56))
+    gm = traced(make)
     assert_same(outputs(gm.double(), x), outputs(model.double(), x))
 
 
 def test_a_size_that_the_graph_was_not_traced_for_is_told_apart() -> None:
-    gm = trace(CODECS["WindowAttention"]().eval(), images(1, 40, 56))
+    gm = traced(CODECS["WindowAttention"])
     with pytest.raises(
         FmpqError, match=r"attention\.py:\d+: if down > 0 or right > 0:(.|\n)*gave True.*gives False"
     ):
