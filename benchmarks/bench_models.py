@@ -13,7 +13,7 @@ from compressai.models import (
 )
 from torch import Tensor, nn
 
-from fmpq_fx.data import samples
+from fmpq_fx import samples
 from fmpq_fx.models.zoo import load_model
 
 UNTRAINED = {

@@ -7,11 +7,10 @@ arXiv 2506.01221). Two arguments are enough::
     print(fmpq_fx.bit_table(gm))
 """
 
-from fmpq_fx import _compressai, ranks  # noqa: F401  (_compressai comes first: see there)
+from fmpq_fx import _compressai, ranks, samples  # noqa: F401  (_compressai comes first: see there)
 from fmpq_fx.coding.conversion import convert, export_checkpoint
 from fmpq_fx.coding.evaluation import Evaluation, evaluate
 from fmpq_fx.coding.fmi import decode, encode
-from fmpq_fx.data import samples
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.formats.model_file import load, load_codec, save
 from fmpq_fx.history import History

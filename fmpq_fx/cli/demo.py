@@ -6,9 +6,9 @@ from pathlib import Path
 from tabulate import tabulate
 from torch import Tensor, fx
 
+from fmpq_fx import samples
 from fmpq_fx.cli.outputs import IMAGE_MARK, MODEL_MARK, Output, declare
 from fmpq_fx.coding import fmi
-from fmpq_fx.data import samples
 from fmpq_fx.formats.model_file import load_codec, save
 from fmpq_fx.images import crops, reading
 from fmpq_fx.passes.annotation import plan_of

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fmpq_fx.data import samples
+from fmpq_fx import samples
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images.reading import Source, check_channels, checked, evenly_spaced, in_short, sources
 

@@ -13,7 +13,7 @@ from compressai.registry import MODELS
 from compressai.zoo import image_models
 from torch import nn
 
-from fmpq_fx.data import samples
+from fmpq_fx import samples
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.models import checkpoint as weights
 from fmpq_fx.storage.kinds import kind_of

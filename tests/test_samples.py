@@ -14,9 +14,8 @@ from compressai.models import ScaleHyperprior
 from safetensors import safe_open
 from torch import Tensor
 
-from fmpq_fx.data import samples
+from fmpq_fx import samples
 from fmpq_fx.images import crops, reading
-from support import REPOSITORY
 
 FILE = "scale-hyperprior-n64-m96-lmbda0.0130.safetensors"
 
@@ -86,7 +85,7 @@ def test_the_model_file_is_what_its_tool_makes(model: ScaleHyperprior) -> None:
     assert (about["N"], about["M"], about["lmbda"]) == (64, 96, 0.013)
     assert "research use" in about["note"]
 
-    tool = runpy.run_path(str(REPOSITORY / "benchmarks" / "pack_sample.py"))
+    tool = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "pack_sample.py"))
     checkpoint: dict[str, Any] = {**about, "arch": "sh", "state_dict": model.state_dict()}
     packed, packed_metadata = tool["pack"](checkpoint)
     assert packed_metadata == metadata
