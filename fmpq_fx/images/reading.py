@@ -24,7 +24,11 @@ from fmpq_fx.storage.files import WRITER, replacing
 
 WRITTEN = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LOSSY = (".jpeg", ".jpg")  # of these: formats that cannot keep every pixel
-SUFFIXES = (".gif", *WRITTEN)  # of the images in a folder; a GIF has too few colours to be written
+SUFFIXES = (
+    *WRITTEN,
+    *(".avif", ".gif", ".jfif", ".j2k", ".jp2", ".jpe", ".pbm", ".pgm", ".pnm", ".tga"),
+    *(".heic", ".heif", ".jxl"),  # which Pillow does not read without a plugin: better said than passed over
+)  # of the images in a folder
 
 CHANNELS = range(1, 5)
 """How many channels images may have; those of image files have 3."""

@@ -259,3 +259,21 @@ def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 49)  # Pillow refuses more than twice this
     with pytest.raises(FmpqError, match=r"bomb\.png: .*exceeds limit"):
         reading.read(path)
+
+
+def test_no_image_of_a_folder_is_passed_over_in_silence(tmp_path: Path) -> None:
+    readable = ["a.JP2", "b.tga", "c.pgm", "d.avif", "e.jfif"]
+    for name in readable[:3]:
+        saved(tmp_path / name, Image.new("RGB", (64, 64), "red"))
+    saved(tmp_path / readable[4], Image.new("RGB", (64, 64), "red"), format="JPEG")
+    for name in (readable[3], "f.heic", "g.jxl"):  # not every Pillow reads these
+        (tmp_path / name).write_bytes(b"pixels of another kind")
+    (tmp_path / "notes.txt").write_text("no image")
+    found = reading.find(tmp_path)
+    assert [path.name for path in found] == [*readable, "f.heic", "g.jxl"]
+    for path in found:
+        if path.suffix in (".avif", ".heic", ".jxl"):
+            with pytest.raises(FmpqError, match=f"cannot read .*{path.name}"):
+                reading.read(path)
+        else:
+            assert reading.read(path).shape == (3, 64, 64)
