@@ -124,6 +124,7 @@ class ChangeMeter:
         self.base: RDSums | None = None  # of the graph as it is; None: it was not run yet
         self._downstream = find_downstream(gm, groups)
         self._pieces: list[PieceMeter] = []
+        self._begun: dict[Any, RDSums] = {}  # changes, measured on the first piece alone
 
     def measure_base(self) -> RDSums:
         """Return the RD sums of the graph as it is. The first call runs it, and keeps what measuring changes needs.
@@ -146,22 +147,31 @@ class ChangeMeter:
                 )
         return self.base
 
+    def measure_first_base(self) -> RDSums:
+        """Return the RD sums of the graph as it is on the first piece alone."""
+        self.measure_base()
+        return self.bench.ranks.take_first(self._pieces[0].sums)
+
     @torch.no_grad()
-    def measure(self, changes: Mapping[K, Change], title: str | None = None) -> dict[K, RDSums]:
+    def measure(
+        self, changes: Mapping[K, Change], title: str | None = None, *, begin: bool = False
+    ) -> dict[K, RDSums]:
         """Return the RD sums with each of ``changes`` made alone, in their order.
 
         Args:
-            changes: what to measure.
+            changes: what to measure. The same key always stands for the same change.
             title: of the progress bar; None shows none.
+            begin: on the first piece alone. Measured on all afterwards, a change goes on from there.
         """
         self.measure_base()
         own = dict(self.bench.ranks.share(list(changes.items())))
         groups: dict[Group, list[K]] = {}
         for key, change in own.items():
             groups.setdefault(tuple(change), []).append(key)
-        sums = dict.fromkeys(own, RDSums())
+        sums = {key: self._begun.get(key, RDSums()) for key in own}
         show = False if title is None else self.bench.progress
-        bar = reported(range(len(self._pieces) * len(own)), title or "", "run", show=show)
+        pieces = self._pieces[:1] if begin else self._pieces
+        bar = reported(range(len(pieces) * len(own)), title or "", "run", show=show)
         with bar, freed_memory_kept():
             for group in sorted(groups, key=list(self._downstream).index):
                 layers = {site: self.gm.get_submodule(site) for site in group}
@@ -173,9 +183,13 @@ class ChangeMeter:
                     for of_key in modules.values():
                         for module in of_key.values():
                             stack.enter_context(weights_kept(module))
-                    for piece in self._pieces:
+                    for piece in pieces:
                         for key, of_key in modules.items():
-                            with substituted(self.gm, of_key):
-                                sums[key] += piece.measure(group)
+                            if not (key in self._begun and piece is self._pieces[0]):
+                                with substituted(self.gm, of_key):
+                                    sums[key] += piece.measure(group)
                             bar.update()
-        return dict(self.bench.ranks.merge(list(sums.items())))
+        merged = dict(self.bench.ranks.merge(list(sums.items())))
+        if begin:
+            self._begun.update(merged)
+        return merged

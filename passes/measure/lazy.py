@@ -14,6 +14,9 @@ cheaper plan. Values that were not measured are bounded by their neighbours
 Each round measures, for all sites at once, what the plan may hang on by what is known (:func:`unsettled`), until that
 is nothing. The plan is that of the full table as long as no value is outside of its bounds; where noise decides, that
 can happen.
+
+All of this is done on the first images alone before. From one width to the next their zeta goes much as that of all
+images, so that on these few values are open: the plan's own, and what lies next to beta.
 """
 
 import math
@@ -37,13 +40,25 @@ def plan_lazily(task: Task, meter: SensitivityMeter) -> Plan:
     The plan's own bits are always among it, so that what the plan says of itself was measured; "uniform" rests on
     nothing, and says nothing of zeta. Zeta is noted on the nodes of the meter's graph.
     """
+    ranks, sketch = meter.changes.bench.ranks, None
+    first = set(_first_points(task, meter.table))
+    if len(first) >= len(task.sites) and (sketched := meter.on_first_piece()) is not None:
+        _settle(task, sketched, first)
+        sketch = {site: z for site, z in sketched.table.raw.items() if noise_of(z) <= REGULAR}
+        likely = ranks.take_first(task.plan(sketched.table))
+        first = {(site, b) for site, b in likely.bits.items() if site not in task.given and b is not None}
+    _settle(task, meter, first, sketch)
+    annotate_sites(meter.changes.gm, zeta=meter.table.zeta)
+    return ranks.take_first(task.plan(meter.table, sketch))
+
+
+def _settle(task: Task, meter: SensitivityMeter, first: set[Point], sketch: Table | None = None) -> None:
+    """Measure the ``first`` points, where there are any, and all that the plan hangs on."""
     ranks = meter.changes.bench.ranks
-    points = set(_first_points(task, meter.table)) or ranks.take_first(unsettled(task, meter.table))
+    points = first or ranks.take_first(unsettled(task, meter.table, sketch))
     while points:
         meter.measure(points)
-        points = ranks.take_first(unsettled(task, meter.table))
-    annotate_sites(meter.changes.gm, zeta=meter.table.zeta)
-    return ranks.take_first(task.plan(meter.table))
+        points = ranks.take_first(unsettled(task, meter.table, sketch))
 
 
 def _first_points(task: Task, table: Sensitivity) -> Iterator[Point]:
@@ -55,7 +70,7 @@ def _first_points(task: Task, table: Sensitivity) -> Iterator[Point]:
                 yield site, min(widths)
 
 
-def unsettled(task: Task, table: Sensitivity) -> set[Point]:
+def unsettled(task: Task, table: Sensitivity, sketch: Table | None = None) -> set[Point]:
     """Return what to measure next, nothing if the plan is settled, as one by "uniform" is from the first.
 
     Otherwise there are three questions, and one is asked only once those before it are answered:
@@ -69,7 +84,7 @@ def unsettled(task: Task, table: Sensitivity) -> set[Point]:
     missing = set(table.missing)
     if not missing or task.planner == "uniform":
         return set()
-    likely, low, high = (task.choices(table.expected(bound)) for bound in (0, -1, 1))
+    likely, low, high = (task.choices(table.expected(bound, sketch)) for bound in (0, -1, 1))
     points = {(site, b) for site, b in missing if b in likely[site] and noise_of(table.raw[site]) > REGULAR}
     if task.planner == "adaptive":
         points |= _unsettled_search(task, likely, low, high, missing)

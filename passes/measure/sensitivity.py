@@ -17,7 +17,7 @@ from torch import fx
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.annotation import annotate_sites
 from fmpq_fx.passes.measure.bench import Bench, mean_rd
-from fmpq_fx.passes.measure.changes import ChangeMeter
+from fmpq_fx.passes.measure.changes import Change, ChangeMeter
 from fmpq_fx.passes.plan.tables import Sensitivity, Site, Table
 from fmpq_fx.passes.sites import find_sites, float_remainder
 from fmpq_fx.progress import reported
@@ -84,12 +84,28 @@ class SensitivityMeter:
             for site, b in self.table.missing
             if (site, b) in wanted
         }
-        self._add(self.changes.measure(changes, title))
+        self._add(self._measured(changes, title))
         if self.checkpoint is not None and self.changes.bench.ranks.is_first:
             self.table.save(self.checkpoint)
 
+    def on_first_piece(self) -> "SensitivityMeter | None":
+        """Return what measures the same on the first piece of the images alone; None where there is but one.
+
+        What it measured takes as much less to measure afterwards.
+        """
+        if len(self.changes.bench.pieces) < 2:
+            return None
+        nothing: Table = {site.name: {} for site in self.table.sites}
+        return _FirstPiece(self.changes, replace(self.table, rate=nothing, distortion=nothing))
+
+    def _measured(self, changes: Mapping[Point, Change], title: str | None) -> dict[Point, RDSums]:
+        return self.changes.measure(changes, title)
+
+    def _base(self) -> RDSums:
+        return self.changes.measure_base()
+
     def _add(self, measured: Mapping[Point, RDSums]) -> None:
-        base, lmbda = self.changes.measure_base(), self.table.lmbda
+        base, lmbda = self._base(), self.table.lmbda
         rd = base.rd(lmbda)
         rate = {point: (sums.rate - base.rate) / rd for point, sums in measured.items()}
         distortion = {point: lmbda * (s.distortion - base.distortion) / rd for point, s in measured.items()}
@@ -98,6 +114,16 @@ class SensitivityMeter:
             rate=_with(self.table.rate, rate),
             distortion=_with(self.table.distortion, distortion),
         )
+
+
+class _FirstPiece(SensitivityMeter):
+    """See :meth:`SensitivityMeter.on_first_piece`."""
+
+    def _measured(self, changes: Mapping[Point, Change], title: str | None) -> dict[Point, RDSums]:
+        return self.changes.measure(changes, title, begin=True)
+
+    def _base(self) -> RDSums:
+        return self.changes.measure_first_base()
 
 
 def begin(gm: fx.GraphModule, bench: Bench, measurement: Measurement) -> SensitivityMeter:

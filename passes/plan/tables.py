@@ -97,9 +97,17 @@ class Sensitivity(JsonFile):
         """Zeta as planners use it: :attr:`raw`, interpolated where not measured, monotone in the number of bits."""
         return self.expected(0)
 
-    def expected(self, bound: int) -> Table:
-        """Return zeta with what was not measured at its likeliest (0), the least (-1) or the most (1) expected."""
-        return monotone({s: interpolated(values, self.bits, bound=bound) for s, values in self.raw.items()})
+    def expected(self, bound: int, sketch: Table | None = None) -> Table:
+        """Return zeta with what was not measured at its likeliest (0), the least (-1) or the most (1) expected.
+
+        A ``sketch`` is zeta of a part of the images, for :func:`fmpq_fx.passes.plan.interpolation.interpolated`.
+        """
+        return monotone(
+            {
+                site: interpolated(values, self.bits, bound=bound, sketch=(sketch or {}).get(site))
+                for site, values in self.raw.items()
+            }
+        )
 
     @property
     def bits(self) -> tuple[int, ...]:

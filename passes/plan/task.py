@@ -52,9 +52,9 @@ class Task:
         options = {"window": self.window} if self.planner == "adaptive" else {}
         return PLANNERS[self.planner](self.choices(zeta), self.cost, self.budget, **options)
 
-    def plan(self, sensitivity: Sensitivity) -> Plan:
-        """Return the plan for the monotone zeta of ``sensitivity``."""
-        found = self.assign(sensitivity.zeta)
+    def plan(self, sensitivity: Sensitivity, sketch: Table | None = None) -> Plan:
+        """Return the plan for the monotone zeta of ``sensitivity``, with the ``sketch`` that it was measured by."""
+        found = self.assign(sensitivity.expected(0, sketch))
         return Plan(
             sites=self.sites,
             bits={name: self.given.get(name, width) for name, width in found.bits.items()},

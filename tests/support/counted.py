@@ -24,6 +24,10 @@ class CountedMeter(SensitivityMeter):
         table = known or replace(full, rate=nothing, distortion=nothing, candidates=full.bits)
         super().__init__(ChangeMeter(fx.GraphModule({}, fx.Graph()), Bench((), 0)), table)
         self.rounds: list[int] = []  # points in each
+        self.first: CountedMeter | None = None  # takes what it measures from the first images
+
+    def on_first_piece(self) -> SensitivityMeter | None:
+        return self.first
 
     def measure(self, points: Iterable[Point], title: str | None = "") -> None:
         wanted = set(points)
@@ -47,9 +51,18 @@ class CountedMeter(SensitivityMeter):
 
 
 def lazy_plan(
-    full: Sensitivity, target: float, *, known: Sensitivity | None = None, **options: Any
+    full: Sensitivity,
+    target: float,
+    *,
+    known: Sensitivity | None = None,
+    first: Sensitivity | None = None,
+    **options: Any,
 ) -> tuple[Plan, CountedMeter]:
-    """Plan as :func:`fmpq_fx.passes.plan.task.make_plan` does, but lazily; return the plan and what was asked for."""
+    """Plan as :func:`fmpq_fx.passes.plan.task.make_plan` does, but lazily; return the plan and what was asked for.
+
+    The table ``first`` is that of the first images.
+    """
     meter = CountedMeter(full, known)
+    meter.first = None if first is None else CountedMeter(first)
     task = make_task(full.sites, full.bits, target, **options)
     return plan_lazily(task, meter), meter

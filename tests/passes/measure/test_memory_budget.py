@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -105,6 +106,19 @@ def test_a_result_does_not_depend_on_what_else_is_asked_for(images: list[Tensor]
     meter = ChangeMeter(gm, make_bench(gm, images, memory=2 * least_memory(gm, images)))
     for key in reversed(changes):  # against the order of the graph, one at a time
         assert meter.measure({key: changes[key]}) == {key: together[key]}
+
+
+def test_what_was_begun_on_the_first_piece_goes_on_to_the_same_bits(images: list[Tensor]) -> None:
+    gm = traced(small_model("bmshj2018-hyperprior"))
+    changes = changes_of(gm)
+    at_once = ChangeMeter(gm, make_bench(gm, images)).measure(changes)
+    meter = ChangeMeter(gm, make_bench(gm, images))
+    assert len(meter.bench.pieces) > 1
+    first = meter.measure(changes, begin=True)
+    alone = ChangeMeter(gm, replace(meter.bench, pieces=meter.bench.pieces[:1]))
+    assert first == alone.measure(changes)
+    assert meter.measure_first_base() == alone.measure_base()
+    assert meter.measure(changes) == at_once
 
 
 def test_pieces_of_a_batch_add_up_to_it(model: nn.Module, images: list[Tensor]) -> None:
