@@ -89,7 +89,7 @@ class ArrayModel(CheckedModel):
 
 
 class _Searching(GaussianConditional):
-    """Finds the CDFs of scales by one search instead of a comparison with each entry of the table.
+    """Finds the CDFs of scales by looking them up instead of a comparison with each entry of the table.
 
     Both count for each scale the entries that are smaller, of all but the last, in whatever order these are.
     """
@@ -99,8 +99,33 @@ class _Searching(GaussianConditional):
         if scales.dtype != table.dtype:
             of_compressai: Tensor = super().build_indexes(scales)
             return of_compressai
-        found: Tensor = torch.searchsorted(table, self.lower_bound_scale(scales).contiguous()).int()
-        return found
+        return _count_smaller(table, self.lower_bound_scale(scales).contiguous())
+
+
+def _count_smaller(table: Tensor, values: Tensor) -> Tensor:
+    """Return how many entries of ``table``, which rise, are smaller than each of ``values``, none of them negative.
+
+    float32 numbers that begin with the same bits, up to a 32nd of an octave, are neighbours. As a rule, at most one
+    entry of the table lies between them; where it does is looked up, which takes a quarter of the time of a search.
+    """
+    if values.dtype == torch.float32:
+        starts = (torch.arange(1 << 31 - _SHIFT, dtype=torch.int32, device=table.device) << _SHIFT).view(
+            torch.float32
+        )
+        smaller = torch.searchsorted(table, starts, out_int32=True)
+        last = smaller.new_full((1,), len(table))
+        inside = torch.cat([smaller, last]).diff()
+        if inside.max() <= 1:
+            entries = torch.cat([table, table.new_full((1,), torch.inf)])[smaller]
+            entries = entries.where(inside > 0, torch.inf)
+            numbers = (values.view(torch.int32) & 0x7FFFFFFF).view(-1) >> _SHIFT
+            counts = smaller.index_select(0, numbers)
+            counts += values.view(-1) > entries.index_select(0, numbers)
+            return counts.view(values.shape)
+    return torch.searchsorted(table, values, out_int32=True)
+
+
+_SHIFT = 18  # bits of a float32 that are left out: 5 of its mantissa stay
 
 
 def array_model(model: EntropyModel, note: Callable[[Any, bool], None]) -> nn.Module:

@@ -70,7 +70,7 @@ def padded(string: bytes, symbols: int) -> bytes:
     them for the end.
     """
     end = string.rstrip(_FILL)  # without the filling of an earlier call as well
-    filled = _Padded(end + _FILL * (4 * 30 * len(end) + 4 * symbols + 256))
+    filled = _Padded(end.ljust(len(end) + 4 * 30 * len(end) + 4 * symbols + 256, _FILL))
     filled.string = unpadded(string)
     return filled
 

@@ -57,11 +57,13 @@ def test_the_cdf_of_a_scale_is_the_one_that_compressai_finds(dtype: torch.dtype)
         assert torch.equal(ours.build_indexes(values), model.build_indexes(values))
 
 
-def test_the_cdf_of_a_scale_is_that_of_compressai_in_a_table_without_order() -> None:
-    """CompressAI refuses such a table where it makes a model, and takes it in update_scale_table()."""
+@pytest.mark.parametrize("table", [[8.0, 0.5, 2.0, 64.0], [2.0, 2.001, 2.002, 8.0], [2.0]])
+def test_the_cdf_of_a_scale_is_that_of_compressai_in_any_table(table: list[float]) -> None:
+    """CompressAI refuses one without order where it makes a model, and takes it in update_scale_table()."""
     model = GaussianConditional(None)
-    model.update_scale_table([8.0, 0.5, 2.0, 64.0])
-    scales = torch.tensor([0.1, 0.5, 1.0, 2.0, 5.0, 8.0, 30.0, 64.0, 99.0]).view(1, -1, 1, 1)
+    model.update_scale_table(table)
+    known = torch.tensor([0.1, 1.0, 2.0005, 5.0, 30.0, 99.0, *table])
+    scales = torch.cat([known, known.nextafter(torch.tensor(torch.inf))]).view(1, -1, 1, 1)
     assert torch.equal(as_arrays(model).build_indexes(scales), model.build_indexes(scales))
 
 
