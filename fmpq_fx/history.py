@@ -14,13 +14,13 @@ LOSSES = ("rd", "mse")
 
 
 def _option(default: Any, text: str) -> Any:
-    """Return a field with its default and what it is, which the command line prints as well."""
+    """Return a field with its default and a description, which the command line prints as well."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of training: all that decides on its result, besides the model and the images.
+    """The options of training: everything that decides the result besides the model and the images.
 
     Raises:
         ValueError: one is out of its range.
@@ -36,21 +36,25 @@ class Settings:
     loss: str = _option("rd", "rd is rate + lmbda * distortion, mse the distortion alone, where that is mse")
     size_weight: float = _option(
         0.0,
-        "what coded weights of the size of float32 weights would add to the RD loss: with 1, the RD loss may rise by "
-        "0.01 for each 0.01 by which CR falls; 0 leaves the size alone",
+        "weight of the coded CR, which is added to the RD loss: with 1, the RD loss may rise by 0.01 for each 0.01 by "
+        "which CR falls; 0 leaves the size alone",
     )
     batch_size: int = _option(4, "random crops in a step, of all processes together")
     crop: int = _option(192, "side of a crop in pixels, a multiple of 64")
     lr: float = _option(3e-5, "learning rate of weights, biases and entropy models")
     quantizer_lr: float = _option(3e-4, "learning rate of the logarithms of the quantizers' steps")
     aux_lr: float = _option(1e-3, "learning rate of the entropy bottlenecks' quantiles")
-    constant: float = _option(0.0, "part of the steps before the learning rates fall, by half a cosine, to 0")
-    max_norm: float = _option(1.0, "what the norm of the gradient is clipped at; inf leaves it as it is")
+    constant: float = _option(
+        0.0, "part of the steps before the learning rates fall to 0, along half a cosine"
+    )
+    max_norm: float = _option(
+        1.0, "largest norm of the gradient, which is scaled down to it; inf leaves it as it is"
+    )
     bfloat16: bool = _option(
         False, "compute the transforms in bfloat16; entropy models and loss stay float32"
     )
     validate_every: int = _option(50, "steps between validations")
-    seed: int = _option(0, "of crops and noise")
+    seed: int = _option(0, "seed of crops and noise")
 
     def __post_init__(self) -> None:
         positive = (
@@ -111,14 +115,14 @@ class Validation:
         return psnr(self.mse)
 
     def loss(self, settings: Settings) -> float:
-        """Return what training with ``settings`` is to lower."""
+        """Return the loss that training with ``settings`` lowers."""
         if settings.loss == "mse":
             return self.mse
         return self.rd_loss if self.cr is None else self.rd_loss + settings.size_weight * self.cr
 
 
 def best_of(validation: Sequence[Validation], settings: Settings) -> Validation:
-    """Return the earliest of those with the lowest loss; one that is not a number is higher than any."""
+    """Return the earliest validation with the lowest loss; NaN counts as higher than any number."""
     return min(validation, key=lambda v: (math.isnan(v.loss(settings)), v.loss(settings)))
 
 
@@ -131,7 +135,7 @@ class History(JsonFile):
     validated_on: str  # the held-out images, in words
     losses: tuple[float, ...]  # of every step
     validation: tuple[Validation, ...]  # the first is the model as it came, after 0 steps
-    remarks: str = ""  # what the user should know of how it went
+    remarks: str = ""  # things that the user should know about the training
 
     @property
     def best(self) -> Validation:

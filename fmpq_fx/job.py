@@ -1,4 +1,4 @@
-"""What ``prepare`` and ``analyze`` are given: checked, equal on all ranks, and traced, before the long work."""
+"""The job of ``prepare`` and ``analyze``: arguments are checked, and the model is traced, before the long work."""
 
 import hashlib
 import os
@@ -27,43 +27,43 @@ from fmpq_fx.storage.files import check_folder
 
 @dataclass(frozen=True)
 class Job:
-    """A model, the images to measure it on, and how."""
+    """A model, the images to measure it on, and the options of measuring."""
 
-    model: nn.Module  # as it was given, or what was wrapped; it is not modified
+    model: nn.Module  # the caller's, out of its DataParallel or compiled wrapper; it is not modified
     batches: list[Tensor]  # (B, C, H, W) each, in [0, 1], on the model's device and in its dtype
-    calibration: Calibration  # what they are of
+    calibration: Calibration  # the argument that the batches were read from
     memory: int  # bytes of activations that may be kept
-    known: Sensitivity | None  # what was measured already, by the caller's table or the checkpoint
-    checkpoint: str | os.PathLike[str] | None  # the file of the table
-    distortion: Distortion  # of the RD loss
-    ranks: Ranks  # that share the work
+    known: Sensitivity | None  # the table of what is measured already: the caller's, or the checkpoint's
+    checkpoint: str | os.PathLike[str] | None  # the file that the table is written to
+    distortion: Distortion  # the distortion in the RD loss
+    ranks: Ranks  # the processes that share the work
     progress: bool | None  # False shows nothing; see :func:`fmpq_fx.progress.reported`
 
     @property
     def example(self) -> tuple[int, int, int]:
-        """Channels, height and width of what the model is traced with."""
+        """Channels, height and width of the image that the model is traced with."""
         _, channels, height, width = self.batches[0].shape
         return channels, height, width
 
     def trace(self) -> fx.GraphModule:
-        """Return the graph of the model, which computes the same on the images, out-of-place and with its sites marked.
+        """Return the graph of the model, out-of-place, with its sites marked; it computes the same on the images.
 
         Raises:
             FmpqError: the model cannot be traced, has nothing to quantize, or cannot run on the images.
         """
         gm = trace(self.model, self.batches[0])
         find_sites(gm)  # refuses weights that are not finite, which nothing can be compared with
-        # What is measured is run in such pieces; a decision on the size would show at another one.
+        # Measuring runs the graph on pieces of these shapes; a forward that decides by the shape is refused here.
         for x in {x.shape: x for x in cut_into_pieces(self.batches)}.values():
             check_trace(self.model, gm, x)
         return gm
 
     def read_more(self) -> list[Tensor]:
-        """Return further images of the calibration, to see the ranges of activations on."""
+        """Return further images (B, C, H, W) of the calibration, for the ranges of activations."""
         return _moved(crops.more(self.calibration), self.batches[0])
 
     def make_bench(self, gm: fx.GraphModule) -> Bench:
-        """Return what ``gm`` is measured on."""
+        """Return the bench that the RD losses of ``gm`` are measured on."""
         return make_bench(
             gm,
             self.batches,
@@ -74,7 +74,7 @@ class Job:
         )
 
     def measurement(self, lmbda: float | None, bits: tuple[int, ...] | None) -> Measurement:
-        """Return what is to be measured, by the Lagrangian and the candidate widths."""
+        """Return the order to measure the candidate widths ``bits`` at the Lagrangian ``lmbda``; None is a default."""
         identity = {
             "weights": fingerprint.of_model(self.model),
             "images": fingerprint.of_images(self.batches),
@@ -94,7 +94,7 @@ def begin_job(
     memory: int | str | None = None,
     progress: bool | None = None,
 ) -> Job:
-    """Check the arguments of :func:`fmpq_fx.prepare` of the same names; all ranks that share the work must call it.
+    """Check these arguments of :func:`fmpq_fx.prepare` and read the images; all ranks that share the work must call it.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -1,4 +1,4 @@
-"""How much memory may be used: what the options named ``memory`` take."""
+"""The values of the options named ``memory``: how many bytes may be used."""
 
 import math
 import os
@@ -20,11 +20,11 @@ def bytes_of(memory: int | str | None, device: torch.device = _CPU) -> int:
     Args:
         memory: bytes; or a text like "500 MB", "2GB" (10^9) or "1.5 GiB" (2^30); or None for a quarter of what the
             machine, or the container that this runs in, or the GPU has.
-        device: where it will be used.
+        device: the device whose memory is meant.
 
     Raises:
-        TypeError: it is something else.
-        ValueError: it is not positive, or a text of another form.
+        TypeError: ``memory`` is of another type.
+        ValueError: ``memory`` is not positive, or a text of another form.
     """
     if memory is None:
         return _physical(device) // 4

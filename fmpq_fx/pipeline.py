@@ -31,7 +31,7 @@ from fmpq_fx.passes.tracing.wrappers import unwrapped
 SIZES = ("nominal", "coded")
 
 
-@torch.inference_mode(False)  # what is made within it could not be trained
+@torch.inference_mode(False)  # parameters that are made in inference mode cannot be trained
 def prepare(
     model: nn.Module,
     target_cr: float,
@@ -52,7 +52,8 @@ def prepare(
 ) -> fx.GraphModule:
     """Quantize ``model`` so that its weights take ``target_cr`` of their float32 bytes.
 
-    Within :func:`fmpq_fx.ranks.joined` all ranks share the work, and each returns what one process would, bit for bit.
+    Within :func:`fmpq_fx.ranks.joined` all ranks share the work. Each returns the graph that a single process would
+    return, bit for bit.
 
     Args:
         model: any traceable model whose forward takes images (B, C, H, W) and returns CompressAI's dict of
@@ -60,32 +61,33 @@ def prepare(
         target_cr: quantized weight bytes / float32 weight bytes, 0.25 for four times smaller; a number above 1
             is read as the factor (4 means 0.25).
         calibration: an image folder, an iterable of (B, C, H, W) float tensors in [0, 1], or None for 256 x 256
-            crops of scikit-image's colour photographs. Eight crops suffice; of a folder they are taken, and 56 more to
-            see the ranges of activations on.
+            crops of scikit-image's colour photographs. Eight crops suffice. From a folder eight are taken, and 56 more
+            for the ranges of activations.
         lmbda: the Lagrangian of the RD loss; None makes rate and distortion weigh the same on the calibration.
         bits: candidate bit-widths of the weights; None is 2 … 10, or those of ``sensitivity``.
-        activation_bits: of the sites' inputs: one number for all, None to keep them float, or "mixed", 16 where that
-            saves the most RD loss and 8 elsewhere. A mapping gives single sites theirs, by name or glob, and all
+        activation_bits: bit-width of the sites' inputs: one number for all; None keeps them float; "mixed" takes 16
+            where that saves the most RD loss and 8 elsewhere. A mapping sets single sites, by name or glob, and all
             others are mixed: {"g_s.6": 16, "h_*": None}; {"*": 8, "g_s.6": 16}.
-        activation_budget: how many more products of 8-bit integers the inputs of 16 bits may take (two where one of
-            8 bits takes one), as a fraction of those with 8 bits everywhere.
+        activation_budget: how many products of 8-bit integers the 16-bit inputs may add, as a fraction of the products
+            with 8 bits everywhere. A 16-bit input takes two products where an 8-bit input takes one.
         planner: "adaptive" (FMPQ's search for beta), "optimal" (knapsack) or "uniform" (the baseline).
-        size: what counts as the weights' size: "nominal", parameters * bits / 8, or "coded", the bytes that the
-            model file's entropy coder takes for them (see :func:`fmpq_fx.save`), which are fewer. Weight scales
-            are then min-max, since finer ones would cost bytes.
-        fixed: site names or globs whose bits are given: {"g_s.6": 8, "h_*": 4, "g_a.0": None}; None keeps float32.
-        sensitivity: what :func:`analyze` returned for this model, to plan for several targets from one
-            measurement, or the incomplete table of another plan, of which only what is missing is measured;
-            ``lmbda`` is then left out, or that of the table. None measures what the plan rests on, which leads to
-            the plan of the whole table but for what noise decides.
-        checkpoint: a file that the table is written to as it is measured, instead of ``sensitivity``. Where it is
-            there, only what it lacks is measured; it must be of the same weights and images.
-        distortion: what the model was trained for: "mse" (the RD loss is rate + lmbda * 255^2 * MSE), "ms-ssim" (rate +
-            lmbda * (1 - MS-SSIM)), or a function of your own (:data:`fmpq_fx.images.distortions.Given`). None is that
-            of the ``sensitivity`` or of the checkpoint, or "mse".
-        memory: how much memory activations may be kept in: bytes, or a string as "2GB"; None is a quarter of the
-            machine's, or of the GPU's. With less, more is computed again, and the result is the same. Forward
-            passes take memory besides, for two images of 256 x 256 at once, sixteen on a GPU.
+        size: how the size of the weights is counted: "nominal" is parameters * bits / 8; "coded" is the bytes that the
+            model file's entropy coder takes for them (see :func:`fmpq_fx.save`), which are fewer. With "coded",
+            weight scales are min-max, because finer ones would cost bytes.
+        fixed: bits of single sites, by name or glob: {"g_s.6": 8, "h_*": 4, "g_a.0": None}; None keeps float32.
+        sensitivity: the table that :func:`analyze` returned for this model, so that one measurement serves several
+            targets. Or the incomplete table of another plan: only the values that it lacks are measured. ``lmbda``
+            must then be left out, or equal the table's. None measures only the values that the plan depends on; the
+            plan is that of the whole table, except where noise decides.
+        checkpoint: a file that the table is written to as it is measured, instead of ``sensitivity``. If it exists,
+            only the values that it lacks are measured; it must be of the same weights and images.
+        distortion: the distortion that the model was trained for: "mse" (the RD loss is rate + lmbda * 255^2 * MSE),
+            "ms-ssim" (rate + lmbda * (1 - MS-SSIM)), or a function of your own
+            (:data:`fmpq_fx.images.distortions.Given`). None takes the one of the ``sensitivity`` or of the
+            checkpoint, and "mse" without either.
+        memory: how much memory kept activations may take: bytes, or a string like "2GB"; None is a quarter of the
+            machine's, or of the GPU's. With less memory, more is computed again; the result is the same. Forward
+            passes need memory besides, for two images of 256 x 256 at once, sixteen on a GPU.
         progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
 
     Returns:
@@ -95,14 +97,14 @@ def prepare(
     Raises:
         ValueError: an argument is out of its range; for an unreachable target the message names what is.
         FmpqError: the model cannot be traced or run on the images, there are no usable images, the RD loss of
-            the quantized model is not finite, or the table is of another model, or the checkpoint, or a table that
-            is to be completed, of other weights or images; the ranks were given different things.
+            the quantized model is not finite, the table is of another model, the checkpoint or a table that is to be
+            completed is of other weights or images, or the ranks were given different things.
     """
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; pass one of {', '.join(map(repr, SIZES))}")
     if not 0 <= activation_budget < math.inf:
         raise ValueError(
-            f"activation_budget is {activation_budget!r}; pass a part of all products, as 0.1, or 0"
+            f"activation_budget is {activation_budget!r}; pass a fraction of the products, such as 0.1, or 0"
         )
     bits = None if bits is None else checked_bits(bits)
     model = unwrapped(model)
@@ -121,7 +123,7 @@ def prepare(
     if size == "coded":
         given = fixed_widths(fixed, sites)
         coded = measure_coded_sizes(gm, bits or measurable, given, ranks=job.ranks, progress=job.progress)
-    task = make_task(  # tells of mistakes before the long measurement
+    task = make_task(  # refuses mistakes before the long measurement
         sites,
         measurable,
         target_cr,
@@ -140,21 +142,23 @@ def prepare(
     watched = job.read_more() if rounded else ()
     weights_rd = rd = calibrate(quantized, bench, task.mixed, activation_budget, watched=watched)
     if rounded:
-        with activations_float(quantized):  # whose weights have the steps of inputs folded in now
+        with activations_float(
+            quantized
+        ):  # measured now: calibration folds the steps of inputs into the weights
             weights_rd = mean_rd(quantized, bench, plan.lmbda)
-    return _finished(quantized, Measured(float_rd, weights_rd, rd)).train(model.training)
+    return _with_measured(quantized, Measured(float_rd, weights_rd, rd)).train(model.training)
 
 
 def _measure_and_plan(
     gm: fx.GraphModule, bench: Bench, measurement: Measurement, task: Task
 ) -> tuple[Plan, float]:
-    """Return the plan and the RD loss of the float model, and let go of the activations that measuring keeps."""
+    """Return the plan and the RD loss of the float model. The activations that measuring keeps are freed on return."""
     meter = begin(gm, bench, measurement)
     return plan_lazily(task, meter), meter.measure_float_rd()
 
 
-def _finished(gm: fx.GraphModule, measured: Measured) -> fx.GraphModule:
-    """Write what was ``measured`` into the plan of ``gm``.
+def _with_measured(gm: fx.GraphModule, measured: Measured) -> fx.GraphModule:
+    """Write the RD losses ``measured`` into the plan of ``gm``.
 
     Raises:
         FmpqError: an RD loss is not finite.
@@ -182,8 +186,8 @@ def analyze(
     """Measure how much each candidate bit-width of each site raises the RD loss of ``model``.
 
     The arguments are those of :func:`prepare`, which takes the table for any number of targets. An interrupted
-    measurement goes on from its ``checkpoint``, to the same values; ``lmbda`` and ``bits`` are those of the file,
-    or left out.
+    measurement goes on from its ``checkpoint``, to the same values; ``lmbda`` and ``bits`` must then be left out, or
+    equal those of the file.
 
     Raises:
         ValueError: an argument is out of its range, or ``lmbda`` or ``bits`` is not that of the checkpoint.

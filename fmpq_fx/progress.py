@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, and a line for each tenth of the work where there is none."""
+"""Progress of long work: a bar on a terminal, and elsewhere a line for each tenth of the work."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -13,7 +13,7 @@ from fmpq_fx import ranks
 T = TypeVar("T")
 
 QUIET = 5
-"""Seconds that work goes on before the first line; of what is over by then, nobody needs to be told."""
+"""Seconds before the first line; work that is over by then prints nothing."""
 
 
 def reported(
@@ -27,18 +27,18 @@ def reported(
     leave: bool = False,
     show: bool | None = None,
 ) -> "tqdm[T] | Lines[T]":
-    """Return ``items`` as an iterable that tells on stderr how far the loop over it has come.
+    """Return ``items`` as an iterable that prints on stderr how far the loop over it has come.
 
-    Of several ranks the first one tells. It is a context manager too: what has no loop of its own to wrap calls
-    ``update()`` for each piece of work, and ``set_postfix(figures)`` gives figures to show.
+    Of several ranks only the first prints. It is a context manager too: code that has no loop to wrap calls
+    ``update()`` for each piece of work. ``set_postfix(figures)`` sets figures to show.
 
     Args:
-        items: what is iterated over; ``range(total)`` where ``update()`` is called instead.
-        what: the work, as "weight scales".
-        unit: what is counted, in the singular.
-        total: how many there are; None asks ``items``.
-        done: how many of them were done before.
-        every: how many there are from one line to the next; None is a tenth of ``total``.
+        items: the items of the loop; ``range(total)`` where ``update()`` is called instead.
+        what: the name of the work, "weight scales" for instance.
+        unit: the name of one item.
+        total: the number of items; None asks ``items``.
+        done: the number of items that were done before.
+        every: the number of items from one line to the next; None is a tenth of ``total``.
         leave: whether a bar stays when the work is done.
         show: True is a bar anywhere, False nothing, None a bar on a terminal and lines elsewhere, from :data:`QUIET`
             seconds on.
@@ -79,18 +79,18 @@ class Lines(Generic[T]):
         """Count ``count`` more as done, and print a line where one is due."""
         before = self._part()
         self.done += count
-        # A single piece of work has nothing to tell before it is over.
+        # A single item prints nothing: its line would come when the work is over.
         if self.total > 1 and (self._part() > before or self.done == self.total):
             spent = monotonic() - self.start
             if spent >= QUIET:
                 self._print(spent)
 
     def _part(self) -> int:
-        """Return the number of the line that was due last."""
+        """Return how many lines were due so far."""
         return 10 * self.done // max(1, self.total) if self.every is None else self.done // self.every
 
     def set_postfix(self, figures: Mapping[str, str], refresh: bool = True) -> None:
-        """Take ``figures`` for the next line."""
+        """Show ``figures`` on the next line."""
         self.figures = figures
 
     def _print(self, spent: float) -> None:

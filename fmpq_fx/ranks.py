@@ -1,8 +1,8 @@
-"""The processes that share a job, its ranks, and what they tell each other.
+"""The processes that share a job, its ranks, and the messages between them.
 
-Within :func:`joined`, ``prepare``, ``analyze`` and ``finetune`` divide their work among the ranks, each of which must
-make the same calls. They ask for :func:`current` once and hand that on to whatever talks to the other ranks. Outside of
-such a block a process is :data:`ALONE`, and what it would tell others it tells itself.
+Within :func:`joined`, ``prepare``, ``analyze`` and ``finetune`` divide their work among the ranks; every rank must make
+the same calls. They ask for :func:`current` once and pass it on to all code that talks to the other ranks. Outside of
+such a block a process is :data:`ALONE`, and receives only its own messages.
 """
 
 import os
@@ -23,7 +23,7 @@ from fmpq_fx.errors import FmpqError
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for one that lives and does not answer; that one has ended is known at once."""
+"""How long a rank waits for another that runs but does not answer; a rank that has ended is noticed at once."""
 
 _sharing = False
 
@@ -32,9 +32,9 @@ _sharing = False
 def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
     """Within the block, share the work with the other processes of the job.
 
-    Those are the ones that torchrun started, or those of the process group where there is one already. With neither
-    this process stays alone. Warnings are left to rank 0, since all would have the same. The block ends for all ranks
-    together, when what rank 0 writes in it is there.
+    These are the processes that torchrun started, or those of an existing process group. With neither, this process
+    stays alone. Only rank 0 shows warnings, since all ranks would show the same. All ranks leave the block together,
+    when the files that rank 0 writes in it are written.
 
     Example, for ``torchrun --nproc-per-node 2 script.py``::
 
@@ -45,15 +45,15 @@ def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) 
                 fmpq_fx.save(gm, "model.fmpq")
 
     Args:
-        device: what this process computes on; "cuda" is a GPU for each process on the machine.
-        timeout: how long to wait for a rank that does not answer, where the process group is still to be made.
+        device: the device that this process computes on; "cuda" gives each process on the machine its own GPU.
+        timeout: how long to wait for a rank that does not answer; an existing process group keeps its own timeout.
 
     Yields:
         the device of this process.
 
     Raises:
         ValueError: torch knows no such device.
-        FmpqError: it is not there, or there are fewer GPUs than processes.
+        FmpqError: the device is not there, or there are fewer GPUs than processes.
     """
     global _sharing
     own = own_device(device)
@@ -63,7 +63,7 @@ def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) 
     if own.type == "cuda":
         torch.cuda.set_device(own)
     if not dist.is_initialized():
-        # It stays for the blocks that follow, since torchrun's processes cannot make a second one.
+        # The group stays for later blocks, since torchrun's processes cannot make a second one.
         dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timeout)
     _sharing = True
     try:
@@ -77,11 +77,11 @@ def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) 
 
 
 def own_device(device: str | torch.device) -> torch.device:
-    """Return ``device``, or of "cuda" under torchrun the GPU of this process.
+    """Return ``device``; "cuda" under torchrun is the GPU of this process.
 
     Raises:
         ValueError: torch knows no such device.
-        FmpqError: it is not there, or there are fewer GPUs than processes.
+        FmpqError: the device is not there, or there are fewer GPUs than processes.
     """
     try:
         own = torch.device(device)
@@ -111,7 +111,7 @@ def started() -> int:
 
 
 def who() -> str:
-    """Return what stands before a message of this process: nothing if torchrun started no other."""
+    """Return the prefix of this process's messages, "rank 1 of 4: "; "" if torchrun started no other process."""
     return f"rank {os.environ['RANK']} of {started()}: " if started() > 1 else ""
 
 
@@ -129,8 +129,8 @@ def is_first() -> bool:
 class Ranks:
     """The processes that share a job, seen by one of them.
 
-    All methods but :meth:`share` talk to the others: every rank must call them, in the same order, or those that do
-    wait for those that do not.
+    All methods but :meth:`share` talk to the other ranks. Every rank must call them, in the same order; otherwise the
+    ranks that do wait for those that do not.
     """
 
     rank: int = 0  # the number of this process, from 0
@@ -155,11 +155,11 @@ class Ranks:
         return values
 
     def take_first(self, value: T) -> T:
-        """Return the ``value`` of rank 0, for what may differ in its last bits where machines differ."""
+        """Return the ``value`` of rank 0. Its last bits may differ between ranks on different machines."""
         return self.gather(value)[0]
 
     def merge(self, results: Sequence[T]) -> list[T]:
-        """Return what all ranks made of their :meth:`share`, in the order of the items."""
+        """Return the ``results`` of all ranks, each for its :meth:`share`, in the order of the items."""
         shares = self.gather(results)
         return [shares[i % self.count][i // self.count] for i in range(sum(map(len, shares)))]
 
@@ -176,10 +176,13 @@ class Ranks:
         return DistributedDataParallel(module, find_unused_parameters=True) if self.count > 1 else module
 
     def require_same(self, about: Mapping[str, str]) -> None:
-        """Check that all ranks have the same texts ``about`` what they were given, by its name.
+        """Check that all ranks were given the same things.
+
+        Args:
+            about: a text about each thing that was given, by its name.
 
         Raises:
-            FmpqError: they have not; the message names what differs.
+            FmpqError: the texts differ; the message names the first that does.
         """
         first, *others = self.gather(dict(about))
         for number, other in enumerate(others, start=1):
@@ -193,7 +196,7 @@ class Ranks:
 
 
 ALONE = Ranks()
-"""The ranks of a process that shares its work with no other."""
+"""The ranks of a process that shares its work with no other process."""
 
 
 @contextmanager

@@ -30,25 +30,25 @@ def squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
 class Distortion:
     """How far decoded images are from the original ones, on the scale that lambda weighs."""
 
-    name: str  # "mse", "ms-ssim", or "module:function" of a user's own
+    name: str  # "mse", "ms-ssim", or "module:function" of a user's function
     total: Callable[
         [Tensor, Tensor], Tensor
-    ]  # of decoded and original images (B, C, H, W): a differentiable sum
-    count: Callable[[Tensor], int]  # of what that is the sum over, for images (B, C, H, W)
+    ]  # decoded and original images, both (B, C, H, W) -> a differentiable sum
+    count: Callable[[Tensor], int]  # images (B, C, H, W) -> the number of terms of that sum
 
 
 MSE = Distortion("mse", lambda x_hat, x: PEAK**2 * squared_error(x_hat, x), Tensor.numel)
-"""255^2 * the mean squared error of images in [0, 1]."""
+"""The mean squared error of images in [0, 1], times 255^2."""
 
 
 @dataclass(frozen=True)
 class RDSums:
-    """What the RD loss over some images is made of."""
+    """The sums that the RD loss of some images is computed from."""
 
     bits: float = 0.0  # information content of all latents, bits
-    error: float = 0.0  # total of a distortion
+    error: float = 0.0  # sum of the distortion
     pixels: int = 0  # B * H * W
-    count: int = 0  # of what the distortion is the mean over
+    count: int = 0  # number of terms of ``error``
 
     @property
     def rate(self) -> float:
@@ -94,7 +94,7 @@ def rate_and_distortion(
         output: what a CompressAI model returns: ``x_hat`` and the dict ``likelihoods``.
         x: (B, C, H, W) images in [0, 1].
         lmbda: weight of the distortion.
-        distortion: what is weighed.
+        distortion: the distortion that lmbda weighs.
 
     Returns:
         rate in bits per pixel and lmbda * distortion, both differentiable scalars, of float64 for the built-in ones.

@@ -14,11 +14,11 @@ pass                takes and returns                            what it does
 ``rewrite``         GraphModule, Plan -> GraphModule             swaps in quantized layers
 ``scales``          GraphModule, images -> GraphModule           chooses where weights are clipped
 ``calibrate``       GraphModule, images -> GraphModule           sets the ranges of activations
-``entropy_path``    GraphModule -> EntropyPath                   finds what chooses the CDFs of the latents
-``integerize``      model, EntropyPath -> model                  lowers that to exact integer arithmetic
+``entropy_path``    GraphModule -> EntropyPath                   finds the layers that choose the CDFs of the latents
+``integerize``      model, EntropyPath -> model                  lowers them to exact integer arithmetic
 ==================  ===========================================  =====================================
 
-What runs elsewhere than in torch is lowered by further passes, which :func:`fmpq_fx.export_onnx` runs:
+Further passes lower a graph for other runtimes than torch; :func:`fmpq_fx.export_onnx` runs them:
 
 ==================  ===========================================  =====================================
 ``subpixel``        GraphModule -> GraphModule                   transposed convolutions as convolutions
@@ -26,12 +26,12 @@ What runs elsewhere than in torch is lowered by further passes, which :func:`fmp
 ``parts``           GraphModule -> parts                         cuts it between entropy coding steps
 ==================  ===========================================  =====================================
 
-And one says how large images can be divided, which :func:`fmpq_fx.encode` and others ask:
+One pass finds how large images can be divided into tiles, for :func:`fmpq_fx.encode` and others:
 
 ===================  ==========================================  =====================================
-``receptive_field``  GraphModule -> reaches                      finds what of its input each place sees
+``receptive_field``  GraphModule -> reaches                      finds the inputs that each place sees
 ===================  ==========================================  =====================================
 
-What a pass finds out it notes on the nodes and on the graph, in the records of ``annotation``: ``note_of(node)``
-reads one, ``graph_note(gm)`` the other, of which ``plan_of(gm)`` is the plan.
+A pass notes its results on the nodes and on the graph, in the records of ``annotation``: ``note_of(node)`` reads the
+record of a node, ``graph_note(gm)`` that of the graph, and ``plan_of(gm)`` the plan in it.
 """

@@ -35,11 +35,13 @@ class NodeNote:
         TypeError: a value of a lowered graph is of another type.
     """
 
-    sites: tuple[str, ...] = ()  # that the node runs
+    sites: tuple[str, ...] = ()  # the sites that the node runs
     bits: Mapping[str, int | None] = field(default_factory=dict)  # by site, once they are planned
     zeta: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # by site and bits, once measured
-    arithmetic: Arithmetic | None = None  # of an exported layer
-    subpixel: tuple[Axis, Axis] | None = None  # down and right: the transposed convolution that it stands for
+    arithmetic: Arithmetic | None = None  # the arithmetic of an exported layer
+    subpixel: tuple[Axis, Axis] | None = (
+        None  # the transposed convolution that it stands for, along rows and columns
+    )
 
     def __post_init__(self) -> None:
         if len(set(self.sites)) < len(self.sites):
@@ -66,7 +68,7 @@ class GraphNote:
     tables_of: str | None = None  # fingerprint of the entropy models that CDF tables of a file belong to
     frozen: Mapping[str, str] = field(
         default_factory=dict
-    )  # what may be bound to the image that was traced: where
+    )  # values that may be those of the traced example alone -> where they come from
 
     def __post_init__(self) -> None:
         for name, kind in (("model", nn.Module), ("plan", Plan), ("history", History), ("tables_of", str)):
@@ -100,7 +102,7 @@ def graph_note(gm: nn.Module) -> GraphNote:
     """Return what ``gm`` carries.
 
     Raises:
-        FmpqError: nothing, since it is no graph that :func:`fmpq_fx.passes.trace.trace` made.
+        FmpqError: it carries nothing, because :func:`fmpq_fx.passes.trace.trace` did not make it.
     """
     note = getattr(gm, "meta", {}).get(KEY)
     if not isinstance(note, GraphNote):

@@ -20,8 +20,8 @@ from fmpq_fx.passes.tracing.wrappers import unwrapped
 def check_trace(model: nn.Module, gm: fx.GraphModule, x: Tensor) -> None:
     """Run both in evaluation mode and compare bit for bit; ``model`` is not touched.
 
-    They run on all of ``x``, the model twice, on one image or two, whichever ``x`` is not, and on one of another size
-    that both can run on.
+    Both run on ``x`` (the model twice, to see whether it is random), on a batch of one image or two that ``x`` is not,
+    and on an image of another size if both can.
 
     Args:
         model: the model that was traced.
@@ -61,7 +61,7 @@ def check_trace(model: nn.Module, gm: fx.GraphModule, x: Tensor) -> None:
 
 
 def _compare(gm: fx.GraphModule, x: Tensor, expected: list[Tensor]) -> None:
-    """Run ``gm`` on ``x``, and refuse it where that fails or gives anything else than ``expected``."""
+    """Run ``gm`` on ``x``, and refuse it if that fails or gives anything but ``expected``."""
     try:
         found, reason = _flat(output_of(gm, x.clone())), ""  # some models write to their input
     except DecisionError:

@@ -1,8 +1,8 @@
-"""What is known of operations: one table, whose rows the passes read.
+"""The table of operations, which all passes read.
 
 An operation has many spellings: ``torch.relu(x)``, ``F.relu(x)``, ``x.relu()``, ``x.relu_()`` and ``nn.ReLU()(x)``
-are one row. Of each row the table says how it moves places, and what it does to exact numbers. A pass asks
-:func:`operation_of` for the row of a node; an operation without a row is one that nobody knows anything of.
+are one row. A row says how the operation moves places, and what it does to exact numbers. A pass asks
+:func:`operation_of` for the row of a node. About an operation without a row nothing is known.
 """
 
 import builtins
@@ -20,27 +20,27 @@ from fmpq_fx.exact import ExactLeakyReLU
 
 
 class Places(Enum):
-    """Which places of its inputs, (B, C, H, W), a place of the output is computed from."""
+    """From which places (rows and columns) of its inputs, (B, C, H, W), an operation computes a place of its output."""
 
-    OWN = auto()  # its own, in evaluation mode
-    ALONG = auto()  # its own if ``dim`` is that of the channels: joins or divides tensors along it
-    PICKED = auto()  # that which an index says
-    SHUFFLED = auto()  # one of a block: places come from channels
-    GATHERED = auto()  # all of a block: channels come from places
-    WINDOW = auto()  # those in a window
-    PADDED = auto()  # its own, the first row and column being others
-    ELSEWHERE = auto()  # any other one, or all
+    OWN = auto()  # the same place, in evaluation mode
+    ALONG = auto()  # the same place if ``dim`` is the channels: tensors are joined or divided along ``dim``
+    PICKED = auto()  # the places that an index selects
+    SHUFFLED = auto()  # the one place whose channels become a block of places
+    GATHERED = auto()  # all places of a block, which become channels
+    WINDOW = auto()  # the places in a window
+    PADDED = auto()  # the same place, counted from another first row and column
+    ELSEWHERE = auto()  # any other place, or all places
 
 
 class Numbers(Enum):
-    """What becomes of fixed-point numbers, which float32 and float64 hold exactly (fmpq_fx.exact.fixed_point)."""
+    """What an operation does to fixed-point numbers, which floats hold exactly (fmpq_fx.exact.fixed_point)."""
 
-    KEPT = auto()  # results are numbers of the inputs or of the arguments, some negated, or made 0 or 1
+    KEPT = auto()  # results are numbers of the inputs or of the arguments, perhaps negated, or 0 or 1
     ADDED = auto()  # results are sums of one number of each input
     SCALED = auto()  # results are products, exact if one factor is a constant of few bits
-    MADE = auto()  # results are 0, 1 or a number among its arguments, whatever the inputs
-    COUNTED = auto()  # results are no numbers of the inputs: sizes, types, devices
-    ROUNDED = auto()  # results are rounded, not in the same way everywhere
+    MADE = auto()  # results are 0, 1 or one of the arguments, whatever the inputs hold
+    COUNTED = auto()  # results are sizes, types or devices, not numbers of the inputs
+    ROUNDED = auto()  # results are rounded, in different ways on different machines
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Operation:
     operands: tuple[
         str, ...
     ] = ()  # names of arguments in their order, "" for one that holds no numbers; () is unknown
-    why: str = ""  # it has no exact form
+    why: str = ""  # the reason that it has no exact form
 
 
 _IN_ITS_OWN_WAY = "each library rounds it in its own way"
@@ -64,7 +64,7 @@ _PAIR = ("input", "other")
 def _rows(
     names: str, places: Places, numbers: Numbers, operands: tuple[str, ...] = (), why: str = ""
 ) -> dict[str, Operation]:
-    """Return the rows of operations that have all traits in common; slashes are between spellings of one."""
+    """Return the rows of operations with equal traits; a slash stands between spellings of one operation."""
     rows: dict[str, Operation] = {}
     for spellings in names.split():
         first, *others = spellings.split("/")
@@ -152,15 +152,15 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Flatten: "flatten start_dim end_dim",
     nn.Unflatten: "unflatten dim sizes=unflattened_size",
 }
-"""Modules that are an operation: its name, and its arguments, which are attributes (``argument=attribute``)."""
+"""Modules that do one operation -> its name, and its arguments, which are attributes (``argument=attribute``)."""
 
 _NUMBERS_OF_PYTHON = ("_operator", "math", "builtins")
 _PACKAGES = ("einops", "fmpq_fx")
-"""Their functions, and the layers of einops, are told by their names."""
+"""Packages whose functions are known by name; so are the layers of einops."""
 
 
 def _spelled(words: Mapping[str, Operation]) -> dict[Any, Operation]:
-    """Return the operations by the functions that have one of these names."""
+    """Return the rows by the functions that have one of these names."""
     homes = (builtins, operator, F, torch)
     found = {getattr(home, word, None): row for word, row in words.items() for home in homes}
     others = (operator.concat, operator.iconcat)  # of lists
@@ -173,13 +173,13 @@ _BY_WRITING_FUNCTION = _spelled(_IN_PLACE | {f"i{word}": row for word, row in _B
 
 
 def operation_of(root: nn.Module, node: fx.Node) -> Operation | None:
-    """Return the row of what ``node`` does, or None: it is not known.
+    """Return the row of the operation of ``node``; None if it has no row.
 
-    Layers with weights have no row: what is known of them stands in ``fmpq_fx.quant`` and ``fmpq_fx.exact``.
+    Layers with weights have no row: ``fmpq_fx.quant`` and ``fmpq_fx.exact`` describe them.
 
     Args:
-        root: has the modules that the node calls.
-        node: of a traced graph.
+        root: the module whose submodules the node calls.
+        node: a node of a traced graph.
     """
     if node.op == "call_module":
         return operation_of_module(root.get_submodule(str(node.target)))
@@ -195,7 +195,7 @@ def operation_of(root: nn.Module, node: fx.Node) -> Operation | None:
 
 
 def operation_of_module(module: nn.Module) -> Operation | None:
-    """Return the row of what calling ``module`` does, or None: it is not known."""
+    """Return the row of the operation of ``module``; None if it has no row."""
     kind = type(module)
     if kind.__module__.startswith("einops."):
         return _BY_NAME.get(kind.__name__.lower())
@@ -203,7 +203,7 @@ def operation_of_module(module: nn.Module) -> Operation | None:
 
 
 def arguments_of_module(module: nn.Module) -> dict[str, Any]:
-    """Return the arguments, by name, that calling ``module`` gives to its operation beside the input."""
+    """Return the arguments, by name, that ``module`` gives to its operation besides the input."""
     _, *arguments = _MODULES.get(type(module), "none").split()
     return {a.partition("=")[0]: getattr(module, a.rpartition("=")[2]) for a in arguments}
 
@@ -216,10 +216,9 @@ def writes(node: fx.Node) -> bool:
 
 
 def operands_of(root: nn.Module, node: fx.Node) -> list[Any] | None:
-    """Return the arguments of ``node`` that hold numbers: nodes, and numbers themselves.
+    """Return the arguments of ``node`` that hold numbers: nodes and plain numbers.
 
-    None says that it has an argument that the table does not know. An operation of which the table names no
-    operands has none but nodes.
+    None: it has an argument that the table does not know. Where the row names no operands, only nodes are operands.
     """
     operation = operation_of(root, node)
     if operation is None:

@@ -1,7 +1,8 @@
 """Cut a graph into the parts that run between entropy coding steps, by its dataflow alone.
 
-What entropy coding reads and writes divides a codec: images enter, latents are coded and decoded, an image leaves.
-A part is what can be computed at once from the same of these values; names of attributes play no role.
+The values that entropy coding reads and writes divide a codec: images enter, latents are coded and decoded, an image
+leaves. A part is the nodes that can be computed together from the same of these values. Names of attributes play no
+role.
 """
 
 from collections import Counter
@@ -18,7 +19,7 @@ from fmpq_fx.quant import QuantizeLatent
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a graph: nodes that are computed at once."""
+    """One part of a graph: nodes that are computed together."""
 
     name: str  # its role: "analysis", "hyper_analysis", "hyper_synthesis", "synthesis", …; unique
     nodes: tuple[fx.Node, ...]  # in the order of the graph; constants are left out
@@ -29,13 +30,13 @@ class Part:
 def cut(gm: fx.GraphModule) -> tuple[Part, ...]:
     """Return the parts of ``gm`` in the order in which they can run.
 
-    Nodes that lead to no latent and not to the reconstruction (a likelihood that is clamped, say) are in none, and so
-    are those that depend on no input, or on its dtype and device alone.
+    Nodes that lead neither to a latent nor to the reconstruction (a likelihood that is clamped, say) are in no part,
+    nor are nodes that depend on no input, or only on its dtype and device.
 
     The roles: "analysis" reads the image, "synthesis" makes the reconstruction, "hyper_analysis" reads latents
-    before they are coded. Of what decoder and encoder both run, "context_prediction" reads the latents whose
-    distribution it predicts and no others, "entropy_parameters" reads these and others, and "hyper_synthesis" reads
-    others alone. A second part with the role of a first gets a number.
+    before they are coded. Three roles run in both encoder and decoder: "context_prediction" reads only the latents
+    whose distribution it predicts, "entropy_parameters" reads these and others, and "hyper_synthesis" reads only
+    others. A second part of the same role gets a number: "synthesis_2".
     """
     flow = _Flow(gm)
     groups: dict[fx.Node, fx.Node] = {}  # each node's group, named by its first node
@@ -70,7 +71,7 @@ def cut(gm: fx.GraphModule) -> tuple[Part, ...]:
 
 
 class _Flow:
-    """What depends on what in a graph."""
+    """The dependencies between the nodes of a graph."""
 
     def __init__(self, gm: fx.GraphModule):
         self.gm = gm
@@ -78,7 +79,9 @@ class _Flow:
         output = next(iter(reversed(gm.graph.nodes))).args[0]
         x_hat = output.get("x_hat") if isinstance(output, dict) else None
         self.x_hat: fx.Node | None = x_hat if isinstance(x_hat, fx.Node) else None
-        self.coded: dict[fx.Node, fx.Node | None] = {}  # values of entropy coding, and the latent of each
+        self.coded: dict[
+            fx.Node, fx.Node | None
+        ] = {}  # results of entropy coding -> the latent that was coded
         for node in self.order:
             if self._codes(node):
                 self.coded[node] = next(iter(node.all_input_nodes), None)
@@ -109,7 +112,7 @@ class _Flow:
         return node.op == "call_module" and isinstance(self.gm.get_submodule(str(node.target)), kinds)
 
     def _upstream(self) -> Iterator[fx.Node]:
-        """Yield what entropy coding and the reconstruction are computed from, and these."""
+        """Yield the nodes of entropy coding, the reconstruction, and all nodes that these are computed from."""
         pending = [node for node in self.order if self._codes(node)]
         pending += [self.x_hat] if self.x_hat is not None else []
         seen = set(pending)
@@ -125,11 +128,11 @@ class _Flow:
         return frozenset([read]) if outside else self.sources[read]
 
     def users_of(self, node: fx.Node) -> list[fx.Node]:
-        """Return the readers of ``node`` that count."""
+        """Return the users of ``node`` that lead to a latent or to the reconstruction."""
         return [user for user in node.users if user in self.needed]
 
     def role(self, nodes: list[fx.Node], outputs: list[fx.Node]) -> str:
-        """Return what the part of ``nodes`` is for."""
+        """Return the role of the part that consists of ``nodes``."""
         sources = self.sources[nodes[0]]
         if any(source.op == "placeholder" for source in sources):
             return "analysis"
@@ -144,12 +147,9 @@ class _Flow:
         return "context_prediction" if read == predicted else "entropy_parameters"
 
     def _predicted(self) -> dict[fx.Node, frozenset[fx.Node]]:
-        """Return for each node the latents whose distribution it is, or leads to.
-
-        From the last node to the first, so that those of all readers are known: each node is visited once, in however
-        many ways a residual block may be passed.
-        """
+        """Return for each node the latents whose distribution it is, or leads to."""
         predicted: dict[fx.Node, frozenset[fx.Node]] = {}
+        # From last to first, so that the latents of all users are known, and each node is visited once.
         for node in reversed(self.sources):
             found: set[fx.Node] = set()
             for user in self.users_of(node):

@@ -1,7 +1,7 @@
-"""Find how far the output of a graph sees: which part of the input each place of it is computed from.
+"""Find how far the output of a graph sees: from which part of the input each of its places is computed.
 
-That is interval arithmetic over the operations, along each axis for itself, and exact fractions. Where an operation
-sees everything, or where nobody knows what it sees, there is an error that names it.
+This is interval arithmetic over the operations, with exact fractions, for each axis separately. An operation that sees
+everything, or whose reach is not known, is an error that names it.
 """
 
 import math
@@ -23,24 +23,22 @@ from fmpq_fx.quant import QuantizedLayer, quantized_class
 
 @dataclass(frozen=True)
 class Reach:
-    """What each place of an axis sees: place o the inputs ``stride * o + low`` … ``stride * o + high``.
+    """The inputs that each place of an axis sees: place o sees ``stride * o + low`` … ``stride * o + high``.
 
-    Places beyond the ends of the input are among them where layers pad.
+    Where layers pad, some of these lie beyond the ends of the input.
     """
 
     stride: Fraction = Fraction(1)  # inputs per place
-    low: Fraction = Fraction(0)  # inputs, relative to where the place lies; as a rule not positive
+    low: Fraction = Fraction(0)  # inputs, relative to ``stride * o``; as a rule not positive
     high: Fraction = Fraction(0)
-    align: int = (
-        1  # inputs; a part of the input that begins at a multiple has all values in the places of the whole
-    )
+    align: int = 1  # inputs; a part that begins at a multiple of this has its places where the whole has them
 
     def windowed(self, stride: int, first: int, last: int) -> "Reach":
-        """Return the reach of what sees ``stride * o + first`` … ``stride * o + last`` of what has this one."""
+        """Return the reach of an operation whose place o reads ``stride * o + first`` … ``stride * o + last``."""
         return self._scaled(self.stride * stride, self.stride * first, self.stride * last)
 
     def spread(self, stride: int, first: int, last: int) -> "Reach":
-        """Return the reach of what sees all i with ``stride * i`` in o + ``first`` … o + ``last``."""
+        """Return the reach of an operation whose place o reads all i with o + first <= stride * i <= o + last."""
         step = self.stride / stride
         return self._scaled(step, step * first, step * last)
 
@@ -49,7 +47,7 @@ class Reach:
         return Reach(stride, self.low + first, self.high + last, align)
 
     def joined(self, other: "Reach") -> "Reach":
-        """Return the reach of what is computed from both, which have the same stride."""
+        """Return the reach of an operation that reads both; their strides must be equal."""
         low, high = min(self.low, other.low), max(self.high, other.high)
         return Reach(self.stride, low, high, math.lcm(self.align, other.align))
 
@@ -59,20 +57,20 @@ class Reach:
 
 
 Reaches = tuple[Reach, Reach]
-"""Of rows and of columns."""
+"""The reach along rows and along columns."""
 
 _Rule = Callable[[Reaches], Reaches]
 
 
 def receptive_field(gm: fx.GraphModule) -> Reaches:
-    """Return what of its input, (B, C, H, W), the output of ``gm`` sees, by rows and by columns.
+    """Return which rows and columns of its input, (B, C, H, W), the output of ``gm`` sees.
 
     Args:
         gm: a graph with one input and one output, both images or feature maps, as
             :class:`fmpq_fx.passes.tracing.leaves.NetworkTracer` records the transforms of a codec.
 
     Raises:
-        FmpqError: an operation sees more than a neighbourhood, or what it sees is not known; its name is said.
+        FmpqError: an operation sees more than a neighbourhood, or its reach is not known; the message names it.
     """
     known: dict[fx.Node, Reaches] = {}
     of_sizes = sizes(gm, gm.graph)
@@ -99,10 +97,10 @@ def receptive_field(gm: fx.GraphModule) -> Reaches:
 
 
 def layer_reach(layer: nn.Module) -> Reaches:
-    """Return what of its input one layer sees.
+    """Return which rows and columns of its input one layer sees.
 
     Raises:
-        FmpqError: more than a neighbourhood, or it is not known.
+        FmpqError: the layer sees more than a neighbourhood, or its reach is not known.
     """
     rule = _rule_of(layer)
     if rule is None:
@@ -111,10 +109,10 @@ def layer_reach(layer: nn.Module) -> Reaches:
 
 
 def _seen(gm: fx.GraphModule, node: fx.Node, reads: Reaches) -> Reaches:
-    """Return the reach of ``node``, whose inputs have that of ``reads``."""
+    """Return the reach of ``node``, whose inputs have the reach ``reads``."""
     if node.op == "call_module":
         rule = _rule_of(gm.get_submodule(str(node.target)))
-        # With an argument besides its input, the output size, a transposed convolution pads by how large that is.
+        # A second argument is the output size, which decides how much a transposed convolution pads.
         if rule is not None and len(node.args) == 1 and not node.kwargs:
             return rule(reads)
     else:
@@ -139,7 +137,7 @@ def _named(gm: fx.GraphModule, node: fx.Node) -> str:
 def _check_constants(
     gm: fx.GraphModule, node: fx.Node, known: Mapping[fx.Node, Reaches], of_sizes: set[fx.Node]
 ) -> None:
-    """Refuse a constant that may have a value of its own for each place, and sizes."""
+    """Refuse sizes, and constants that may have another value at each place."""
     for read in node.all_input_nodes:
         if read not in known:
             if read in of_sizes:
@@ -159,7 +157,7 @@ def _last(node: fx.Node) -> Any:
 
 
 def _dimension(node: fx.Node) -> Any:
-    """Return the dimension that ``node`` puts together, or divides, tensors along."""
+    """Return the dimension along which ``node`` joins or divides tensors."""
     if not node.args:
         return node.kwargs.get("dim", 0)
     position = 1 if isinstance(node.args[0], list | tuple) else 2  # of tensors to be joined, or of one
@@ -167,7 +165,7 @@ def _dimension(node: fx.Node) -> Any:
 
 
 def _picks_channels(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Say whether ``node``, an item, is one of several chunks or some of the channels."""
+    """Say whether ``node``, a getitem, picks one of several chunks, or some of the channels."""
     source, index = node.args
     if isinstance(index, tuple):
         return all(isinstance(i, slice) for i in index) and all(i == slice(None) for i in index[2:])
@@ -184,9 +182,9 @@ def _rule_of_pad(node: fx.Node) -> _Rule | None:
 
 
 def _windowed(stride: Any, kernel: Any, dilation: Any, padding: Any) -> _Rule:
-    """Return the rule of what reads windows of ``kernel`` places, given as (rows, columns) or one number for both.
+    """Return the rule of an operation that reads windows of ``kernel`` places.
 
-    ``padding`` is what comes before the first place.
+    Each argument is (rows, columns), or one number for both; ``padding`` counts the places before the first.
     """
 
     def rule(reads: Reaches) -> Reaches:
@@ -200,7 +198,7 @@ def _windowed(stride: Any, kernel: Any, dilation: Any, padding: Any) -> _Rule:
 
 
 def _spread(stride: Any, kernel: Any, dilation: Any, padding: Any) -> _Rule:
-    """Return the rule of what adds windows of ``kernel`` places to its output, the arguments as above."""
+    """Return the rule of an operation that adds windows of ``kernel`` places to its output; arguments as above."""
 
     def rule(reads: Reaches) -> Reaches:
         rows, columns = (
@@ -218,9 +216,9 @@ def _pair(numbers: Any) -> tuple[int, int]:
 
 
 def _padded(pad: Sequence[int], *, copied: bool) -> _Rule:
-    """Return the rule of what adds places on each side: (left, right, top, bottom, …), or the first of these.
+    """Return the rule of an operation that adds ``pad`` places: (left, right, top, bottom, …), or the first of these.
 
-    ``copied`` says that they get what lies at the border, which a place then sees from as far as it lies outside.
+    With ``copied`` the places outside are copies of the border, so that they see as far as they lie outside.
     """
     left, right, top, bottom = (*pad, 0, 0, 0)[:4]
 
@@ -241,7 +239,7 @@ def _shuffled(factor: int) -> _Rule:
 
 
 def _of_product(product: Product | None) -> _Rule | None:
-    """Return the rule of a convolution; None for what is none."""
+    """Return the rule of a convolution; None if ``product`` is none."""
     if isinstance(product, ConvTransposeProduct):
         return _spread(product.stride, product.kernel, product.dilation, product.padding)
     if not isinstance(product, ConvProduct) or product.padding_mode not in ("constant", "replicate"):
@@ -251,7 +249,7 @@ def _of_product(product: Product | None) -> _Rule | None:
 
 
 def _rule_of(module: nn.Module) -> _Rule | None:
-    """Return what takes the reach of the input of ``module`` to that of its output; None where it is not known."""
+    """Return the rule that turns the reach of the input of ``module`` into that of its output; None if not known."""
     if isinstance(module, ExactLayer):
         return _of_product(module.product)
     layer = module.layer if isinstance(module, QuantizedLayer) else module

@@ -60,9 +60,9 @@ def quantize(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
 
 def quantize_sites(model: nn.Module, plan: Plan) -> dict[str, QuantizedLayer]:
-    """Replace the sites of ``model``, a graph or a model of any class, by quantized layers and return those, by site.
+    """Replace the sites of ``model``, a graph or a model of any class, by quantized layers and return these, by site.
 
-    The steps of their weights are 1: they are still to be fitted or loaded.
+    The steps of their weights are 1 until they are fitted or loaded.
     """
     layers, new = {}, {}
     for site, bits in plan.bits.items():

@@ -1,4 +1,4 @@
-"""Find what can be quantized in a traced model, and what cannot but holds parameters all the same."""
+"""Find the layers of a traced model that can be quantized, and the parameters that stay float."""
 
 from collections.abc import Mapping
 
@@ -115,7 +115,7 @@ def _quantized_parameters(layer: nn.Module) -> list[nn.Parameter]:
 def float_remainder(gm: fx.GraphModule, sites: tuple[Site, ...]) -> dict[str, int]:
     """Return the parameters of ``gm`` that belong to no site's weight, which stay float: {name: elements}.
 
-    Biases and GDN's beta, entropy models, weights that the forward reads without calling their layer.
+    These are biases and GDN's beta, entropy models, and weights that the forward reads without calling their layer.
     """
     quantized: set[int] = set()
     for site in sites:
@@ -124,7 +124,7 @@ def float_remainder(gm: fx.GraphModule, sites: tuple[Site, ...]) -> dict[str, in
 
 
 def left_out(gm: fx.GraphModule, sites: tuple[Site, ...]) -> dict[str, str]:
-    """Return the layers of the model of ``gm`` that have weights and are no sites, by name: why each is none."""
+    """Return why layers with weights are no sites, by the name of the layer in the model of ``gm``."""
     model = graph_note(gm).model
     modules = dict(model.named_modules())
     known = {id(modules[site.name]) for site in sites if site.name in modules}

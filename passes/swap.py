@@ -10,16 +10,16 @@ from torch import nn
 
 
 def replace_modules(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put what ``new`` has for a module wherever that is registered below ``root``, under however many names.
+    """Replace each key of ``new`` by its value wherever it is registered below ``root``, under however many names.
 
-    What takes the place of a module may have that inside.
+    The new module may contain the old one.
     """
     for parent, name, old in _places(root, new):
         parent._modules[name] = new[old]
 
 
 def _places(root: nn.Module, modules: Container[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Return which modules below ``root`` have any of ``modules``, under which names."""
+    """Return where ``modules`` are registered below ``root``: (parent, name, module)."""
     parents = root.modules()  # one walk for all: it takes as long as some layers
     return [
         (parent, name, m)
@@ -50,8 +50,8 @@ def with_replaced(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Mod
     parameters and buffers, are those of ``root``. Where nothing changes, ``root`` itself is returned.
 
     Args:
-        root: a model. Its modules may also keep some in dicts and lists, as CompressAI's latent codecs do.
-        new: what takes the place of a module, by that module.
+        root: a model. Its modules may also keep modules in dicts and lists, as CompressAI's latent codecs do.
+        new: the replacement of each module, by that module.
     """
     made: dict[nn.Module, nn.Module] = dict(new)
 
@@ -77,7 +77,7 @@ def with_replaced(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Mod
 
 
 def shallow_copy(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> nn.Module:
-    """Return a module of the class ``cls`` that has the attributes, tensors and modules of ``module``, and others."""
+    """Return a module of the class ``cls`` with everything that ``module`` has, and ``attributes`` set besides."""
     twin = object.__new__(cls)
     # Not by copy.copy(): some classes refuse to be copied, though nothing is wrong with sharing what they have.
     twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules), **attributes}
@@ -85,7 +85,7 @@ def shallow_copy(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> 
 
 
 def subclass(cls: type[nn.Module], *bases: type[nn.Module]) -> type[nn.Module]:
-    """Return the class of ``bases``, of which ``cls`` is one, with the name of ``cls``; for the same it is the same."""
+    """Return the one class that inherits from ``bases`` and has the name of ``cls``, which is one of them."""
     names = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
     return _CLASSES.get(bases) or _CLASSES.setdefault(bases, type(cls.__name__, bases, names))
 

@@ -45,7 +45,7 @@ class Axis:
 
     @property
     def _excess(self) -> int:
-        """What the output has more than ``stride`` times the size of the input."""
+        """Outputs beyond ``stride`` times the size of the input."""
         return self.extent - self.stride - 2 * self.padding + self.output_padding
 
     @property
@@ -55,5 +55,5 @@ class Axis:
 
     @property
     def surplus(self) -> int:
-        """What the shuffled output has too many at its end."""
+        """Outputs that the shuffle makes beyond the end, which are cut off."""
         return -self._excess % self.stride

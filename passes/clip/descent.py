@@ -1,7 +1,7 @@
 """Choose a setting of each site by the RD loss: where a layer clips, for example.
 
-By how much a layer's output is off says which setting is likely the best, for all sites in one run; then the RD loss of
-the graph decides. A site whose output no setting makes better is left as it is, without asking.
+The error of a layer's output tells which setting is likely the best, for all sites in one run. Then the RD loss of the
+graph decides. A site whose output error no setting lowers is left as it is, without measuring its RD loss.
 """
 
 import math
@@ -22,17 +22,17 @@ from fmpq_fx.quant import weights_kept
 from fmpq_fx.rd import RDSums
 
 EVIDENT = 1e-3
-"""By what part of it the RD loss of the first images rises when no more are run to reject a change."""
+"""A change is rejected after the first images if it raises their RD loss by more than this fraction."""
 
 NOTHING = 2e-5
-"""By what part of it the RD loss of the first images changes at most when a change is left out without running more."""
+"""A change is skipped after the first images if it moves their RD loss by less than this fraction."""
 
 WORSE, ALIKE = 1.2, 0.02
-"""How much larger the error of an output may become, of which the RD loss may still be lower; and by what part of it an
-error must change for the RD loss to be asked.
+"""A setting is tried if the error of the output is at most WORSE times that of the first setting (the RD loss may still
+be lower), and differs from it by more than the fraction ALIKE.
 
 On the sample model and a mean-scale hyperprior (5.3x and 8x smaller, 8-bit activations), the RD loss ends 0.4 % lower
-to 0.06 % higher than where each site is asked for one setting after the other, until one is no better."""
+to 0.06 % higher than with a search that tries one setting after the other at each site, until one is no better."""
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def choose(
     settings: Sequence[float],
     title: str,
 ) -> tuple[dict[str, float], float]:
-    """Change sites of ``gm``, in place, where that lowers the RD loss: each with all others as they are.
+    """Change the settings of sites of ``gm``, in place, where that lowers the RD loss with all others as they are.
 
     ::
 
@@ -55,20 +55,20 @@ def choose(
                                               1.0 <─ 0.9 <── 0.8                  not lower: back, until it is
 
         many sites     a b c d e f g h        all at their settings of least error
-                        └──┬──┘               the RD loss is lower: taken; higher: each half for itself
+                        └──┬──┘               the RD loss is lower: taken; higher: each half separately
 
-    Ranks share the pieces of the images, and each keeps the values of its own.
+    Ranks share the pieces of the images, and each keeps the node values of its own pieces.
 
     Args:
         gm: a rewritten graph in evaluation mode, with each site at the first of the settings.
-        bench: what it is measured on.
+        bench: the images and the distortion of the RD loss.
         lmbda: the Lagrangian of the RD loss.
-        setters: by site, in the order in which they are decided.
-        settings: what each site has at the beginning, and what it may have.
-        title: of the progress bar.
+        setters: the function that changes each site, in the order in which sites are decided.
+        settings: the setting that each site has at the beginning, then the others that it may have.
+        title: the title of the progress bar.
 
     Returns:
-        the setting of each site, and the RD loss of the graph as it is then.
+        the setting of each site, and the RD loss of the graph with these settings.
 
     Raises:
         FmpqError, ValueError: see :class:`PieceMeter`.
@@ -78,7 +78,7 @@ def choose(
         likely = {site: _likely(of_site) for site, of_site in errors.items()}
         descent = _Descent(gm, bench, lmbda, setters, settings, {site: n for site, n in likely.items() if n})
         with reported(range(len(setters)), title, "site", show=bench.progress) as bar:
-            bar.update(len(setters) - len(descent.likely))  # those that are left as they are
+            bar.update(len(setters) - len(descent.likely))  # the others are left as they are
             for group in descent.groups:
                 descent.settle(group)
                 bar.update(len(group))
@@ -86,7 +86,7 @@ def choose(
 
 
 def _likely(errors: Sequence[float]) -> int:
-    """Return which setting is tried first at a site, by the ``errors`` of its output at all; 0 where none is tried."""
+    """Return the number of the setting that a site tries first, by the output error at each; 0 where none is tried."""
     worth = [
         number
         for number, error in enumerate(errors)
@@ -98,7 +98,7 @@ def _likely(errors: Sequence[float]) -> int:
 class _Descent:
     """A graph whose sites are settled one group after the other, and its RD loss on the pieces of this rank.
 
-    Settings go by their numbers.
+    Settings are named by their numbers.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class _Descent:
         likely: Mapping[str, int],
     ):
         self.bench, self.lmbda, self.setters, self.settings = bench, lmbda, setters, settings
-        self.likely = likely  # by site that is to be settled
+        self.likely = likely  # the setting to try first, of each site that is to be settled
         self.chosen = dict.fromkeys(setters, 0)
         self.groups = in_groups(list(likely))
         downstream = find_downstream(gm, [part for group in self.groups for part in parts(group)])
@@ -120,11 +120,11 @@ class _Descent:
         self.pieces = [PieceMeter(gm, x, downstream, budget, bench.distortion) for x in own]
 
     def measure_rd(self) -> float:
-        """Return the RD loss of the graph as it is."""
+        """Return the RD loss of the graph with the settings chosen so far."""
         return sum(self.bench.ranks.merge([piece.sums for piece in self.pieces]), RDSums()).rd(self.lmbda)
 
     def settle(self, group: Group) -> None:
-        """Take what lowers the RD loss: for all of ``group`` at once, for each half of it, or for a single site."""
+        """Take settings that lower the RD loss: for all of ``group`` at once, for each half, or for single sites."""
         self._settle(group)
         for part in parts(group):
             for piece in self.pieces:
@@ -149,7 +149,7 @@ class _Descent:
                 break
 
     def _try(self, group: Group, numbers: Sequence[int]) -> float:
-        """Set ``group`` to settings, and back unless that lowers the RD loss; return what :meth:`_change` says."""
+        """Set ``group`` to settings, and back unless that lowers the RD loss; return the :meth:`_change`."""
         before = [self.chosen[site] for site in group]
         self._set(group, numbers)
         change = self._change(group)
@@ -166,10 +166,10 @@ class _Descent:
             self.chosen[site] = number
 
     def _change(self, group: Group) -> float:
-        """Return by what part of it the RD loss is higher now that ``group`` was changed; 0 is next to nothing."""
+        """Return the relative rise of the RD loss now that ``group`` is changed; 0 where it is negligible."""
         own = ((piece.sums, piece.measure(group, remember=True)) for piece in self.pieces)
         before = after = RDSums()
-        # Alone, one piece after the other is run as far as the verdict needs it; ranks run theirs at the same time.
+        # One process runs pieces only until the verdict is clear; several ranks run all of theirs at the same time.
         for piece_before, piece_after in (
             own if self.bench.ranks.count == 1 else self.bench.ranks.merge(list(own))
         ):
@@ -179,6 +179,6 @@ class _Descent:
             change = after.rd(self.lmbda) / before.rd(self.lmbda) - 1
             if first and abs(change) < NOTHING:
                 return 0.0
-            if not change <= EVIDENT:  # what is not a number is no gain either
+            if not change <= EVIDENT:  # NaN is no gain either
                 return math.inf
         return change

@@ -1,4 +1,4 @@
-"""See what the inputs of layers are like: where each channel ends, and how its values are distributed."""
+"""Observe the inputs of layers: the least and largest value of each channel, and a histogram of its values."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,15 +23,15 @@ _NOTHING_SEEN = np.zeros(1), np.zeros(1), True
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of an input."""
+    """The extremes that were seen of an input."""
 
-    lows: Floats  # the least value of each channel, at most 0
-    highs: Floats  # the largest, at least 0
-    integral: bool  # all were whole numbers
+    lows: Floats  # the least value of each channel, at most 0; (channels,)
+    highs: Floats  # the largest value of each channel, at least 0; (channels,)
+    integral: bool  # whether all values were whole numbers
 
     @property
     def peaks(self) -> Floats:
-        """The largest magnitude of each channel. One that was always 0 says nothing: it gets the largest of all."""
+        """The largest magnitude of each channel, (channels,). A channel that was always 0 gets the largest of all."""
         peaks = np.maximum(-self.lows, self.highs)
         return np.where(peaks > 0, peaks, peaks.max() or 1.0)
 
@@ -39,19 +39,19 @@ class Seen:
 def observe(
     gm: fx.GraphModule, bench: Bench, watched: Sequence[Tensor], layers: Mapping[str, QuantizedLayer]
 ) -> dict[str, tuple[Seen, Histogram]]:
-    """Return what is seen of the inputs of ``layers``, while none of them is rounded.
+    """Return the extremes and the histogram of the input of each of ``layers``, while no input is rounded.
 
     Args:
         gm: a rewritten graph in evaluation mode.
         bench: images, and the ranks that share them.
         watched: more images, (B, C, H, W).
-        layers: by site; all inputs have a quantizer.
+        layers: the layers, by site; all have a quantizer of their input.
 
     Raises:
         FmpqError: an input is not finite.
     """
     for quantizer in _quantizers(layers):
-        quantizer.observe()  # what was run before this, with other weights perhaps, does not count
+        quantizer.observe()  # forgets earlier runs, perhaps with other weights
     _watch(gm, bench.ranks.share(bench.pieces))
     histograms = {
         site: Histogram(seen.peaks, layers[site].channel_dim) for site, seen in _seen(bench, layers).items()
@@ -82,7 +82,7 @@ def _watch(gm: fx.GraphModule, pieces: Iterable[Tensor]) -> None:
 
 
 def _seen(bench: Bench, layers: Mapping[str, QuantizedLayer]) -> dict[str, Seen]:
-    """Return what the inputs' observers saw until now, on all ranks."""
+    """Return the extremes that the inputs' observers saw until now, on all ranks."""
     of_ranks = bench.ranks.gather([_ends(quantizer) for quantizer in _quantizers(layers)])
     result = {}
     for site, seen in zip(layers, zip(*of_ranks, strict=True), strict=True):
@@ -99,7 +99,7 @@ def _seen(bench: Bench, layers: Mapping[str, QuantizedLayer]) -> dict[str, Seen]
 
 
 def _ends(quantizer: ActivationFakeQuant) -> tuple[np.ndarray, np.ndarray, bool] | None:
-    """Return the least and the largest value of each channel seen, and whether all were whole; None if none was."""
+    """Return the least and the largest value of each channel, and whether all were whole; None if nothing was seen."""
     if quantizer.seen is None:
         return None
     low, high = (ends.double().cpu().numpy() for ends in quantizer.seen)

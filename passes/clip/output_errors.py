@@ -1,4 +1,4 @@
-"""How far off the outputs of layers are at each setting that they may have: one run tells it for all of them."""
+"""Measure the error of each layer's output at each setting that the layer may have, for all layers in one run."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +14,10 @@ from fmpq_fx.quant import quantized_layers
 from fmpq_fx.rd import squared_error
 
 Setter = Callable[[float], None]
-"""Changes a layer of the graph in place, to that setting: a part of its range at which it clips, for example."""
+"""A function that sets a layer of the graph, in place: to the fraction of its range at which it clips, for example."""
 
 FAR = 2.0
-"""Where the error is that many times that of the first setting, those after it are not tried."""
+"""Once the error is this many times that of the first setting, the settings after it are not tried."""
 
 
 @torch.no_grad()
@@ -26,15 +26,14 @@ def output_errors(
 ) -> dict[str, list[float]]:
     """Return, for each site that is called in a run of ``gm``, the squared error of its output at each of ``settings``.
 
-    It is infinite at those that are not tried, since one before them is far worse than the first.
-
-    It is compared with that of the float layer on the same input, which comes from sites at their first settings.
+    The output is compared with that of the float layer on the same input; all other sites have their first settings.
+    The error is infinite at settings that are not tried, because an earlier one is far worse than the first.
 
     Args:
         gm: a rewritten graph in evaluation mode.
         x: images (B, C, H, W) in [0, 1].
-        setters: by site.
-        settings: what each site has now, and others.
+        setters: the function that changes each site.
+        settings: the setting that each site has now, then the others.
     """
     layers, errors = quantized_layers(gm), {}
     with ExitStack() as hooks:
@@ -54,7 +53,7 @@ def _add_errors(
     inputs: tuple[Any, ...],
     output: Tensor,
 ) -> None:
-    """Add to ``sums`` the squared errors of the layer at ``settings``; it has the first of them before and after."""
+    """Add to ``sums`` the squared errors of the layer at ``settings``; before and after, it has the first setting."""
     exact = layer.layer(*inputs)  # type: ignore[operator]
     sums[0] += squared_error(output, exact).item()
     for number, setting in enumerate(settings[1:], start=1):

@@ -1,8 +1,8 @@
-"""Set how inputs are rounded: observers see the calibration images and become fake-quantizers.
+"""Choose the rounding of inputs: observers see the calibration images and become fake-quantizers.
 
 Each channel gets the range with the least error in the layer's output (:mod:`fmpq_fx.passes.clip.steps`); the steps of
 channels differ, and are folded into the weights. Then inputs get 16 bits instead of 8 where that saves the most RD
-loss, as far as a budget of products allows.
+loss, within a budget of products.
 """
 
 import copy
@@ -29,8 +29,8 @@ from fmpq_fx.passes.tracing.model_outputs import output_of
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, quantized_layers, weights_kept
 
 ROOM, ROOM_OF_16_BITS = 1, OCTAVE
-"""By how many eighths of an octave ranges are wider than the images ask for, since others exceed them: those of 8 bits,
-and those of 16, which have steps to spare."""
+"""Eighths of an octave by which ranges of 8 bits, and of 16 bits, are wider than the calibration images need, because
+other images exceed them. Ranges of 16 bits have steps to spare."""
 
 
 def calibrate(
@@ -41,22 +41,22 @@ def calibrate(
     *,
     watched: Sequence[Tensor] = (),
 ) -> float:
-    """Say how the inputs of ``gm`` are rounded, from the images of ``bench``.
+    """Choose the bits, ranges and steps of the inputs of ``gm``, from the images of ``bench``.
 
     Args:
-        gm: a rewritten graph in evaluation mode. It is changed, and what is chosen is written into its plan. Layers
-            that are calibrated already stay as they are.
-        bench: what is observed, and what the RD loss is measured on.
+        gm: a rewritten graph in evaluation mode. It is changed, and the choice is written into its plan. Layers that
+            are calibrated already stay as they are.
+        bench: the images that inputs are observed on, and the RD loss is measured on.
         mixed: the sites whose inputs may get 16 bits.
-        budget: how many more products these may take, as a fraction of those with 8 bits.
-        watched: more images (B, C, H, W), to see the ranges of inputs on. Eight crops tell what a layer is worth, but
-            not how large its inputs get.
+        budget: how many products these may add, as a fraction of the products with 8 bits.
+        watched: more images (B, C, H, W) to observe inputs on. Eight crops tell the zeta of a layer, but not how large
+            its inputs get.
 
     Returns:
         the RD loss of ``gm`` afterwards.
 
     Raises:
-        FmpqError: an input is not finite. (Where the RD loss is not, that is returned.)
+        FmpqError: an input is not finite. (An RD loss that is not finite is returned.)
     """
     plan = plan_of(gm)
     layers = {
@@ -95,13 +95,13 @@ def calibrate(
 
 
 class _Input:
-    """The input of a layer while it is chosen how to round it.
+    """The input of a layer, while its rounding is being chosen.
 
     Args:
-        layer: whose input it is.
-        seen: what was seen of the input.
-        histogram: of the input.
-        images: it is the images themselves, whose range is 0 … 1: 8 bits are then exact.
+        layer: the layer whose input it is.
+        seen: the extremes of the input.
+        histogram: the histogram of the input.
+        images: whether the input is the images themselves, whose range is 0 … 1: 8 bits are then exact.
     """
 
     def __init__(self, layer: QuantizedLayer, seen: Seen, histogram: Histogram, *, images: bool):
@@ -123,7 +123,7 @@ class _Input:
         self._apply()
 
     def widen(self) -> None:
-        """Round to 16 bits, which cover more than was seen in one step."""
+        """Round to 16 bits, with one step for all channels and a range wider than was seen."""
         self.bits = WIDE
         self._sizes = np.full_like(self._sizes, self._widest + ROOM_OF_16_BITS)
         self._apply()
@@ -138,7 +138,7 @@ class _Input:
 
     @property
     def grid(self) -> InputGrid:
-        """What the integers cover."""
+        """The range and the steps of the input's integers."""
         if self.integral:
             return InputGrid(self._low, self._high, True)
         if self._images:
@@ -173,7 +173,7 @@ def _sites_of_images(gm: fx.GraphModule) -> set[str]:
 
 
 def _coded(plan: Plan, inputs: Mapping[str, _Input]) -> Table | None:
-    """Return the coded bytes of the plan with the weights as they are now; a spread that costs bytes is taken back."""
+    """Return the coded bytes of the plan with the present weights; an input spread that costs bytes is taken back."""
     if plan.coded is None:
         return None
     coded = dict(plan.coded)
@@ -193,6 +193,6 @@ def _multiply_accumulates(gm: fx.GraphModule, bench: Bench) -> dict[str, float]:
     x = bench.pieces[0][:1]
     with torch.no_grad(), weights_kept(gm), FlopCounterMode(display=False) as counter:
         output_of(gm, x)
-    # By qualified name behind that of the class; of each multiplication and addition one is counted.
+    # Names are qualified names behind the name of the class. A multiply-accumulate counts as two operations.
     flops = {name.partition(".")[2]: sum(of.values()) for name, of in counter.get_flop_counts().items()}
     return {site: flops.get(site, 0) / 2 / (x.size(-1) * x.size(-2)) for site in plan_of(gm).bits}

@@ -16,7 +16,7 @@ from fmpq_fx.passes.rewrite import activations_float
 from fmpq_fx.quant import quantized_layers
 
 CLIPS = (0.9, 0.8, 0.7, 0.6)
-"""Parts of a channel's largest magnitude that are tried as the end of its range, until one is no better."""
+"""Fractions of a channel's largest magnitude that are tried as the end of its range."""
 
 WORTHWHILE = 5e-4
 """Zeta below which a site is left at min-max: there is next to nothing to gain."""
@@ -27,11 +27,11 @@ def choose_scales(gm: fx.GraphModule, bench: Bench) -> None:
 
     Args:
         gm: a rewritten graph in evaluation mode, with min-max scales. It is changed, and the choice is written into
-            its plan. The RD loss on ``bench`` never rises by it.
-        bench: what the loss is measured on.
+            its plan. The RD loss on ``bench`` never rises.
+        bench: the images and the distortion of the RD loss.
     """
     plan = plan_of(gm)
-    # "not <": sites that were given bits for which zeta was not measured have NaN, and are tried as well.
+    # "not <": zeta is NaN at fixed bits that were not measured; such sites are tried as well.
     layers = {site: m for site, m in quantized_layers(gm).items() if not plan.zeta_of(site) < WORTHWHILE}
     setters = {site: layer.set_clip for site, layer in layers.items()}
     with activations_float(gm):

@@ -1,11 +1,11 @@
-"""Which range each channel of an input gets: that of the least error in the layer's output.
+"""Choose the range of each channel of an input: the ranges of the least error in the layer's output.
 
-Two things are off in the output, and both are added up in closed form, without running anything:
+The error of the output has two sources, and both are computed in closed form, without running anything:
 
 - the input. A channel's range trades coarse steps against clipped values (:meth:`Histogram.mean_errors`), and the
-  squares of the weights that multiply the channel say how much of it reaches the output.
-- the weights. The channels' sizes r_c are folded into them, and what is rounded is W_oc r_c, in steps that the largest
-  of them sets. Where channels differ too much, the weights of the narrow ones are lost.
+  squares of the weights that multiply the channel say how much of its error reaches the output.
+- the weights. The channels' sizes r_c are folded into them, so that W_oc r_c is rounded, in steps that the largest of
+  these sets. Where sizes differ too much, the weights of the narrow channels are lost.
 
 So ranges lie between one for all channels and each channel's own best::
 
@@ -17,7 +17,7 @@ So ranges lie between one for all channels and each channel's own best::
                         `-'   `.__.'   `-'
                       channels
 
-and are then all made narrower by the same factor, as far as that lowers the error.
+and are then all made narrower by the same factor while that lowers the error.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from fmpq_fx.passes.clip.histograms import OCTAVE, Floats, Histogram
 from fmpq_fx.quant import QuantizedLayer
 
 POWERS = tuple(n / 8 for n in range(9))
-"""How much of a channel's own range counts: with 0, all channels have the range of the widest."""
+"""How far ranges follow the channels' own: with 0, all channels have the range of the widest; with 1, each its own."""
 
 LARGEST = 64
 """How many eighths of an octave the ranges of channels may differ by."""
@@ -49,12 +49,12 @@ def fit_sizes(
     """Return the size of each channel's range, (channels,), in eighths of an octave.
 
     Args:
-        layer: whose input it is.
-        histogram: of the input.
-        widest: the size that covers everything.
+        layer: the layer whose input it is.
+        histogram: the histogram of the input.
+        widest: the size that covers all values seen, in eighths of an octave.
         sides: how far the range of size 0 reaches below and above 0.
-        levels: how many steps there are in a range.
-        powers: what is tried of :data:`POWERS`.
+        levels: the number of steps in a range.
+        powers: those of :data:`POWERS` that are tried.
     """
     sizes = range(widest, widest - LARGEST - NARROWER, -1)
     weight, quantizer, spread = _weights(layer), layer.weight_quantizer, layer.spread_shape() is not None
@@ -63,14 +63,14 @@ def fit_sizes(
     own = errors[: LARGEST + 1].argmin(0)
 
     def error_of_weights(factors: Floats) -> float:
-        """Of all outputs together, from rounding the weights times ``factors`` of the input channels."""
+        """Return the squared error of all outputs from rounding the weights times ``factors`` of the input channels."""
         steps = (magnitudes * factors).max(1) * quantizer.clip / quantizer.high
         return float((steps**2).sum() / 12 * weight.shape[2] * (squares / factors**2).sum())
 
     found, least = np.zeros_like(own), np.inf
     for power in powers if spread else (0.0,):
         less = np.round(power * own).astype(np.int64)
-        # Weights do not feel a factor that all channels have.
+        # A factor that all channels share does not change the error of the weights.
         of_weights = error_of_weights(2.0 ** (-less / OCTAVE)) if spread else 0.0
         for narrower in range(NARROWER):
             error = np.take_along_axis(errors, less[None] + narrower, 0).sum() + of_weights

@@ -1,4 +1,4 @@
-"""Find the inputs that are worth 16 bits, by what the RD loss becomes with them."""
+"""Find the inputs that are worth 16 bits, by the RD loss with them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,13 +13,13 @@ from fmpq_fx.passes.measure.groups import Group, halves, in_groups, parts
 from fmpq_fx.passes.plan.activations import wide_inputs
 
 NEGLIGIBLE = 1e-4
-"""By what part of it the RD loss of the first images changes, up or down, where 16 bits are tried on all of them."""
+"""16 bits are tried on all images where they change the RD loss of the first images by more than this fraction."""
 
 SPLITS, AT_ONCE = 64, 8
-"""How many groups are split at most, and how many before it is seen which come next."""
+"""How many groups are split at most, and how many of them between two rankings of the groups."""
 
 Widened = Mapping[str, Callable[[nn.Module], nn.Module]]
-"""By site: what returns a copy of its layer whose input is rounded to 16 bits."""
+"""By site: a function that returns a copy of its layer, with the input rounded to 16 bits."""
 
 
 def find_wide(
@@ -27,9 +27,9 @@ def find_wide(
 ) -> list[str]:
     """Return the sites whose inputs get 16 bits.
 
-    The first images tell which are worth it, all of them by how much. Where there are many sites, neighbours are tried
-    together, and groups that save the most are split, down to single sites. What one half saves is measured, what the
-    other does is the rest::
+    The first images tell which inputs may be worth it; then all images tell how much. Where there are many sites,
+    neighbours are tried together, and groups that save the most are split, down to single sites. The saving of one half
+    is measured, that of the other is the rest::
 
         a b c d e f g h      i j k l m n o p      2.1 and 0.1 % of the RD loss
         └──┬──┘ └──┬──┘      one input each is worth little: not split
@@ -39,10 +39,10 @@ def find_wide(
 
     Args:
         gm: a rewritten graph in evaluation mode, all of whose inputs are rounded. It is left as it was.
-        bench: what the RD loss is measured on.
-        widened: what is tried.
-        products: of each site with 8 bits, in any unit.
-        budget: how many more products there may be, in the same unit.
+        bench: the images and the distortion of the RD loss.
+        widened: the inputs that may get 16 bits.
+        products: the products of each site with 8 bits, in any unit.
+        budget: how many products may be added, in the same unit.
     """
     first = replace(bench, pieces=bench.pieces[:1])
     zeta = _narrowed_down(gm, first, widened)
@@ -60,7 +60,7 @@ def find_wide(
 
 
 def _narrowed_down(gm: fx.GraphModule, bench: Bench, widened: Widened) -> dict[Group, float]:
-    """Return what groups of inputs save, those that save the most by themselves."""
+    """Return the savings of groups of inputs, in fractions of the RD loss; groups that save the most were split."""
     groups = in_groups(list(widened))
     meter = ChangeMeter(gm, bench, [part for group in groups for part in parts(group)])
     zeta = _zeta(meter, widened, groups)
@@ -82,7 +82,7 @@ def _not_negligible(zeta: Mapping[Group, float]) -> list[Group]:
 
 
 def _zeta(meter: ChangeMeter, widened: Widened, groups: list[Group]) -> dict[Group, float]:
-    """Return what it costs, in fractions of the RD loss, that inputs are rounded as they are and not to 16 bits."""
+    """Return how much RD loss each group saves with inputs of 16 bits, as a fraction of the present RD loss."""
     if not groups:
         return {}
     lmbda = plan_of(meter.gm).lmbda

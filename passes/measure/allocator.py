@@ -1,4 +1,4 @@
-"""Memory of freed tensors, kept for the next ones."""
+"""Keep the memory of freed tensors for the next tensors."""
 
 import ctypes
 import platform
@@ -10,20 +10,20 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MOST_MMAP_THRESHOLD, _MOST_TRIM_THRESHOLD = 32 * 2**20, 64 * 2**20  # bytes
 _NEVER = 2**31 - 1
 
-_blocks = 0  # that are open now, one in the other
+_blocks = 0  # nested blocks that are open now
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
     """Within the block, glibc's malloc does not return freed memory to the kernel.
 
-    It would otherwise take new pages for the activations of every run, and the kernel zeroes each: a tenth to a
-    quarter of the time of an evaluation. At the end of the outermost block the memory is returned.
+    Otherwise every run would take new pages for its activations, and the kernel zeroes each page: a tenth to a quarter
+    of the time of an evaluation. At the end of the outermost block the memory is returned.
 
-    glibc adapts to a program by two thresholds: larger tensors get pages of their own, and more free memory than the
-    other one is returned. Setting either stops the adapting for the rest of the process. So both are left at the
-    highest values that it adapts to, where the caller's tensors are allocated as fast as in any process that has used
-    large ones. With another C library nothing happens.
+    glibc adapts two thresholds to a program: tensors above the first get pages of their own, and free memory above the
+    second is returned. Setting either stops the adapting for the rest of the process. So both are left at the highest
+    values that glibc adapts to: the caller's tensors are then allocated as fast as in any process that has used large
+    ones. With another C library nothing happens.
     """
     global _blocks
     if platform.libc_ver()[0] != "glibc":

@@ -13,19 +13,19 @@ from fmpq_fx.ranks import ALONE, Ranks
 from fmpq_fx.rd import MSE, Distortion, RDSums, rd_sums
 
 PIECE_PIXELS = {"cpu": 2 * 256 * 256, "gpu": 16 * 256 * 256}
-"""How many pixels are run at once: what suits a processor's caches, and what keeps a GPU busy."""
+"""How many pixels are run at once: few enough for a processor's caches, or enough to keep a GPU busy."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What losses are measured on, and what measuring them may take. :func:`make_bench` sets one up."""
+    """The images, the distortion and the memory that RD losses are measured with. :func:`make_bench` makes one."""
 
     pieces: tuple[
         Tensor, ...
-    ]  # (B, C, H, W) each, in [0, 1]: images that are run at once, in a layout for the model
+    ]  # (B, C, H, W) each, in [0, 1]: images that are run at once, in the layout that is fast for the model
     memory: int  # bytes of activations that may be kept; a forward pass of one piece takes memory besides
-    ranks: Ranks = ALONE  # that share the work
-    distortion: Distortion = MSE  # of the RD loss
+    ranks: Ranks = ALONE  # the processes that share the work
+    distortion: Distortion = MSE  # the distortion in the RD loss
     progress: bool | None = False  # False shows nothing; see :func:`fmpq_fx.progress.reported`
 
     @property
@@ -44,17 +44,17 @@ def make_bench(
     distortion: Distortion = MSE,
     progress: bool | None = False,
 ) -> Bench:
-    """Return ``batches``, (B, C, H, W) each, as what ``gm``, and what it is rewritten to, is measured on.
+    """Return a bench of the images ``batches`` for ``gm`` and its rewritten forms.
 
-    On a CPU models run faster with channels last. Some have a view of their activations that this layout does not
-    allow; so one piece is tried.
+    On a CPU models run faster with channels last. Some models view their activations in a way that this layout does
+    not allow, so one piece is tried.
 
     Args:
         gm: a graph in evaluation mode.
-        batches: images in [0, 1], on the device of ``gm``; at least one batch.
-        memory: bytes of activations that may be kept; None is what :func:`fmpq_fx.memory.bytes_of` says.
-        ranks: that share the work.
-        distortion: of the RD loss.
+        batches: images (B, C, H, W) in [0, 1], on the device of ``gm``; at least one batch.
+        memory: bytes of activations that may be kept; None is the default of :func:`fmpq_fx.memory.bytes_of`.
+        ranks: the processes that share the work.
+        distortion: the distortion in the RD loss.
         progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
     """
     pieces = cut_into_pieces(batches)
@@ -65,7 +65,7 @@ def make_bench(
 
 
 def cut_into_pieces(batches: Sequence[Tensor]) -> list[Tensor]:
-    """Return ``batches`` (B, C, H, W) in pieces of as many images as are run at once, at least one."""
+    """Return ``batches`` (B, C, H, W) in pieces of :data:`PIECE_PIXELS`, of at least one image each."""
     pieces: list[Tensor] = []
     for x in batches:
         pixels = PIECE_PIXELS["cpu" if x.device.type == "cpu" else "gpu"]
@@ -82,7 +82,7 @@ def mean_rd(gm: fx.GraphModule, bench: Bench, lmbda: float) -> float:
 
 @torch.no_grad()
 def _runs(gm: fx.GraphModule, x: Tensor) -> bool:
-    """Say whether ``gm`` runs on ``x``. Too little memory says nothing of that, and is an error."""
+    """Say whether ``gm`` runs on ``x``. Too little memory is no answer, and is raised."""
     try:
         gm(x)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Measure what the RD loss of a graph becomes when one of its layers is changed, without running all of it again."""
+"""Measure the RD loss of a graph with some of its layers changed, without running all of it again."""
 
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping
@@ -23,18 +23,18 @@ from fmpq_fx.rd import MSE, Distortion, RDSums, total_bits
 K = TypeVar("K", bound=Hashable)
 
 Change = Mapping[str, Callable[[nn.Module], nn.Module]]
-"""By site: what makes the module that takes its place from the one that is there. Mostly there is one."""
+"""By site (mostly one): a function that makes the new module from the present one."""
 
 
 class PieceMeter:
-    """The RD sums of a graph on one piece of the images, and what they become with a layer changed.
+    """Measures the RD sums of a graph on one piece of the images, as it is and with layers changed.
 
     Args:
         gm: a traced graph in evaluation mode.
         x: images (B, C, H, W) in [0, 1].
-        downstream: of the groups of sites that may be changed.
-        budget: for the values that are kept.
-        distortion: of the RD loss.
+        downstream: the downstream part of each group of sites that may be changed.
+        budget: the memory for node values.
+        distortion: the distortion in the RD loss.
 
     Raises:
         FmpqError: the model cannot run on images of that size, or its output is not CompressAI's.
@@ -58,15 +58,15 @@ class PieceMeter:
 
     @property
     def sums(self) -> RDSums:
-        """The RD sums of the graph as it was run first, with the changes that were accepted since."""
+        """The RD sums of the graph with the changes that were accepted so far."""
         return self._sums(self._bits, self._error)
 
     def measure(self, group: Group, *, remember: bool = False) -> RDSums:
         """Return the RD sums now that ``group`` alone is changed.
 
         Args:
-            group: one of those that may be changed.
-            remember: the change may be accepted afterwards.
+            group: one of the groups that may be changed.
+            remember: whether the change may be accepted afterwards.
         """
         self._interpreter.prepare(group, self.x)
         self._tried = self._measured(self._interpreter.rerun(group, remember=remember))
@@ -78,11 +78,11 @@ class PieceMeter:
         self._bits, self._error = self._tried
 
     def forget(self, group: Group) -> None:
-        """Let go of what is kept for changes of ``group``: it will not be changed again."""
+        """Drop the values that are kept for changes of ``group`` alone: it will not be changed again."""
         self._interpreter.forget(group)
 
     def _measured(self, output: Any) -> tuple[dict[str, float], float]:
-        """Return bits by latent and distortion of an output in which only what changed is there."""
+        """Return the bits by latent and the distortion of an output that has :data:`UNCHANGED` for unchanged values."""
         if output is UNCHANGED:
             return self._bits, self._error
         bits, error, likelihoods = self._bits, self._error, output["likelihoods"]
@@ -101,7 +101,7 @@ class PieceMeter:
 
 
 class ChangeMeter:
-    """Measures the RD sums of a graph with one or a few of its layers exchanged, for any number of exchanges.
+    """Measures the RD sums of a graph with one or a few of its layers exchanged, for any number of changes.
 
     Example::
 
@@ -109,25 +109,25 @@ class ChangeMeter:
         six_bits = {"g_a.0": partial(quantize_layer, bits=6)}
         rise = meter.measure({6: six_bits})[6].rd(lmbda) - meter.measure_base().rd(lmbda)
 
-    What a change gives does not depend, bit for bit, on what else is measured, on the memory or on the number of ranks.
-    Each rank measures its share of the changes, on all the images. An evaluation takes what a plain run of one piece
-    takes, besides the memory of the bench.
+    The result of a change does not depend, bit for bit, on the other changes, on the memory or on the number of ranks.
+    Each rank measures its share of the changes, on all images. Besides the memory of the bench, an evaluation needs the
+    memory of a plain run of one piece.
 
     Args:
         gm: a traced graph in evaluation mode whose sites are marked. It is left as it was.
-        bench: what it is measured on.
-        groups: of sites that are changed together; None is each site alone.
+        bench: the images, the distortion and the memory.
+        groups: the groups of sites that are changed together; None is each site alone.
     """
 
     def __init__(self, gm: fx.GraphModule, bench: Bench, groups: Collection[Group] | None = None):
         self.gm, self.bench = gm, bench
-        self.base: RDSums | None = None  # of the graph as it is; None: it was not run yet
+        self.base: RDSums | None = None  # RD sums of the graph as it is; None before the first run
         self._downstream = find_downstream(gm, groups)
         self._pieces: list[PieceMeter] = []
-        self._begun: dict[Any, RDSums] = {}  # changes, measured on the first piece alone
+        self._begun: dict[Any, RDSums] = {}  # RD sums on the first piece alone, by change
 
     def measure_base(self) -> RDSums:
-        """Return the RD sums of the graph as it is. The first call runs it, and keeps what measuring changes needs.
+        """Return the RD sums of the graph as it is. The first call runs it, and keeps values for measuring changes.
 
         Raises:
             FmpqError, ValueError: see :class:`PieceMeter`; or the sums are not finite.
@@ -159,9 +159,9 @@ class ChangeMeter:
         """Return the RD sums with each of ``changes`` made alone, in their order.
 
         Args:
-            changes: what to measure. The same key always stands for the same change.
-            title: of the progress bar; None shows none.
-            begin: on the first piece alone. Measured on all afterwards, a change goes on from there.
+            changes: the changes to measure. The same key always stands for the same change.
+            title: the title of the progress bar; None shows no bar.
+            begin: whether to measure on the first piece alone. Later calls keep that result and run only the others.
         """
         self.measure_base()
         own = dict(self.bench.ranks.share(list(changes.items())))

@@ -25,9 +25,8 @@ def measure_coded_sizes(
     Args:
         gm: a traced model.
         bits: candidate widths.
-        given: sites whose width is fixed, to what; those are coded at that width alone, or not at all where it
-            is None.
-        ranks: that share the work.
+        given: the width of each fixed site, which is coded at that width alone, or not at all if it is None.
+        ranks: the processes that share the work.
         progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
     """
     candidates = tuple(bits)
@@ -46,7 +45,7 @@ def measure_coded_sizes(
 
 
 def coded_size(layer: QuantizedLayer) -> float:
-    """Return the bytes of the weights of ``layer`` as the model file codes them."""
+    """Return how many bytes the model file takes for the weights of ``layer``."""
     quantizer = layer.weight_quantizer
     return float(coded_bytes(layer.integers.cpu().long().numpy(), quantizer.low, quantizer.high))
 

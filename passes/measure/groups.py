@@ -7,7 +7,7 @@ Group = tuple[str, ...]
 """Sites that are changed together; mostly there is one."""
 
 MOST = 32
-"""In how many groups sites are taken at first; as many sites or fewer, each for itself."""
+"""The largest number of groups at first. So many sites, or fewer, stand alone."""
 
 
 def in_groups(sites: Sequence[str]) -> list[Group]:
@@ -22,7 +22,7 @@ def halves(group: Group) -> tuple[Group, Group]:
 
 
 def parts(group: Group) -> Iterator[Group]:
-    """Yield ``group`` and all parts that it may be taken in."""
+    """Yield ``group`` and all parts that halving leads to, down to single sites."""
     yield group
     if len(group) > 1:
         for half in halves(group):

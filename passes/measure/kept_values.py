@@ -9,11 +9,11 @@ from fmpq_fx.memory import spelled
 
 
 class Budget:
-    """How many bytes of node values may be kept, and who keeps them.
+    """The bytes of node values that may be kept, and the stores that keep them.
 
     Args:
-        limit: bytes.
-        shares: how many stores fill up what they do not need at once; each does so to its equal share.
+        limit: bytes that all stores may hold together.
+        shares: the number of stores that keep values ahead of need; each does so up to an equal share.
     """
 
     def __init__(self, limit: int, shares: int = 1):
@@ -30,7 +30,7 @@ class Budget:
         """Refuse a budget below the ``needed`` bytes.
 
         Raises:
-            ValueError: says how many bytes are needed, for ``what``.
+            ValueError: the message says how many bytes ``what`` needs.
         """
         if needed > self.limit:
             raise ValueError(
@@ -40,7 +40,7 @@ class Budget:
 
 
 class KeptValues:
-    """The values of some nodes of one run. Whatever is not kept can be computed again from what is."""
+    """The values of some nodes of one run. Others can be computed again from these."""
 
     def __init__(self, budget: Budget):
         self.values: dict[fx.Node, Any] = {}
@@ -50,7 +50,7 @@ class KeptValues:
         budget.stores.append(self)
 
     def offer(self, node: fx.Node, value: Any) -> None:
-        """Keep ``value`` if there is room in this store's share, or where larger values can make room for it."""
+        """Keep ``value`` if this store's share has room, or if dropping larger values makes room."""
         size = value_bytes(value)
         others = self._budget.held - self.held
         room = min(self._budget.share, self._budget.limit - others)
@@ -62,10 +62,10 @@ class KeptValues:
         self._put(node, value, size)
 
     def demand(self, values: dict[fx.Node, Any], what: str) -> None:
-        """Keep ``values`` and drop others for them as far as needed, here first, then in other stores.
+        """Keep ``values``, and drop others to make room, here first, then in other stores.
 
         Raises:
-            ValueError: they exceed the budget. ``what`` says what they are.
+            ValueError: they exceed the budget; the message calls them ``what``.
         """
         self._budget.check(sum(map(value_bytes, values.values())), what)
         for node, value in values.items():
@@ -102,7 +102,7 @@ class KeptValues:
 
 
 def value_bytes(value: Any) -> int:
-    """Return how many bytes the tensors in a node's value keep in memory: for a view, all that it is a view of."""
+    """Return how many bytes the tensors in a node's value keep in memory; a view counts as its whole storage."""
     storages: dict[int, int] = {}
     fx.node.map_aggregate(value, lambda leaf: storages.update(_storage(leaf)))
     return sum(storages.values())

@@ -1,7 +1,7 @@
 """Plan with the fewest measurements: of nine widths per site, two to six decide the plan.
 
-A plan rests on few values of zeta: which side of beta they lie on, or whether a site at other bits could be part of a
-cheaper plan. Values that were not measured are bounded by their neighbours
+A plan depends on few values of zeta: on which side of beta they lie, or whether a site at other bits could be part of
+a better plan. Values that were not measured are bounded by their neighbours
 (:mod:`fmpq_fx.passes.plan.interpolation`)::
 
     zeta   high ·.                    likely: on a line through what was measured (x), in the logarithm
@@ -11,12 +11,13 @@ cheaper plan. Values that were not measured are bounded by their neighbours
       │               .`   `x         Where they do not, a width between these passages is measured next.
       └──────────────────────── bits
 
-Each round measures, for all sites at once, what the plan may hang on by what is known (:func:`unsettled`), until that
-is nothing. The plan is that of the full table as long as no value is outside of its bounds; where noise decides, that
-can happen.
+Each round measures, for all sites at once, the values that could still change the plan (:func:`unsettled`), until there
+are none. The plan is that of the full table unless a value lies outside its bounds, which can happen where noise
+decides.
 
-For "adaptive", all of this is done on the first images alone before. From one width to the next their zeta goes much as
-that of all images, so that on these few values are open: the plan's own, and what lies next to beta.
+"adaptive" first does all of this on the first piece of the images alone. That zeta is a sketch: from one width to the
+next it changes much as the zeta of all images does. So few values remain to be measured on all images: those at the
+plan's own bits, and those close to beta.
 """
 
 import math
@@ -35,14 +36,14 @@ REGULAR = 0.01
 
 
 def plan_lazily(task: Task, meter: SensitivityMeter) -> Plan:
-    """Plan ``task``, measuring what the plan rests on.
+    """Plan ``task``, and measure only the values that the plan depends on.
 
-    The plan's own bits are always among it, so that what the plan says of itself was measured; "uniform" rests on
-    nothing, and says nothing of zeta. Zeta is noted on the nodes of the meter's graph.
+    Zeta at the plan's own bits is always measured, except for "uniform", which needs no zeta. Zeta is noted on the
+    nodes of the meter's graph.
     """
     ranks, sketch = meter.changes.bench.ranks, None
     first = set(_first_points(task, meter.table))
-    # A rival of the optimum is told by less than what the first images are off by.
+    # Not for "optimal": its rivals differ by less than the first images deviate from all images.
     wanted = task.planner == "adaptive" and first and not any(meter.table.raw.values())
     if wanted and (sketched := meter.on_first_piece()) is not None:
         _settle(task, sketched, first)
@@ -55,7 +56,7 @@ def plan_lazily(task: Task, meter: SensitivityMeter) -> Plan:
 
 
 def _settle(task: Task, meter: SensitivityMeter, first: set[Point], sketch: Table | None = None) -> None:
-    """Measure the ``first`` points, where there are any, and all that the plan hangs on."""
+    """Measure the ``first`` points, if any, and then all points that the plan depends on."""
     ranks = meter.changes.bench.ranks
     points = first or ranks.take_first(unsettled(task, meter.table, sketch))
     while points:
@@ -64,7 +65,7 @@ def _settle(task: Task, meter: SensitivityMeter, first: set[Point], sketch: Tabl
 
 
 def _first_points(task: Task, table: Sensitivity) -> Iterator[Point]:
-    """Yield the average width for each site of which nothing is known; "uniform" asks for none."""
+    """Yield the average width of each site without any value, and for "optimal" its narrowest; "uniform" needs none."""
     for site, widths in task.cost.items():
         if task.planner != "uniform" and site not in task.given and not table.raw[site]:
             yield site, min(widths, key=lambda b: abs(b - FLOAT_BITS * task.target))
@@ -73,15 +74,15 @@ def _first_points(task: Task, table: Sensitivity) -> Iterator[Point]:
 
 
 def unsettled(task: Task, table: Sensitivity, sketch: Table | None = None) -> set[Point]:
-    """Return what to measure next, nothing if the plan is settled, as one by "uniform" is from the first.
+    """Return the points to measure next; none if the plan is settled. "uniform" is settled from the start.
 
-    Otherwise there are three questions, and one is asked only once those before it are answered:
+    Otherwise there are three questions. Each is asked only when those before it are answered:
 
-    1. Which way does the search for beta take? ("adaptive" only.) And are there sites whose zeta is not regular, of
-       which a line through a few values says little? Those are measured at all widths.
-    2. What else could be better than the plan that is likely now? "adaptive" fills up what is left of the budget by all
-       wider values; "optimal" may have rivals.
-    3. Were the plan's own bits measured? What it says of itself is not to be guessed.
+    1. Which betas does the search visit? ("adaptive" only.) And which sites have an irregular zeta, so that a line
+       through a few values says little? These sites are measured at all widths.
+    2. Could another plan be better than the likely one? "adaptive" may fill up the budget with any wider width, so all
+       of these are measured; for "optimal", the rivals of the plan are.
+    3. Were the plan's own bits measured? The plan reports zeta at them, which must not be a guess.
     """
     missing = set(table.missing)
     if not missing or task.planner == "uniform":
@@ -95,7 +96,7 @@ def unsettled(task: Task, table: Sensitivity, sketch: Table | None = None) -> se
     found = task.assign(likely)
     if (
         task.planner == "adaptive" and found.remarks
-    ):  # the search ended off the target, and what is left is filled up
+    ):  # the search ended off the target, and the rest of the budget is filled up
         start = dict.fromkeys(likely, 0) if found.beta is None else bits_at(likely, found.beta)
         points = {(site, b) for site, b in missing if b in likely[site] and b >= start[site]}
     elif task.planner == "optimal":
@@ -105,23 +106,25 @@ def unsettled(task: Task, table: Sensitivity, sketch: Table | None = None) -> se
 
 
 def _unsettled_search(task: Task, likely: Table, low: Table, high: Table, missing: set[Point]) -> set[Point]:
-    """Return what decides the search for beta: of each site whose bits at beta are open, one point.
+    """Return the points that decide the search for beta: one of each site whose bits at a certain beta are open.
 
-    The search is made three times, by the likely values and by either bound. At the first beta after which the three
-    go different ways, or at the last if they never do, the sites' bits are what the way hangs on.
+    The search is made three times, by the likely values and by either bound. That beta is the last one that all three
+    visit before they part, or the last of all if they never do. The sites' bits there decide how the search goes on.
     """
     floor = task.budget - task.window
-    ways = [[beta for beta, _ in search(zeta, task.cost, floor, task.budget)] for zeta in (likely, low, high)]
-    alike = 1  # all searches begin with the same beta
-    while all(len(way) > alike for way in ways) and len({way[alike] for way in ways}) == 1:
-        alike += 1
-    beta = ways[0][alike - 1]
+    paths = [
+        [beta for beta, _ in search(zeta, task.cost, floor, task.budget)] for zeta in (likely, low, high)
+    ]
+    common = 1  # all searches begin with the same beta
+    while all(len(path) > common for path in paths) and len({path[common] for path in paths}) == 1:
+        common += 1
+    beta = paths[0][common - 1]
     fewest, most = bits_at(low, beta), bits_at(high, beta)
     points: set[Point] = set()
     for site, values in likely.items():
         if fewest[site] != most[site]:
             between = [b for b in values if fewest[site] <= b < most[site] and (site, b) in missing]
-            # A mean over measured and other widths, by which zeta was made monotone, is decided next to them.
+            # If no missing width lies between, monotone zeta is a mean over widths around: measure one of those.
             around = [b for b in values if (site, b) in missing]
             nearest = min(between or around, key=lambda b: abs(math.log(max(values[b], 1e-12) / beta)))
             points.add((site, nearest))
@@ -131,11 +134,12 @@ def _unsettled_search(task: Task, likely: Table, low: Table, high: Table, missin
 def _unsettled_optimum(
     task: Task, found: Assignment, likely: Table, low: Table, missing: set[Point]
 ) -> set[Point]:
-    """Return the points that a plan of less zeta may have, the likeliest of each site.
+    """Return the points that a plan of less zeta may contain, the likeliest of each site.
 
-    By Lagrange's bound: at any price of a byte, no plan within the budget has less than the sum of the sites'
-    least zeta + price * bytes, less that of the budget; and a plan with a site at other bits has at least as much
-    more as these bits cost the site. What exceeds the best plan known by that cannot be in a better one.
+    Lagrange's bound: let a byte have any price. Then no plan within the budget has less zeta than the sum of each
+    site's least (zeta + price * bytes), minus price * budget. Bits that raise a site's (zeta + price * bytes) above
+    its least raise the bound of all plans with these bits as much. If that exceeds the zeta of the best known plan, no
+    better plan has these bits.
     """
     price = _price(likely, task.cost, task.budget)
     least = {
@@ -158,7 +162,7 @@ def _unsettled_optimum(
 
 
 def _price(zeta: Table, cost: Table, budget: float) -> float:
-    """Return the least zeta per byte at which the sites, each for itself, ask for no more than ``budget``."""
+    """Return the least price, zeta per byte, at which the sites' own least zeta + price * bytes fit ``budget``."""
 
     def fits(price: float) -> bool:
         bits = {s: min(v, key=lambda b: (v[b] + price * cost[s][b], cost[s][b])) for s, v in zeta.items()}

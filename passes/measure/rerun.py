@@ -1,4 +1,4 @@
-"""Run a graph once, and afterwards only what is computed from a changed layer.
+"""Run a graph once, and afterwards only the nodes that are computed from a changed layer.
 
 ::
 
@@ -6,11 +6,11 @@
                            │               │
                            └─ h_a.0 ── … ──┴── likelihoods
 
-Let ``g_a.1`` be changed. Downstream of it lies all to its right. What these nodes read from elsewhere, the output of
-``g_a.0``, was kept by the first run, or is computed again from what was kept (:meth:`IncrementalInterpreter.prepare`).
-A rerun goes through the nodes in order. A node runs if one of its inputs changed. Its value is then compared with the
-kept one, and where it is equal, as rounded latents often are, it counts as unchanged: with ``h_a.0`` changed, ``y_hat``
-is the same, so the image is not computed. The values are those of full runs, bit for bit.
+Let ``g_a.1`` be changed. Everything to its right is downstream. These nodes also read the output of ``g_a.0``, which
+the first run kept, or which is computed again from kept values (:meth:`IncrementalInterpreter.prepare`). A rerun goes
+through the nodes in order and runs a node if one of its inputs changed. If the new value equals the kept one, as
+rounded latents often do, the node counts as unchanged: with ``h_a.0`` changed, ``y_hat`` is the same, so the image is
+not computed. The values are those of full runs, bit for bit.
 
 Between two calls an interpreter is in one of two states::
 
@@ -20,10 +20,10 @@ Between two calls an interpreter is in one of two states::
          └── accept(): the change stays ────────┤
          └── any other rerun: it was dropped ───┘
 
-- *settled*: ``kept`` has values of the graph as it is, with all accepted changes.
-- *tried*: ``kept`` still has those; ``changed`` names the nodes whose values are others after the change, and ``tried``
-  has those of them that ``kept`` may take. Accepting drops what is no longer true from ``kept`` and adds what ``tried``
-  has.
+- *settled*: ``kept`` has values of the graph with all accepted changes.
+- *tried*: ``kept`` is the same; ``changed`` names the nodes whose values differ after the change, and ``tried`` has the
+  new values that ``kept`` may take. Accepting drops the ``changed`` nodes from ``kept`` and adds the values in
+  ``tried``.
 """
 
 from collections import ChainMap, Counter
@@ -39,29 +39,29 @@ from fmpq_fx.passes.measure.groups import Group
 from fmpq_fx.passes.measure.kept_values import Budget, KeptValues, value_bytes
 
 UNCHANGED = object()
-"""Stands in an output for what is as it was before the change."""
+"""Stands in an output for a value that the change did not alter."""
 
 
 @dataclass(frozen=True)
 class Downstream:
-    """What is computed from a group of sites, and what that needs besides."""
+    """The nodes that are computed from a group of sites, and the other nodes that they read."""
 
     starts: frozenset[fx.Node]  # the nodes that run the sites
-    nodes: tuple[fx.Node, ...]  # these and all that is computed from them, in order
-    reads: frozenset[fx.Node]  # the other nodes whose values those need
+    nodes: tuple[fx.Node, ...]  # these and all nodes that are computed from them, in order
+    reads: frozenset[fx.Node]  # the other nodes whose values these read
 
     @cached_property
     def last_reads(self) -> Mapping[fx.Node, tuple[fx.Node, ...]]:
-        """By node: what no later one of :attr:`nodes` reads."""
+        """By node: the values that it reads and no later one of :attr:`nodes` does."""
         return _last_reads(self.nodes)
 
 
 def find_downstream(gm: fx.GraphModule, groups: Collection[Group] | None = None) -> dict[Group, Downstream]:
-    """Return what lies downstream of sites of ``gm``; :func:`fmpq_fx.passes.sites.find_sites` marked them.
+    """Return the nodes downstream of each group of sites.
 
     Args:
-        gm: a traced graph.
-        groups: of sites that are changed; None is each site alone, in the order of the graph.
+        gm: a traced graph whose sites :func:`fmpq_fx.passes.sites.find_sites` marked.
+        groups: the groups of sites that are changed; None is each site alone, in the order of the graph.
     """
     runs: dict[str, set[fx.Node]] = {}
     for node in gm.graph.nodes:
@@ -94,7 +94,7 @@ def _is_given(node: fx.Node) -> bool:
 
 
 class IncrementalInterpreter(fx.Interpreter):
-    """Runs a graph once, keeping values of nodes, and then only what is computed from a change.
+    """Runs a graph once, keeping values of nodes, and then only the nodes that are computed from a change.
 
     Example::
 
@@ -103,13 +103,13 @@ class IncrementalInterpreter(fx.Interpreter):
         with substituted(gm, {"g_a.0": quantized}):
             after = interpreter.rerun(("g_a.0",))
 
-    Kept is, as far as the budget allows, what an evaluation of some site reads, and values that are no larger than
-    the images: latents, which after rounding may be equal. Larger ones never are, in practice.
+    Within the budget it keeps the values that reruns read, and values that are no larger than the images: these are
+    latents, which may be equal after rounding. Larger values never are, in practice.
 
     Args:
-        gm: free of in-place operations, as :func:`fmpq_fx.passes.trace.trace` records it.
-        downstream: of the groups of sites that may be changed.
-        budget: for the values.
+        gm: a graph without in-place operations, as :func:`fmpq_fx.passes.trace.trace` records it.
+        downstream: the downstream part of each group of sites that may be changed.
+        budget: the memory for node values.
     """
 
     def __init__(self, gm: fx.GraphModule, downstream: Mapping[Group, Downstream], budget: Budget):
@@ -117,18 +117,18 @@ class IncrementalInterpreter(fx.Interpreter):
         self.downstream = dict(downstream)
         self._read = frozenset[fx.Node]().union(*(below.reads for below in downstream.values()))
         self._uses = Counter(node for below in downstream.values() for node in (*below.nodes, *below.reads))
-        self.kept = KeptValues(budget)  # of the graph as it is
-        self.tried = KeptValues(budget)  # of the last rerun, which may be accepted
-        self.changed: set[fx.Node] = set()  # by the last rerun
+        self.kept = KeptValues(budget)  # values of the graph with all accepted changes
+        self.tried = KeptValues(budget)  # values of the last rerun, which may be accepted
+        self.changed: set[fx.Node] = set()  # nodes whose values the last rerun changed
         self._budget = budget
         self._given: dict[fx.Node, Any] = {}  # inputs and parameters
         self._small = 0  # bytes up to which values are compared
 
     def run_once(self, x: Tensor) -> Any:
-        """Return the output for ``x``, (B, 3, H, W), and keep values.
+        """Return the output for ``x``, (B, C, H, W), and keep values.
 
         Raises:
-            ValueError: the budget does not hold what the evaluation of some site reads.
+            ValueError: the budget does not hold the values that a rerun of some group reads.
         """
         self.kept.clear()
         self._small = x.nbytes
@@ -152,15 +152,15 @@ class IncrementalInterpreter(fx.Interpreter):
         if needs:
             most = max(needs, key=needs.__getitem__)
             self._budget.check(needs[most], self._what(most, x))
-        self.env = {}  # which would hold values beside those that are kept
+        self.env = {}  # it would hold values that are not kept
         return value
 
     def rerun(self, group: Group, *, remember: bool = False) -> Any:
-        """Return the output now that ``group`` is changed, with :data:`UNCHANGED` in place of what is as before.
+        """Return the output now that ``group`` is changed, with :data:`UNCHANGED` in place of unchanged values.
 
         Args:
-            group: one of those that may be changed.
-            remember: the change may be accepted (:meth:`accept`) afterwards.
+            group: one of the groups that may be changed.
+            remember: whether the change may be accepted (:meth:`accept`) afterwards.
         """
         below = self.downstream[group]
         fresh: dict[fx.Node, Any] = {}
@@ -182,11 +182,11 @@ class IncrementalInterpreter(fx.Interpreter):
                         self.tried.offer(node, value)
             for source in below.last_reads[node]:
                 fresh.pop(source, None)
-        self.env = {}  # which would hold values beside those that are kept
+        self.env = {}  # it would hold values that are not kept
         return output
 
     def prepare(self, group: Group, x: Tensor) -> None:
-        """Have the values at hand that reruns of ``group`` read. They are the same before and after it is changed."""
+        """Keep the values that reruns of ``group`` read. They are the same before and after ``group`` is changed."""
         reads = self.downstream[group].reads
         missing = [node for node in reads if node not in self.kept.values]
         if not missing:
@@ -206,7 +206,7 @@ class IncrementalInterpreter(fx.Interpreter):
             self.kept.offer(node, value)
 
     def forget(self, group: Group) -> None:
-        """Let go of what is kept for reruns of ``group`` alone: it will not be changed again."""
+        """Drop the values that are kept for reruns of ``group`` alone: it will not be changed again."""
         below = self.downstream.pop(group)
         for node in (*below.nodes, *below.reads):
             self._uses[node] -= 1
@@ -218,7 +218,7 @@ class IncrementalInterpreter(fx.Interpreter):
         return self.fetch_attr(target)(*args, **kwargs)
 
     def _recompute(self, wanted: Collection[fx.Node]) -> None:
-        """Compute the values of ``wanted``, which did not change, from those at hand, and add them to these."""
+        """Compute the values of ``wanted``, which did not change, from those in ``env``, and add them to it."""
         missing: set[fx.Node] = set()
         open_nodes = list(wanted)
         while open_nodes:

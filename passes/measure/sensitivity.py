@@ -1,4 +1,4 @@
-"""Measure what each candidate bit-width of each site costs in RD loss: exactly, by running the model.
+"""Measure the rise of the RD loss for each candidate bit-width of each site: exactly, by running the model.
 
 Gradients are no substitute: the rounding of the latents makes them zero for the whole analysis transform.
 """
@@ -31,22 +31,22 @@ CANDIDATE_BITS = range(2, 11)
 """The default candidates, 2 … 10 bits."""
 
 UNBOUNDED = 1e6
-"""What a part of zeta that is infinite or undefined counts as: bits that a site must not have."""
+"""Stands for a rate or distortion part of zeta that is infinite or NaN: a site must not have such bits."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is to be measured, and what is known of it already."""
+    """The order to measure zeta: the options, and the table of what is known already."""
 
     lmbda: float | None = (
         None  # the Lagrangian; None makes rate and distortion of the float model weigh the same
     )
-    bits: tuple[int, ...] | None = None  # candidates; None is those of ``known``, or else 2 … 10
-    images: str = ""  # what the images are, for the table
+    bits: tuple[int, ...] | None = None  # candidates; None is the candidates of ``known``, or else 2 … 10
+    images: str = ""  # the images in words, for the table
     identity: Mapping[str, str] = field(default_factory=dict)  # digests of the "weights" and of the "images"
     known: Sensitivity | None = None  # only what it lacks is measured
     checkpoint: str | os.PathLike[str] | None = (
-        None  # the table is written there as it grows; ``known`` was there
+        None  # the file that the table is written to as it grows; ``known`` was read from it
     )
 
 
@@ -54,9 +54,9 @@ class SensitivityMeter:
     """Measures zeta where it is asked for (min-max scales, activations float), and keeps :attr:`table`.
 
     Args:
-        changes: what measures, of a traced model in evaluation mode. It is left as it was.
-        table: what is known.
-        checkpoint: a file to write the table to whenever something was measured.
+        changes: the meter of a traced model in evaluation mode, which is left as it was.
+        table: the values that are known.
+        checkpoint: a file that the table is written to after each measurement.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SensitivityMeter:
     def measure_float_rd(self) -> float:
         """Return the RD loss of the float model."""
         changes, lmbda = self.changes, self.table.lmbda
-        if changes.base is None:  # nothing was measured, so there is no need for what measuring keeps
+        if changes.base is None:  # nothing was measured, so no values need to be kept
             return mean_rd(changes.gm, changes.bench, lmbda)
         return changes.base.rd(lmbda)
 
@@ -75,8 +75,8 @@ class SensitivityMeter:
         """Measure zeta at ``points``, put it into :attr:`table`, and write that to the checkpoint.
 
         Args:
-            points: what to measure.
-            title: of the progress bar; None shows none.
+            points: the points to measure; known ones are left out.
+            title: the title of the progress bar; None shows no bar.
         """
         wanted = set(points)
         changes = {
@@ -89,9 +89,9 @@ class SensitivityMeter:
             self.table.save(self.checkpoint)
 
     def on_first_piece(self) -> "SensitivityMeter | None":
-        """Return what measures the same on the first piece of the images alone; None where there is but one.
+        """Return a meter that measures on the first piece of the images alone; None if there is only one piece.
 
-        What it measured takes as much less to measure afterwards.
+        Points that it measured take less time to measure on all images afterwards.
         """
         if len(self.changes.bench.pieces) < 2:
             return None
@@ -127,17 +127,17 @@ class _FirstPiece(SensitivityMeter):
 
 
 def begin(gm: fx.GraphModule, bench: Bench, measurement: Measurement) -> SensitivityMeter:
-    """Check the ``measurement``, and measure the float model where nothing is known.
+    """Check the ``measurement``, and measure the float model if there is no table yet.
 
     Args:
         gm: a traced model in evaluation mode. It is left as it was.
-        bench: what it is measured on.
-        measurement: what is to be measured.
+        bench: the images, the distortion and the memory.
+        measurement: the order to measure.
 
     Raises:
-        ValueError: ``bits`` or ``lmbda`` is out of its range, or not that of ``known``.
+        ValueError: ``bits`` or ``lmbda`` is out of its range, or differs from ``known``.
         FmpqError: the model has nothing to quantize, cannot run on the images, or its RD loss is not finite;
-            ``known`` is of another model, or, incomplete or a checkpoint, of other weights or images.
+            ``known`` is of another model; or it is incomplete or a checkpoint, and of other weights or images.
     """
     sites, known, lmbda = find_sites(gm), measurement.known, measurement.lmbda
     candidates = checked_bits(measurement.bits)
@@ -172,12 +172,12 @@ def begin(gm: fx.GraphModule, bench: Bench, measurement: Measurement) -> Sensiti
 def measure_sensitivity(gm: fx.GraphModule, bench: Bench, measurement: Measurement) -> Sensitivity:
     """Measure zeta of every site of ``gm`` at every bit-width, and note it on the nodes of ``gm``.
 
-    The arguments, and what is raised, are those of :func:`begin`.
+    The arguments and the errors are those of :func:`begin`.
     """
     meter = begin(gm, bench, measurement)
     if meter.checkpoint is None:
         meter.measure(meter.table.missing)
-    else:  # it is written after each site
+    else:  # the checkpoint is written after each site
         sites = [list(points) for _, points in groupby(meter.table.missing, key=itemgetter(0))]
         for points in reported(sites, "sensitivity", "site", show=bench.progress):
             meter.measure(points, title=None)
@@ -207,11 +207,11 @@ def _check_same(
     bits: tuple[int, ...] | None,
     metric: str,
 ) -> None:
-    """Check that ``known`` is of such a model.
+    """Check that ``known`` has these sites and options.
 
     Raises:
-        ValueError: it is for another ``lmbda``, other ``bits`` or another distortion.
-        FmpqError: its sites are others.
+        ValueError: ``known`` is for another ``lmbda``, other ``bits`` or another distortion.
+        FmpqError: the sites of ``known`` are others.
     """
     if known.sites != sites:
         raise FmpqError(
@@ -238,7 +238,7 @@ def _check_identity(known: Sensitivity, identity: Mapping[str, str]) -> None:
     """Check that measuring can go on from ``known``.
 
     Raises:
-        FmpqError: it is of other weights or images.
+        FmpqError: ``known`` is of other weights or images.
     """
     for name, value in identity.items():
         if known.identity.get(name) != value:
@@ -253,7 +253,7 @@ def checked_bits(bits: Iterable[int] | None) -> tuple[int, ...]:
 
     Raises:
         TypeError: ``bits`` is not iterable.
-        ValueError: there are none, or one is no whole number from 2 to 16.
+        ValueError: ``bits`` is empty, or one of them is no whole number from 2 to 16.
     """
     if bits is not None and not isinstance(bits, Iterable):
         raise TypeError(f"bits is {bits!r}; pass several widths, such as range(2, 11), or [{bits!r}] for one")

@@ -1,4 +1,4 @@
-"""Which inputs get 16 bits: those that save the most RD loss, under a budget of products."""
+"""Choose the inputs that get 16 bits: those that save the most RD loss, under a budget of products."""
 
 from collections.abc import Mapping
 
@@ -10,13 +10,13 @@ def wide_inputs(zeta: Mapping[str, float], products: Mapping[str, float], budget
     """Choose the sites whose inputs get 16 bits instead of 8.
 
     An input of 16 bits takes two products of 8-bit integers where one of 8 bits takes one (see
-    :func:`fmpq_fx.passes.plan.tables.products_at`). What is chosen lowers the sum of zeta the most (a knapsack, solved
+    :func:`fmpq_fx.passes.plan.inputs.products_at`). The choice lowers the sum of zeta the most (a knapsack, solved
     exactly).
 
     Args:
-        zeta: what 8 bits instead of 16 cost, by site, in fractions of the RD loss.
-        products: with 8 bits, by site.
-        budget: how many more products there may be.
+        zeta: the cost of 8 bits instead of 16, by site, in fractions of the RD loss.
+        products: the products with 8 bits, by site.
+        budget: how many products may be added.
     """
     worth = {site: cost for site, cost in zeta.items() if cost > 0 and products[site] <= budget}
     if not worth:

@@ -1,4 +1,4 @@
-"""How the inputs of sites are rounded, as plans record it."""
+"""The rounding of the inputs of sites, as plans record it."""
 
 import math
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class InputGrid:
-    """What the integers of a site's input cover, as calibrated.
+    """The range and the steps of a site's input, as calibrated.
 
-    With a ``spread``, channel c has the step of the widest times 2^(-spread[c] / 8), and the range is that of the
-    channels divided by this factor.
+    With a ``spread``, the range is that of the widest channel, and channel c has its range and its step times
+    2^(-spread[c] / 8).
     """
 
     low: float  # at most 0
     high: float  # at least 0
-    whole: bool = False  # the input was whole numbers
+    whole: bool = False  # the input is whole numbers, and its step is 1
     spread: tuple[int, ...] = ()  # per channel, in eighths of an octave; (): one step for all
 
     @property
@@ -25,12 +25,12 @@ class InputGrid:
 
 
 def products_at(bits: int | None, activation_bits: int | None) -> int:
-    """Return how many products of 8-bit integers one multiplication takes, of weights and inputs of so many bits."""
+    """Return how many products of 8-bit integers one product takes, of a weight and an input of so many bits."""
     return math.prod(1 if width is None or width <= 8 else 2 for width in (bits, activation_bits))
 
 
 def grids_in(fields: dict[str, Any]) -> dict[str, InputGrid]:
-    """Take the grids of the inputs out of ``fields``; older plans have two fields for what they say."""
+    """Take the grids of the inputs out of ``fields``; older plans have the fields "ranges" and "integral" instead."""
     if "ranges" in fields:
         ranges, integral = fields.pop("ranges"), fields.pop("integral")
         return {s: InputGrid(float(low), float(high), s in integral) for s, (low, high) in ranges.items()}

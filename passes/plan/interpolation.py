@@ -1,14 +1,14 @@
-"""Zeta where it was not measured: log zeta is close to linear in the bits, so neighbours tell it, and how surely."""
+"""Estimate zeta where it was not measured, with bounds: log zeta is close to linear in the bits."""
 
 import math
 from collections.abc import Iterable, Mapping
 
 PER_BIT = 4.0
-"""What one bit less makes of zeta: steps twice as long have four times the squared error."""
+"""The factor of zeta for one bit less: steps twice as long have four times the squared error."""
 
 
 ALIKE = 1.5
-"""By what factor zeta of the first images goes on otherwise from width to width than that of all, nine times in ten."""
+"""Nine times in ten, zeta of the first images and zeta of all images change from width to width within this factor."""
 
 
 def interpolated(
@@ -18,19 +18,19 @@ def interpolated(
     bound: int = 0,
     sketch: Mapping[int, float] | None = None,
 ) -> dict[int, float]:
-    """Return zeta of one site at all of ``widths``: as measured where it was, else from its neighbours.
+    """Return zeta of one site at all of ``widths``: the measured value, or else an estimate from the nearest widths.
 
-    Between two measured widths log zeta is linear, beyond the last it moves by log(PER_BIT) per bit. A negative
-    value counts by its magnitude: that is noise, and other values of the site may have as much. Where there is a
-    sketch, zeta goes on from the nearest measured width as that does.
+    Between two measured widths log zeta is linear; beyond the last it moves by log(PER_BIT) per bit. A negative
+    value counts by its magnitude: it is noise, and other values of the site may have as much. With a sketch, zeta
+    changes from the nearest measured width on as the sketch does.
 
     Args:
-        measured: zeta by width; NaN is returned throughout if there is none.
-        widths: what to return zeta at.
-        bound: 0 for the likeliest value, -1 or 1 for the least or the most that may be expected: off by PER_BIT for
-            each bit to the nearest measured width, or by ALIKE from the sketch, and by the noise that the measured
-            values show.
-        sketch: zeta of a part of the images, by width.
+        measured: zeta by width; if it is empty, all values are NaN.
+        widths: the widths to return zeta at.
+        bound: 0 for the likeliest value, -1 or 1 for the least or the most that is expected: off by a factor PER_BIT
+            for each bit to the nearest measured width, or by a factor ALIKE with a sketch, and by the noise that the
+            measured values show.
+        sketch: zeta on a part of the images, by width.
     """
     noise = bound * noise_of(measured)
     values = {}
@@ -49,7 +49,7 @@ def interpolated(
 
 
 def _between(measured: Mapping[int, float], below: int | None, above: int | None, b: int) -> float:
-    """Return the likeliest magnitude at ``b``, between the nearest measured widths on either side."""
+    """Return the likeliest magnitude at ``b``, from the nearest measured widths ``below`` and ``above``."""
     if below is None and above is None:
         return math.nan
     if below is None or above is None:
@@ -61,7 +61,7 @@ def _between(measured: Mapping[int, float], below: int | None, above: int | None
 
 
 def _as_sketched(measured: Mapping[int, float], sketch: Mapping[int, float], b: int) -> float | None:
-    """Return the likeliest value at ``b`` by the ``sketch``; None where that says nothing, or is off where it does."""
+    """Return the likeliest value at ``b`` by the ``sketch``; None if it lacks values, or does not fit those measured."""
     ratios = {m: measured[m] / sketch[m] for m in measured if measured[m] > 0 and sketch.get(m, 0) > 0}
     if not ratios or not sketch.get(b, 0) > 0 or max(ratios.values()) > ALIKE**2 * min(ratios.values()):
         return None
@@ -69,7 +69,7 @@ def _as_sketched(measured: Mapping[int, float], sketch: Mapping[int, float], b: 
 
 
 def noise_of(measured: Mapping[int, float]) -> float:
-    """Return by how much measured values fall below zero or rise with the bits, which without noise none does."""
+    """Return how far measured values fall below zero or rise with the bits; without noise, none does."""
     falls = [-value for value in measured.values()]
     rises = [measured[wide] - measured[b] for b in measured for wide in measured if wide > b]
     return max([0.0, *falls, *rises])

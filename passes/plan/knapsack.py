@@ -33,13 +33,13 @@ def least_zeta(
         zeta   [ 0.9   0.1   0       0.2   0  ]   times x is to be as small as can be
         g_a.0  [ 1     1     1                ]   times x is 1: the site takes one width
         h_s.2  [                     1     1  ]   times x is 1
-        bytes  [ 0     200   600     0     50 ]   times x is floor to budget; both without what all sites take at least
+        bytes  [ 0     200   600     0     50 ]   times x is floor to budget, all three less each site's fewest bytes
         cut    [             1             1  ]   times x is at most 1: not both, that plan was over the budget
 
-    Its tolerances are absolute, 1e-6 for rows, whole numbers and the objective. So bytes are counted in thousandths of
-    what the budget leaves to spend, and zeta in millionths of ``unit``. A plan that only a tolerance lets pass is cut
-    off, and HiGHS is asked again. Presolve is off: it saves little, and that of HiGHS 1.12 has "solved" problems like
-    these that have no solution (see also scipy #24141).
+    HiGHS has absolute tolerances, 1e-6 for rows, whole numbers and the objective. So bytes are counted in thousandths
+    of the bytes that the budget leaves to spend, and zeta in millionths of ``unit``. A plan that only a tolerance lets
+    pass is cut off, and HiGHS solves again. Presolve is off: it saves little, and in HiGHS 1.12 it "solved" problems
+    like these that have no solution (see also scipy #24141).
 
     Returns:
         The bits of each site, or None where no plan was found; and whether it is proven that no plan is better, or

@@ -38,12 +38,12 @@ log4(f) bits: 1.16 for 5 and 0.5 for 2. Of a window of 0.01 of the float bytes, 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The bits of every site, and how they were found."""
+    """The bits of every site, and how a planner found them."""
 
     bits: dict[str, int]  # per site, in the order of the tables
-    beta: float | None = None  # the tolerance of the plan, or of the one it was filled up from, if any
+    beta: float | None = None  # the tolerance of the plan, or of the plan that was filled up to this one
     history: tuple[tuple[float, float], ...] = ()  # every evaluation of a search: (beta, bytes)
-    remarks: str = ""  # what the user should know of how they came about
+    remarks: str = ""  # things that the user should know about the search
 
 
 def adaptive(
@@ -53,15 +53,15 @@ def adaptive(
 
     The size is a staircase in beta. Where no step of it lies in the window, the largest plan seen under the
     budget is filled up with the upgrades that buy the most zeta per byte; if that ends below the window, the
-    plan of least zeta in the window is taken. So the size is in the window whenever that of any plan is (or
-    the remarks say that HiGHS gave up). Below the window, no site can be widened within the budget.
+    plan of least zeta in the window is taken. So the size is in the window whenever any plan's size is (or the
+    remarks say that HiGHS gave up). If it is below, no site can be widened within the budget.
 
     Args:
         zeta: fractional RD-loss increase per site and bits.
         cost: bytes per site and bits.
         budget: the most bytes that all sites may take together.
         window: how many bytes below the budget the size may end (FMPQ: 0.01 of the float bytes).
-        max_evaluations: how many values of beta are tried at most.
+        max_evaluations: the largest number of values of beta that are tried.
 
     Raises:
         ValueError: even the cheapest plan is over the budget, or the tables do not match or are not finite.
@@ -114,10 +114,10 @@ def search(
 ) -> Iterator[tuple[float, float]]:
     """Try values of beta until the size is in [floor, budget] or no other size is left; yield (beta, bytes).
 
-    Sizes change only where beta passes one of the levels, the positive zetas of what is not the widest
-    candidate of its site. So a plan is told by how many levels its beta exceeds, and the plans still
-    possible are those between the narrowest known to be over the budget and the widest known to be under
-    the floor. A step that would leave them, or stay on the same plan, halves them instead.
+    The size changes only where beta passes a level: a positive zeta at a width that is not the widest of its site.
+    So the number of levels below beta identifies the plan. The search keeps an interval of these numbers, from the
+    narrowest plan known to be over the budget (``over``) to the widest known to be under the floor (``under``). A
+    step that would leave the interval, or stay on the same plan, halves the interval instead.
     """
     levels = sorted({z for values in zeta.values() for b, z in values.items() if z > 0 and b < max(values)})
     over = -1
@@ -144,7 +144,7 @@ def search(
 
 
 def _fill(bits: Mapping[str, int], zeta: Values, cost: Values, floor: float, budget: float) -> dict[str, int]:
-    """Widen sites while they fit the budget; first what buys the most zeta per byte.
+    """Widen sites while they fit the budget; upgrades that buy the most zeta per byte come first.
 
     An upgrade may skip widths, so that a plateau of zeta does not hide the fall behind it. Upgrades that
     buy nothing are made too, largest first, but only while the size is below ``floor``.
@@ -169,15 +169,15 @@ def _fill(bits: Mapping[str, int], zeta: Values, cost: Values, floor: float, bud
 def optimal(zeta: Values, cost: Values, budget: float) -> Assignment:
     """Minimize the sum of zeta under the budget: the multiple-choice knapsack, by HiGHS, without a gap.
 
-    Among widths of a site that have the same zeta, the plan has the cheapest. The tables, the budget and what
-    is raised are as for :func:`adaptive`.
+    Among widths of a site that have the same zeta, the plan has the cheapest. The tables, the budget and the errors
+    are as for :func:`adaptive`.
     """
     cheapest = _cheapest(zeta, cost, budget)
     worth = {site: _worthwhile(zeta[site], cost[site]) for site in zeta}
     excess = {site: {b: zeta[site][b] - min(zeta[site].values()) for b in worth[site]} for site in zeta}
     best = _fill(cheapest, worth, cost, -math.inf, budget)
-    # HiGHS proves optimality to an absolute 1e-6. The best plan known sets the unit, and what costs more
-    # than all of it leaves the table; once the optimum turns up, another round in its unit finds nothing.
+    # HiGHS proves optimality to an absolute 1e-6, so the zeta of the best known plan is the unit, and single values
+    # above that zeta leave the table. Each round looks for a better plan; the last, in the optimum's unit, finds none.
     proven = True
     while proven and (most := total_at(excess, best)) > 0:
         left = {site: {b: z for b, z in values.items() if z <= most} for site, values in excess.items()}
@@ -189,7 +189,7 @@ def optimal(zeta: Values, cost: Values, budget: float) -> Assignment:
 
 
 def _worthwhile(zeta: Mapping[int, float], cost: Mapping[int, float]) -> dict[int, float]:
-    """Drop the widths of a site that another, cheaper one is as good as."""
+    """Drop the widths of a site that have no less zeta than a cheaper one."""
     kept: dict[int, float] = {}
     for b in sorted(zeta, key=lambda b: (cost[b], zeta[b])):
         if not kept or zeta[b] < min(kept.values()):
@@ -200,8 +200,8 @@ def _worthwhile(zeta: Mapping[int, float], cost: Mapping[int, float]) -> dict[in
 def uniform(zeta: Values, cost: Values, budget: float) -> Assignment:
     """Give all sites one bit-width, the largest that fits the budget.
 
-    A site that does not have that width as a candidate gets its nearest below, or else its narrowest. The
-    tables, the budget and the ValueErrors are as for :func:`adaptive`; of zeta only the widths matter.
+    A site without that candidate gets its nearest width below, or else its narrowest. The tables, the budget and
+    the errors are as for :func:`adaptive`; the values of zeta do not matter.
     """
     bits = _cheapest(zeta, cost, budget)
     for width in sorted({b for values in cost.values() for b in values}):
@@ -215,7 +215,7 @@ def _cheapest(zeta: Values, cost: Values, budget: float) -> dict[str, int]:
     """Return the plan of the fewest bytes, after checking that the tables match and that it fits.
 
     Raises:
-        ValueError: they do not, or it does not.
+        ValueError: the tables do not match, or the plan does not fit.
     """
     widths, sizes = ({site: set(values) for site, values in table.items()} for table in (zeta, cost))
     if not widths or not all(widths.values()) or widths != sizes:

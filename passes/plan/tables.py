@@ -1,7 +1,7 @@
-"""What the passes find out, as immutable tables: sites, their sensitivity, and the plan made from it.
+"""The results of the passes as immutable tables: sites, their sensitivity, and the plan made from it.
 
-A table goes into a pass and a table comes out, so that deciding, measuring and rewriting stay apart. All of
-them save to and load from JSON.
+A table goes into a pass and a table comes out, so that deciding, measuring and rewriting stay apart. Sensitivity and
+Plan can be saved as JSON and loaded.
 """
 
 import math
@@ -19,7 +19,7 @@ from fmpq_fx.rd import MSE
 from fmpq_fx.storage.files import JsonFile
 
 FLOAT_BITS = 32
-"""What a weight takes that is not quantized: the models are trained and stored in float32."""
+"""Bits of a weight that is not quantized: models are trained and stored in float32."""
 
 Table = dict[str, dict[int, float]]
 """A value per site and candidate bit-width: ``{site name: {bits: value}}``."""
@@ -62,7 +62,7 @@ class Sensitivity(JsonFile):
     """How much the RD loss grows when one site's weights are quantized and all else stays float.
 
     Everything is relative to the float model's RD loss on the same images: 0.01 means one per cent. A table may be
-    incomplete: :func:`fmpq_fx.prepare` measures what its plan rests on, :func:`fmpq_fx.analyze` all.
+    incomplete: :func:`fmpq_fx.prepare` measures only the values that its plan depends on, :func:`fmpq_fx.analyze` all.
     """
 
     sites: tuple[Site, ...]  # in the order of the graph
@@ -72,12 +72,14 @@ class Sensitivity(JsonFile):
     rate: Table  # the rate's part of zeta: (R_n(b) - R) / RD, where it was measured
     distortion: Table  # the distortion's part of zeta: (D_n(b) - D) / RD, where it was measured
     float_remainder: dict[str, int]  # parameters that belong to no site: {name: elements}
-    images: str  # what it was measured on, in words
-    candidates: tuple[int, ...] = ()  # bit-widths, measured or to be; left out: those measured of every site
+    images: str  # the images it was measured on, in words
+    candidates: tuple[
+        int, ...
+    ] = ()  # bit-widths, measured or not; (): the widths that every site was measured at
     identity: dict[str, str] = field(
         default_factory=dict
     )  # digests of "weights" and "images"; {}: not recorded
-    metric: str = MSE.name  # the distortion: "mse", "ms-ssim", or "module:function" of a user's own
+    metric: str = MSE.name  # the distortion: "mse", "ms-ssim", or "module:function" of a user's function
 
     @property
     def float_rd(self) -> float:
@@ -98,9 +100,9 @@ class Sensitivity(JsonFile):
         return self.expected(0)
 
     def expected(self, bound: int, sketch: Table | None = None) -> Table:
-        """Return zeta with what was not measured at its likeliest (0), the least (-1) or the most (1) expected.
+        """Return monotone zeta; values not measured are the likeliest (0), the least (-1) or the most (1) expected.
 
-        A ``sketch`` is zeta of a part of the images, for :func:`fmpq_fx.passes.plan.interpolation.interpolated`.
+        A ``sketch`` is zeta on a part of the images, for :func:`fmpq_fx.passes.plan.interpolation.interpolated`.
         """
         return monotone(
             {
@@ -121,12 +123,12 @@ class Sensitivity(JsonFile):
 
     @property
     def complete(self) -> bool:
-        """Whether all was measured, so that the table serves any target."""
+        """Whether all values were measured, so that the table serves any target."""
         return not self.missing
 
     @property
     def extent(self) -> str:
-        """How much was measured, in words."""
+        """How many values were measured, in words."""
         total = len(self.sites) * len(self.bits)
         return f"{total - len(self.missing)} of {total} values measured"
 
@@ -164,30 +166,30 @@ class Plan(JsonFile):
     activation_bits: dict[str, int | None]  # of each site's input; None stays float
     target_cr: float  # the size asked for, as a fraction of float32
     planner: str  # "adaptive", "optimal" or "uniform"
-    sensitivity: Sensitivity  # what the planner saw
+    sensitivity: Sensitivity  # the table that the planner used
     beta: float | None = None  # the tolerance of the plan; None where the planner has none
     history: tuple[tuple[float, float], ...] = ()  # every evaluation of the search: (beta, CR)
-    remarks: str = ""  # what the user should know of how the plan came about
+    remarks: str = ""  # things that the user should know about the search
     coded: Table | None = None  # bytes per site and width as the model file codes them; None: size is nominal
     clips: dict[str, float] = field(default_factory=dict)  # weight range kept per site, 1.0 is min-max
     inputs: dict[str, InputGrid] = field(
         default_factory=dict
-    )  # per site whose input is rounded, once calibrated
+    )  # per site whose input is rounded; {} before calibration
     macs: dict[str, float] = field(
         default_factory=dict
-    )  # multiply-accumulates per pixel of the image, counted then
+    )  # multiply-accumulates per site and pixel of the image; {} before calibration
     measured: Measured | None = None  # set once the graph has been rewritten and run
     example: tuple[int, int, int] | None = None  # (C, H, W) of the image that was traced
-    left_out: dict[str, str] = field(default_factory=dict)  # layers that are no sites: why
+    left_out: dict[str, str] = field(default_factory=dict)  # layer that is no site -> the reason
 
     @property
     def lmbda(self) -> float:
-        """The Lagrangian of the RD loss that sensitivity was measured with."""
+        """The Lagrangian of the RD loss that the sensitivity was measured with."""
         return self.sensitivity.lmbda
 
     @property
     def metric(self) -> str:
-        """The distortion of that RD loss: "mse", "ms-ssim", or "module:function" of a user's own."""
+        """The distortion of that RD loss: "mse", "ms-ssim", or "module:function" of a user's function."""
         return self.sensitivity.metric
 
     @property
@@ -206,13 +208,13 @@ class Plan(JsonFile):
         return total_bytes(self.sites, self.bits)
 
     def bytes_of(self, site: Site) -> float:
-        """Bytes of a site at its bits, of the kind that the plan counts: nominal, or coded."""
+        """Return the bytes of a site at its bits, coded if the plan counts coded bytes, else nominal."""
         bits = self.bits[site.name]
         return site.bytes_at(bits) if self.coded is None or bits is None else self.coded[site.name][bits]
 
     @property
     def size_bytes(self) -> float:
-        """Bytes of all sites, of the kind that the plan counts: nominal, or coded, as before any fine-tuning."""
+        """Bytes of all sites before any fine-tuning, coded if the plan counts coded bytes, else nominal."""
         return sum(map(self.bytes_of, self.sites))
 
     @property
@@ -227,19 +229,19 @@ class Plan(JsonFile):
 
     @property
     def rounded_inputs(self) -> list[str]:
-        """The sites whose inputs are rounded: those of quantized weights, where activations do not stay float."""
+        """The sites whose inputs are rounded: neither their weights nor their inputs stay float."""
         return [
             s for s, bits in self.bits.items() if bits is not None and self.activation_bits[s] is not None
         ]
 
     @property
     def calibrated(self) -> bool:
-        """Whether it is known where inputs are rounded."""
+        """Whether all rounded inputs have their range and steps."""
         return self.inputs.keys() >= set(self.rounded_inputs)
 
     @property
     def average_activation_bits(self) -> float:
-        """Bits per input, averaged over the multiply-accumulates of all sites; over the sites until these are known."""
+        """Bits per input, averaged over the multiply-accumulates of all sites; over the sites before calibration."""
         weight = self.macs or dict.fromkeys(self.bits, 1.0)
         rounded = set(self.rounded_inputs)
         bits = {
@@ -248,9 +250,9 @@ class Plan(JsonFile):
         return math.fsum(weight[s] * b for s, b in bits.items()) / math.fsum(weight.values())
 
     def products(self, activation_bits: int | None = None) -> float:
-        """Return the products of two 8-bit integers per pixel of the image, of the sites with rounded inputs.
+        """Return the products of two 8-bit integers per pixel of the image, over the sites with rounded inputs.
 
-        Numbers of more bits are two of 8 bits. With ``activation_bits``, all inputs would have these.
+        A number of more than 8 bits counts as two of 8 bits. With ``activation_bits``, all inputs count with these.
         """
         return math.fsum(
             self.macs[site] * products_at(self.bits[site], activation_bits or self.activation_bits[site])
@@ -263,14 +265,14 @@ class Plan(JsonFile):
         return 0.0 if bits is None else self.sensitivity.zeta[site].get(bits, math.nan)
 
     def interpolates(self, site: str) -> bool:
-        """Whether zeta of ``site`` at its bits is an interpolation, which in a plan of ``prepare`` none is."""
+        """Return whether zeta of ``site`` at its bits is interpolated. In a plan of ``prepare`` none is."""
         bits = self.bits[site]
         measured = self.sensitivity.raw[site]
         return bits in self.sensitivity.bits and bits not in measured and bool(measured)
 
     @property
     def predicted(self) -> float:
-        """The RD loss increase if the sites' errors simply added up: the sum of zeta where it is known, or NaN."""
+        """The RD-loss increase if those of the sites simply added up: the sum of the known zetas; NaN if none is."""
         zeta = [self.zeta_of(site.name) for site in self.sites]
         known = [z for z in zeta if not math.isnan(z)]
         return math.fsum(known) if known else math.nan

@@ -1,4 +1,4 @@
-"""Sensitivity and a target size in, plan out: check what was asked for, then let a planner decide."""
+"""Turn a sensitivity and a target size into a plan: check the request, then let a planner decide."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -16,15 +16,15 @@ WINDOW = 0.01
 
 @dataclass(frozen=True)
 class Task:
-    """All that a planner is asked, but for zeta."""
+    """The request to a planner, without zeta."""
 
     sites: tuple[Site, ...]  # in the order of the graph
-    given: dict[str, int | None]  # bits that are not the planner's to choose
+    given: dict[str, int | None]  # the bits of sites that the planner must not choose for
     cost: Table  # bytes of each site at each width that it may get; a given site has one
     budget: float  # bytes that all sites may take together
-    target: float  # the same as a fraction of float32
+    target: float  # the budget as a fraction of float32
     planner: str
-    activation_bits: dict[str, int | None]  # of the inputs
+    activation_bits: dict[str, int | None]  # bits of each site's input; None stays float
     mixed: tuple[str, ...]  # the sites whose inputs have 8 bits until calibration chooses theirs
     coded: Table | None  # bytes per site and width as the model file codes them; None: size is nominal
 
@@ -39,8 +39,8 @@ class Task:
         return WINDOW * self.float_bytes
 
     def choices(self, zeta: Table) -> Table:
-        """Return what the planner sees of ``zeta``: that of the widths which it may choose from."""
-        # Where there is no choice, zeta is idle and may not have been measured.
+        """Return zeta at the widths that the planner may choose from."""
+        # Where there is no choice, zeta does not matter and may not have been measured.
         idle = self.cost if self.planner == "uniform" else self.given
         return {
             site: dict.fromkeys(widths, 0.0) if site in idle else {b: zeta[site][b] for b in widths}
@@ -48,12 +48,12 @@ class Task:
         }
 
     def assign(self, zeta: Table) -> Assignment:
-        """Let the planner decide by ``zeta``, of all widths that it may choose from."""
+        """Let the planner decide by ``zeta``, which has at least the widths that it may choose from."""
         options = {"window": self.window} if self.planner == "adaptive" else {}
         return PLANNERS[self.planner](self.choices(zeta), self.cost, self.budget, **options)
 
     def plan(self, sensitivity: Sensitivity, sketch: Table | None = None) -> Plan:
-        """Return the plan for the monotone zeta of ``sensitivity``, with the ``sketch`` that it was measured by."""
+        """Return the plan for the monotone zeta of ``sensitivity``; the ``sketch`` helps where it was not measured."""
         found = self.assign(sensitivity.expected(0, sketch))
         return Plan(
             sites=self.sites,
@@ -80,24 +80,24 @@ def make_task(
     activation_bits: ActivationBits = MIXED,
     coded: Table | None = None,
 ) -> Task:
-    """Check what is asked of a planner: give every site its bits, so that all take at most ``target_cr``.
+    """Check the request to a planner: give every site bits, so that all take at most ``target_cr``.
 
     Args:
-        sites: of the model.
-        measurable: the widths for which zeta is known, or can be.
+        sites: the sites of the model.
+        measurable: the widths for which zeta is known or can be measured.
         target_cr: bytes / float32 bytes over all sites, the fixed ones included. A number above 1 is read as
             the factor: 4 means 0.25.
         planner: "adaptive" (FMPQ's search for beta, to within 0.01 below the target), "optimal" (least sum of
             zeta) or "uniform" (one width for all).
-        bits: candidate widths, all of them ``measurable``; None means all that are.
-        fixed: widths by site name or glob, which are not the planner's to choose: 2 to 16 bits, measurable or
-            not, or None for float32. A name wins over a glob, a later glob over an earlier one.
+        bits: candidate widths, all of them ``measurable``; None is all that are.
+        fixed: widths by site name or glob, which the planner must keep: 2 to 16 bits, measurable or not, or None
+            for float32. A name wins over a glob, a later glob over an earlier one.
         activation_bits: see :func:`activation_widths`. They take no model size.
         coded: bytes of each site at each of its widths, to plan with instead of the nominal ones.
 
     Raises:
-        ValueError: an argument is out of its range. For a target that no plan reaches the message names
-            those that some plan does.
+        ValueError: an argument is out of its range. For a target that no plan reaches the message names the
+            reachable interval.
         TypeError: ``target_cr`` is not a number, ``bits`` not iterable or ``fixed`` not a mapping.
     """
     target = _fraction(target_cr)
@@ -119,13 +119,13 @@ def make_task(
 
 
 def make_plan(sensitivity: Sensitivity, target_cr: float, **options: Any) -> Plan:
-    """Plan by ``sensitivity``, what each candidate width costs each site.
+    """Return the plan for ``target_cr`` by ``sensitivity``.
 
     The hyper path at 4 bits, the first layer in float32, and the other sites so that all are 4x smaller::
 
         plan = make_plan(sensitivity, 0.25, fixed={"h_*": 4, "g_a.0": None})
 
-    The options, and what is raised, are those of :func:`make_task`.
+    The options and the errors are those of :func:`make_task`.
     """
     return make_task(sensitivity.sites, sensitivity.bits, target_cr, **options).plan(sensitivity)
 
@@ -143,22 +143,22 @@ def _cost(
     given: Mapping[str, int | None],
     coded: Table | None,
 ) -> Table:
-    """Return the bytes of what the planner may choose from, in the order of the sites."""
+    """Return the bytes of each site at each width that the planner may choose, in the order of the sites."""
     cost: Table = {}
     for site in sites:
         width = given.get(site.name)
         widths = ((FLOAT_BITS if width is None else width),) if site.name in given else candidates
-        sizes = {} if coded is None else coded[site.name]  # nothing is coded of a site that stays float
+        sizes = {} if coded is None else coded[site.name]  # a site that stays float is not coded
         cost[site.name] = {b: sizes.get(b, site.bytes_at(b)) for b in widths}
     return cost
 
 
 def _fraction(target_cr: object) -> float:
-    """Return a target as a fraction of the float32 bytes; above 1 it was given as the factor.
+    """Return a target as a fraction of the float32 bytes; a target above 1 is the factor.
 
     Raises:
-        TypeError: it is not a number.
-        ValueError: it is not a positive finite one.
+        TypeError: ``target_cr`` is not a number.
+        ValueError: ``target_cr`` is not positive and finite.
     """
     example = "pass a fraction of the float32 size, such as 0.25, or a factor, such as 4"
     if isinstance(target_cr, bool) or not isinstance(target_cr, Real):
@@ -193,7 +193,7 @@ def _candidates(bits: Iterable[int] | None, measured: tuple[int, ...]) -> tuple[
 
 
 def _budget(target: float, float_bytes: float) -> tuple[float, float]:
-    """Return the bytes that a CR allows, and the CR, both freed of rounding.
+    """Return the bytes that a CR allows, and the CR, both without rounding errors.
 
     A target is often the size of a plan, and went through a quotient: 32 / 6 for 6 bits, or another plan's
     ``cr``. A budget smaller than that plan by one rounding error would exclude it. Sizes are multiples of
@@ -218,6 +218,6 @@ def _unreachable(given: float, target: float, low: float, high: float, among: st
 
 
 def _inside(low: float, high: float) -> tuple[float, float]:
-    """Round an interval to 4 decimals towards its inside, so that what a message names can be passed."""
+    """Round an interval to 4 decimals towards its inside, so that the ends that a message names can be passed."""
     first, last = math.ceil(low * 1e4) / 1e4, math.floor(high * 1e4) / 1e4
     return (first, last) if first <= last else (low, high)

@@ -1,4 +1,4 @@
-"""Bits as users ask for them: for all sites, by name, by glob."""
+"""Read the bits that users ask for: for all sites, by name, by glob."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -11,10 +11,10 @@ WIDTHS = range(2, 17)
 """Bits that activations, and the weights of fixed sites, may have."""
 
 MIXED = "mixed"
-"""Asks for activation bits that calibration chooses, site by site."""
+"""The value of ``activation_bits`` that lets calibration choose, site by site."""
 
 NARROW, WIDE = 8, 16
-"""Activation bits that calibration chooses from: the inputs of one product of 8-bit integers, and of two."""
+"""The activation bits that calibration chooses from; they take one and two products of 8-bit integers."""
 
 Widths = Mapping[str, int | None]
 """Bits by site name or glob: a name wins over a glob, a later glob over an earlier one."""
@@ -26,10 +26,10 @@ ActivationBits = int | None | str | Widths
 def activation_widths(
     given: ActivationBits, sites: Iterable[Site]
 ) -> tuple[dict[str, int | None], tuple[str, ...]]:
-    """Return the bits of each site's input, and the sites that calibration chooses them for, which have 8 until then.
+    """Return the bits of each site's input, and the sites whose input bits calibration will choose (8 until then).
 
     Raises:
-        TypeError, ValueError: ``given`` is none of :data:`ActivationBits`.
+        TypeError, ValueError: ``given`` is not one of :data:`ActivationBits`.
     """
     names = [site.name for site in sites]
     if isinstance(given, str) and given != MIXED:
@@ -47,9 +47,9 @@ def by_site(given: object, names: Iterable[str], what: str, instead: str) -> dic
 
     Args:
         given: :data:`Widths`, as the user gave it.
-        names: of all sites.
-        what: the argument's name.
-        instead: what None is for.
+        names: the names of all sites.
+        what: the argument's name, for errors.
+        instead: the purpose of None, for errors.
 
     Raises:
         TypeError: ``given`` is not a mapping.
@@ -83,7 +83,7 @@ def _width(value: object, what: str, instead: str) -> int | None:
     """Return a width as an int, or None.
 
     Raises:
-        ValueError: it is neither in WIDTHS nor None.
+        ValueError: ``value`` is neither in WIDTHS nor None.
     """
     if value is None:
         return None
