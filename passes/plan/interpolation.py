@@ -61,7 +61,7 @@ def _between(measured: Mapping[int, float], below: int | None, above: int | None
 
 
 def _as_sketched(measured: Mapping[int, float], sketch: Mapping[int, float], b: int) -> float | None:
-    """Return the likeliest value at ``b`` by the ``sketch``; None if it lacks values, or does not fit those measured."""
+    """Return the likeliest value at ``b`` by the ``sketch``; None if it has too few values, or misfits."""
     ratios = {m: measured[m] / sketch[m] for m in measured if measured[m] > 0 and sketch.get(m, 0) > 0}
     if not ratios or not sketch.get(b, 0) > 0 or max(ratios.values()) > ALIKE**2 * min(ratios.values()):
         return None
