@@ -1,10 +1,10 @@
 """Fixed-point numbers in float tensors, and multiplication by a real number as an integer multiply and shift.
 
-On the path from the coded latents to the entropy coder every number is an integer below 2^24 times 2^-12, which
-float32 holds exactly, and every operation on them is one on integers below 2^53, which float64 holds exactly. So
-results depend neither on the order of a sum nor on the device, the library, the memory layout or the type of the
-tensors. The real numbers that the integers are made from, steps above all, are computed by :mod:`decimal`, whose
-results are specified to the digit. The last bit of the platform's own ``exp`` differs between platforms.
+On the entropy path, from the coded latents to the entropy coder, every number is an integer below 2^24 times 2^-12,
+which float32 holds exactly. Every operation computes with integers below 2^53, which float64 holds exactly. So results
+depend neither on the order of a sum nor on the device, the library, the memory layout or the type of the tensors. The
+exponentials that steps are made from are computed by :mod:`decimal`, whose results are specified to the digit; the last
+bit of ``exp`` differs between platforms.
 """
 
 import math
@@ -22,7 +22,7 @@ FRACTION_BITS = 12
 """Numbers on the path are multiples of 2^-12. The first two scales of CompressAI's table are 59 such steps apart."""
 
 MOST = 2**24 - 1
-"""Integers on the path saturate at this magnitude, which stands for a number just below 4096."""
+"""Integers on the path saturate at this magnitude, which is a number just below 4096."""
 
 WIDEST = 2**48
 """Sums of products stay below this."""
@@ -33,12 +33,12 @@ _DECIMAL = Context(prec=40, rounding=ROUND_HALF_EVEN)
 
 
 def to_integers(x: Tensor) -> Tensor:
-    """Return the integers, float64, that stand for ``x``; numbers that are not fixed-point are rounded."""
+    """Return the integers of ``x``, float64; numbers that are not fixed-point are rounded."""
     return (x.double() * 2.0**FRACTION_BITS).round_().clamp_(-MOST, MOST)
 
 
 def from_integers(integers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the numbers that ``integers``, float64, stand for, saturated, in ``dtype``.
+    """Return the fixed-point numbers of ``integers``, float64, saturated, in ``dtype``.
 
     A type smaller than float32 rounds them further, in the same way on every machine.
     """
@@ -46,12 +46,12 @@ def from_integers(integers: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def exp(logarithms: Tensor) -> list[Fraction]:
-    """Return the exponentials of all elements, to 40 decimal digits, the same on every platform."""
+    """Return the exponential of each element, to 40 decimal digits, the same on every platform."""
     return [Fraction(_DECIMAL.exp(Decimal(value))) for value in logarithms.detach().flatten().tolist()]
 
 
 class IntegerModule(nn.Module):
-    """A module whose buffers are integers in float64 and stay so, whatever type the model is moved to."""
+    """A module whose buffers hold integers and keep their type, whatever type the model is moved to."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         def moved(t: Tensor) -> Tensor:
@@ -62,27 +62,27 @@ class IntegerModule(nn.Module):
 
 
 class Rescaling(IntegerModule):
-    """Integers times a real factor plus a real bias per channel, rounded: integer multiply, add and shift.
+    """Integers times a real factor plus a real bias per channel, rounded, by integer multiply, add and shift.
 
-    With integers m (below 2^24) and s for which m / 2^s is next to the factor, and the bias, multiplied by 2^s, and
-    half a unit of the result together in the integer ``offset``::
+    Let m (below 2^24) and s be integers so that m / 2^s is next to the factor. The integer ``offset`` is the bias plus
+    one half, for rounding, times 2^s::
 
         y = floor((x * m + offset) / 2^s)
 
-    Above 2^27, where that product would not fit, x is taken as two pieces, x = high * 2^24 + low::
+    If x may exceed 2^27, that product would not fit, so x is split into two pieces, x = high * 2^24 + low::
 
         y = floor((high * m + floor(low * m / 2^24) + offset) / 2^(s - 24))
 
-    Either way all numbers are below 2^53, and m / 2^s misses the factor by 2^-24 of it, or y by half a unit.
+    Either way all numbers are below 2^53. m / 2^s is off by at most 2^-24 of the factor, or y by half a unit.
 
     Args:
-        factors: per channel, or one for all.
-        biases: per channel, in units of the result; None is 0. At most 2^24 in magnitude; beyond, it saturates.
+        factors: one per channel, or one for all.
+        biases: one per channel, in units of the result; None is 0. They saturate at 2^24 in magnitude.
         bound: the largest magnitude of x, below 2^48.
-        trailing: how many dimensions of x follow that of the channels.
+        trailing: the number of dimensions of x behind the channels.
 
     Raises:
-        FmpqError: a factor is so large that no integer multiplier stands for it.
+        FmpqError: a factor is too large for an integer multiplier.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Rescaling(IntegerModule):
         assert bound < WIDEST
         self.wide = bound >= _NARROW
         piece = _PIECE if self.wide else 0
-        # Without a bias the offset is half a unit, which leaves more room than a bias of 24 bits does.
+        # Without a bias the offset is only half a unit, which leaves more room than a bias of 24 bits.
         most = 50 if biases is None else 28
         columns: list[tuple[int, int, float]] = []
         for factor, bias in zip(factors, biases or [Fraction(0)] * len(factors), strict=True):
@@ -131,7 +131,7 @@ def _multiplier(factor: Fraction, bits: int, least: int, most: int) -> tuple[int
     shift = min(bits - exponent, most)
     if shift < least:
         raise FmpqError(f"it multiplies by {float(factor):.3g}, which is beyond fixed-point numbers")
-    # round(factor * 2**shift), without the gcd that a product of fractions takes.
+    # This is round(factor * 2**shift), without the gcd that a product of fractions computes.
     multiplier, rest = divmod(factor.numerator << shift, factor.denominator)
     half = 2 * rest - factor.denominator
     return multiplier + (half > 0 or (half == 0 and multiplier % 2)), shift

@@ -1,9 +1,8 @@
-"""Layers in exact integer arithmetic: the same bits on every machine, whatever multiplies and adds there.
+"""Layers in exact integer arithmetic: the same bits on every machine.
 
-They take and return ordinary float tensors, which hold fixed-point numbers (:mod:`fmpq_fx.exact.fixed_point`), so
-that they can stand in a model of any class, between its own concatenations, chunks and coding loops. Sums of
-products are matrix products, never a library's convolution: a library may convolve by Winograd or FFT, which multiply
-numbers that are no integers.
+They take and return ordinary float tensors that hold fixed-point numbers (:mod:`fmpq_fx.exact.fixed_point`). So they
+fit into a model of any class, between its own concatenations, chunks and coding loops. They use matrix products and
+never a library's convolution, which may multiply numbers that are no integers, as Winograd and FFT do.
 """
 
 import math
@@ -29,22 +28,22 @@ from fmpq_fx.quant import CalledAlike, QuantizedLayer, quantize_layer
 from fmpq_fx.quant.fake_quant import ActivationFakeQuant
 
 _FLOAT32_SUMS = 2**24  # float32 holds all integers up to here
-_FLOAT32_OPERANDS = 2**8  # and bfloat16 up to here; a library may multiply float32 numbers in it
-_FLOAT_WEIGHT_BITS = 16  # of the integers for weights that the plan leaves float
+_FLOAT32_OPERANDS = 2**8  # bfloat16 holds them up to here; a library may multiply float32 numbers in bfloat16
+_FLOAT_WEIGHT_BITS = 16  # bits of the integers for weights that the plan leaves float
 
 
 class ExactLayer(CalledAlike, IntegerModule):
     """A layer with integer weights on integer inputs, summed exactly and rescaled to fixed-point numbers.
 
-    Inputs become integers as the layer's quantizer says: steps, zero point and range are its own. Where there is
-    none, or where it hands whole numbers through, fixed-point numbers enter as they are, 24 bits wide: that costs
-    nothing, and a coded latent, which is a whole number plus a mean, keeps its fraction. Weights that the plan
-    leaves float get 16 bits, and less where sums would not fit.
+    Inputs become integers with the steps, zero point and range of the layer's input quantizer. Without a quantizer, or
+    if it passes whole numbers unchanged, fixed-point numbers enter as they are, 24 bits wide: that costs nothing, and a
+    coded latent, a whole number plus a mean, keeps its fraction. Weights that the plan leaves float get 16 bits, and
+    fewer if sums would not fit.
 
     Args:
         layer: a quantized layer, or a float one.
-        most: the integers that stand for outputs saturate at this magnitude. It is smaller where outputs are added up
-            later, so that their sum has room.
+        most: the magnitude at which the integers of outputs saturate. It is smaller if outputs are added up later, so
+            that their sum has room.
 
     Raises:
         FmpqError: the layer cannot be computed exactly.
@@ -102,18 +101,18 @@ class ExactLayer(CalledAlike, IntegerModule):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output for ``x``, in fixed-point numbers; an ``x`` that has others is rounded to such.
+        """Return the layer's output for ``x``, in fixed-point numbers; other numbers in ``x`` are rounded first.
 
         The shapes are those of the float layer. There are no gradients.
         """
         return self.outputs(self.sums(self.input_integers(x)), x.dtype)
 
     def outputs(self, sums: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the outputs, in ``dtype``, that ``sums`` stand for."""
+        """Return the outputs in ``dtype`` for ``sums``, the sums of products."""
         return from_integers(self.rescaling(sums).clamp_(-self.most, self.most), dtype)
 
     def input_integers(self, x: Tensor) -> Tensor:
-        """Return what the weights multiply, integers in the type of :attr:`arithmetic`."""
+        """Return the integers that the weights multiply, in the type of :attr:`arithmetic`."""
         integers = to_integers(x.detach())
         if self.input_rescaling is not None:
             integers = self.input_rescaling(integers)
@@ -127,14 +126,14 @@ class ExactLayer(CalledAlike, IntegerModule):
             return self.product.sums(integers, self.matrix)
 
     def __repr__(self) -> str:
-        """One line: what is summed, and why that is exact."""
+        """Return one line: the range of the inputs, the largest sum, and the type that holds it exactly."""
         low, high = map(int, self.input_range.tolist())
         sums = f"sums={self.bound} < 2^{self.bound.bit_length()}"
         return f"{type(self).__name__}({self.kind}, inputs={low} … {high}, {sums}, {self.arithmetic})"
 
 
 class ExactLeakyReLU(CalledAlike, IntegerModule):
-    """LeakyReLU on fixed-point numbers: negative ones times the slope, rounded to the next fixed-point number."""
+    """LeakyReLU on fixed-point numbers: negative ones times the slope, rounded to the nearest fixed-point number."""
 
     def __init__(self, layer: nn.LeakyReLU):
         super().__init__(layer)
@@ -148,20 +147,20 @@ class ExactLeakyReLU(CalledAlike, IntegerModule):
         return from_integers(torch.where(integers < 0, self.rescaling(integers), integers), x.dtype)
 
     def __repr__(self) -> str:
-        """One line, like that of the float module."""
+        """Return one line, as the float module does."""
         return f"{type(self).__name__}(negative_slope={self.slope})"
 
 
 def _range(quantizer: ActivationFakeQuant) -> tuple[int, int]:
-    """Return the least and the largest integer that inputs become, the zero point subtracted."""
+    """Return the least and the largest integer of inputs, minus the zero point."""
     zero = min(max(round(quantizer.zero_point.item()), 0), quantizer.high)
     return -zero, quantizer.high - zero
 
 
 def _integers_of_float(rows: Tensor) -> tuple[Tensor, list[Fraction]]:
-    """Return integers for float weights (out, in, places), and the powers of two that are their steps.
+    """Return integers for float weights (out, in, places), and their steps, one per output.
 
-    Powers of two, since multiplication by them is exact: the integers are the same on every platform.
+    Steps are powers of two. Multiplication by them is exact, so the integers are the same on every platform.
     """
     rows = rows.double()
     peaks = torch.frexp(rows.abs().amax((1, 2))).exponent
@@ -169,7 +168,9 @@ def _integers_of_float(rows: Tensor) -> tuple[Tensor, list[Fraction]]:
     scaled = []
     for row, shift in zip(rows, shifts, strict=True):
         integers = (row * math.ldexp(1.0, shift)).round().long()
-        excess = max(0, int(integers.abs().sum()).bit_length() - 24)  # sums have room for 24 bits beside MOST
+        excess = max(
+            0, int(integers.abs().sum()).bit_length() - 24
+        )  # sums have room for 24 bits besides those of the inputs
         scaled.append((row * math.ldexp(1.0, shift - excess)).round().long())
         shifts[len(scaled) - 1] -= excess
     return torch.stack(scaled), [Fraction(2) ** -shift for shift in shifts]

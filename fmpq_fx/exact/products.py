@@ -1,8 +1,8 @@
-"""Convolutions as products of two matrices, which do nothing but add up products, in any order.
+"""Convolutions as matrix products, which only add up products, in any order.
 
-A library may compute a convolution by Winograd or FFT, which multiply sums and fractions of its inputs. In a matrix
-product every intermediate number is a sum of some of the products. So integers are summed exactly as long as the sum
-of all magnitudes can be represented.
+A library may compute a convolution by Winograd or FFT, which multiply sums and fractions of the inputs. In a matrix
+product every intermediate number is a sum of some of the products. So sums of integers are exact if the sum of all
+magnitudes can be represented.
 """
 
 import torch
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 class ConvProduct:
     """A convolution, by ``unfold`` and a matrix (groups, out / groups, in / groups * places)."""
 
-    trailing = 2  # dimensions after that of the channels
+    trailing = 2  # dimensions behind the channels
 
     def __init__(self, layer: nn.Conv2d):
         self.groups = layer.groups
         self.kernel = layer.kernel_size
         self.stride, self.dilation = layer.stride, layer.dilation
-        # Left, right, top, bottom. torch keeps these numbers for a padding that was given by name, too.
+        # Left, right, top, bottom. torch also has these numbers if the padding was given by name.
         self.padding = list(layer._reversed_padding_repeated_twice)
         self.padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
 
     @property
     def pointwise(self) -> bool:
-        """Whether an output depends on the inputs of its own place alone."""
+        """Whether an output depends only on the inputs at its own place."""
         return self.kernel == (1, 1) == self.stride and not any(self.padding)
 
     def matrix(self, integers: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class LinearProduct:
     pointwise = False
 
     def __init__(self, layer: nn.Linear):
-        del layer  # the matrix says it all
+        del layer  # the matrix is enough
 
     def matrix(self, integers: Tensor) -> Tensor:
         """Return the matrix of ``integers`` (out, in, 1)."""
@@ -102,7 +102,7 @@ Product = ConvProduct | ConvTransposeProduct | LinearProduct
 
 
 def product_of(layer: nn.Module) -> Product | None:
-    """Return how the float ``layer`` multiplies, or None for a layer of another kind."""
+    """Return the product that the float ``layer`` computes, or None for a layer of another kind."""
     if isinstance(layer, nn.Conv2d):
         return ConvProduct(layer)
     if isinstance(layer, nn.ConvTranspose2d):

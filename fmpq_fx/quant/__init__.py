@@ -1,4 +1,7 @@
-"""What a layer is once it is quantized: fake quantization and the layers built on it. It knows no graph."""
+"""Quantized layers and the fake quantization that they are made of. In comes a float layer, out comes a quantized one.
+
+It knows no graph.
+"""
 
 from fmpq_fx.quant.calls import CalledAlike, argument_names, in_order
 from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant

@@ -1,4 +1,4 @@
-"""How a module is called: by position, or by the names that its class has for what it is given."""
+"""Calls of modules: put arguments by name into their positions, whatever the class names them."""
 
 import inspect
 from typing import Any
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of what the forward of ``module`` takes by position, in order."""
+    """Return the names of the arguments that the forward of ``module`` takes by position, in order."""
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(module.forward).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.kind in by_position)
@@ -19,9 +19,9 @@ def in_order(
     """Return the arguments of a call, as many of them by position as can be.
 
     Args:
-        names: of those that the callee takes by position, in order.
-        args: that the call gives by position.
-        kwargs: that it gives by name. One that follows an argument that is left out stays here.
+        names: the names of the arguments that the callee takes by position, in order.
+        args: the arguments of the call by position.
+        kwargs: the arguments of the call by name. Those behind an argument that is left out stay here.
     """
     placed, named = list(args), dict(kwargs)
     for name in names[len(args) :]:
@@ -32,9 +32,9 @@ def in_order(
 
 
 class CalledAlike(nn.Module):
-    """A module that takes the place of another, whose callers go on to call it as they did.
+    """A module that replaces another, and is called in the same way.
 
-    Its own forward, and its hooks, get by position what the other takes by position.
+    Its forward and its hooks get by position all arguments that the other takes by position.
 
     Args:
         other: the module whose place it takes.
@@ -43,9 +43,9 @@ class CalledAlike(nn.Module):
     def __init__(self, other: nn.Module):
         super().__init__()
         known = other.names_given if isinstance(other, CalledAlike) else argument_names(other)
-        self.names_given: tuple[str, ...] = known  # to arguments, by callers
+        self.names_given: tuple[str, ...] = known  # the names that callers use for arguments
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it, with the names of arguments that the other module has."""
+        """Call the module, with the argument names of the other one."""
         args, kwargs = in_order(self.names_given, args, kwargs)
         return super().__call__(*args, **kwargs)

@@ -12,8 +12,8 @@ from fmpq_fx.quant.rounding import LEAK, fake_quantize, integer_range, to_intege
 class _Quantizer(nn.Module):
     """Keeps its parameters in float32 or wider, whatever dtype the model is moved to.
 
-    ``half()`` of a step's logarithm would change the step by per cents, and ``bfloat16()`` of a zero point above
-    256 would make it another one. What is quantized may have any dtype.
+    ``half()`` would change a step by per cents, since its logarithm is kept, and ``bfloat16()`` cannot hold a zero
+    point above 256. The tensors that it quantizes may have any dtype.
     """
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -31,8 +31,8 @@ class WeightFakeQuant(_Quantizer):
     Integers lie in [-(2^(bits-1) - 1), 2^(bits-1) - 1], or in [0, 2^bits - 1] with ``signed=False``. The steps
     are kept as their logarithms, (channels,), so that they stay positive whatever the optimizer does.
 
-    Where the layer's input has a step per channel, its spread is folded in: the integers of the weights multiply those
-    of the input, so that the weight of output o and input c, of steps t_o and s * r_c, has the step t_o / r_c::
+    Where the layer's input has a step per channel, its spread r is folded in. Integers of weights multiply integers of
+    the input. With the input's step s * r_c, the weight of output o and input c gets the step t_o / r_c::
 
         sum_c (W_oc t_o / r_c) (X_c s r_c)  =  t_o s  sum_c W_oc X_c
 
@@ -42,13 +42,13 @@ class WeightFakeQuant(_Quantizer):
         bits: at least 2.
         dims: the dimensions of ``weight`` that share a step, i.e. all but those of the output channel.
         signed: False for tensors that are never negative (GDN's gamma).
-        clip: part of each channel's largest magnitude that is kept; 1 is min-max, less clips outliers.
+        clip: fraction of each channel's largest magnitude that is kept; 1 is min-max, less clips outliers.
         leak: slope of the gradient outside the range.
-        fitted: False leaves the steps at 1, for others that are to be loaded.
+        fitted: False leaves the steps at 1, to be loaded later.
     """
 
     log_scale: nn.Parameter
-    log_spread: nn.Parameter | None  # of r, (input channels,)
+    log_spread: nn.Parameter | None  # the logarithm of r, (input channels,)
     zero_point: Tensor  # 0
 
     def __init__(
@@ -67,7 +67,7 @@ class WeightFakeQuant(_Quantizer):
         self.low, self.high = integer_range(bits, signed)
         self.leak, self.dims, self.clip = leak, dims, clip
         self.register_parameter("log_spread", None)
-        self.spread_shape: tuple[int, ...] = ()  # in which the spread broadcasts against the weight
+        self.spread_shape: tuple[int, ...] = ()  # the shape in which the spread broadcasts against the weight
         self.broadcast = tuple(1 if dim in dims else size for dim, size in enumerate(weight.shape))
         steps, dtype = math.prod(self.broadcast), torch.promote_types(weight.dtype, torch.float32)
         self.log_scale = nn.Parameter(weight.new_zeros(steps, dtype=dtype))
@@ -79,14 +79,14 @@ class WeightFakeQuant(_Quantizer):
 
     @torch.no_grad()
     def fit(self, weight: Tensor, clip: float = 1.0) -> None:
-        """Set the steps as if this was made for ``weight`` and ``clip``."""
+        """Set the steps as for a quantizer that is made with ``weight`` and ``clip``."""
         self.clip = clip
         self.log_scale.copy_(self._fitted(weight).log().flatten())
 
     def fold(self, log_spread: Tensor | None, shape: tuple[int, ...]) -> None:
-        """Fold the spread of the input in, (input channels,), or take it out (None); steps are to be fitted anew.
+        """Fold the spread of the input in, (input channels,), or take it out (None).
 
-        In ``shape`` it broadcasts against the weight.
+        In ``shape`` the spread broadcasts against the weight. The caller must fit the steps anew.
         """
         self.log_spread, self.spread_shape = None if log_spread is None else nn.Parameter(log_spread), shape
 
@@ -96,10 +96,10 @@ class WeightFakeQuant(_Quantizer):
             weight = weight * self.log_spread.detach().exp().view(self.spread_shape)
         peak = weight.abs()
         if self.dims[-1] - self.dims[0] >= len(self.dims):
-            # A dimension that is kept lies between: at once, torch takes 40 times as long.
+            # A dimension that is kept lies between. In one call, torch would take 40 times as long.
             peak = peak.amax(self.dims[0], keepdim=True)
         peak = peak.amax(self.dims, keepdim=True) * self.clip
-        # A channel of zeros is represented by any step; 1 keeps its logarithm finite.
+        # Any step represents a channel of zeros; 1 keeps the logarithm finite.
         return torch.where(peak > 0, peak / self.high, torch.ones_like(peak))
 
     @property
@@ -111,7 +111,7 @@ class WeightFakeQuant(_Quantizer):
 
     @property
     def output_scale(self) -> Tensor:
-        """The steps but for the spread of the input, one for each output channel."""
+        """The steps without the spread of the input, one for each output channel."""
         return self.log_scale.exp().view(self.broadcast)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -121,29 +121,29 @@ class WeightFakeQuant(_Quantizer):
         )
 
     def integers(self, weight: Tensor) -> Tensor:
-        """Return the integers that stand for ``weight``, int32, of the same shape."""
+        """Return the integers of ``weight``, int32, of the same shape."""
         return torch.round(weight / self.scale).clamp(self.low, self.high).to(torch.int32)
 
     def extra_repr(self) -> str:
-        """Say the range of integers."""
+        """Return the bits and the range of integers."""
         return f"bits={self.bits}, integers={self.low} … {self.high}"
 
 
 class ActivationFakeQuant(_Quantizer):
     """Uniform affine fake quantization of a layer's input, with a learned step and zero point.
 
-    It starts as an observer, which hands its input through and keeps the range of each channel; :meth:`freeze` turns it
-    into a fake-quantizer with integers in [0, 2^bits - 1]. The range always contains 0, so that the zeros of a
-    padded convolution are represented exactly.
+    It starts as an observer, which returns its input unchanged and keeps the range of each channel. :meth:`freeze`
+    turns it into a fake-quantizer with integers in [0, 2^bits - 1]. The range always contains 0, so that the zeros of
+    a padded convolution are represented exactly.
 
-    The step is one for the whole tensor, or that times the spread of each channel, which the layer folds into its
+    There is one step for the whole tensor. It may be multiplied by a spread per channel, which the layer folds into its
     weights (see :class:`WeightFakeQuant`) and passes to :meth:`forward`.
 
-    Where every value seen was a whole number and the range fits, the step is 1 for good: rounded latents then pass
-    unchanged, and with no other step of that range they would. In training mode latents carry noise, which stands for
-    their rounding. They pass as they are then: rounding them as well would double the error.
+    If every value seen was a whole number and the range fits, the step is fixed at 1, the only step with which rounded
+    latents pass unchanged. In training mode latents carry noise instead of rounding. Then they pass as they are:
+    rounding them too would double the error.
 
-    Step and zero point are parameters as long as they are trained. Once they are fixed, they are buffers of the same
+    Step and zero point are parameters where they can be trained. Where the step is fixed, they are buffers of the same
     names, since a training loop trains every parameter that it finds.
     """
 
@@ -164,7 +164,8 @@ class ActivationFakeQuant(_Quantizer):
 
         Args:
             x: the input.
-            log_spread: of the channels, in a shape that broadcasts against ``x``; None is one step for all.
+            log_spread: logarithms of the channels' factors, in a shape that broadcasts against ``x``; None is one step
+                for all.
         """
         if self.observing:
             self._widen(x.detach())
@@ -172,17 +173,17 @@ class ActivationFakeQuant(_Quantizer):
         if self.training and self.whole:
             return x
         scale = (self.log_scale if log_spread is None else self.log_scale + log_spread).exp()
-        # LSQ's gradient scale: the elements of a sample that share a step.
+        # LSQ's gradient scale, by the elements of one sample that share a step.
         grad_scale = 1 / math.sqrt(max(1, x[:1].numel() // scale.numel()) * self.high)
         zero_point = to_integer(self.zero_point, 0, self.high)
         return fake_quantize(x, scale, zero_point, 0, self.high, self.leak, grad_scale)
 
     def set_bits(self, bits: int) -> None:
-        """Let the integers have ``bits``; :meth:`freeze` then fits the step to them."""
+        """Set the bits of the integers; the next :meth:`freeze` fits the step to them."""
         self.bits, self.high = bits, 2**bits - 1
 
     def observe(self) -> None:
-        """Forget the range and watch the input from now on, unquantized."""
+        """Forget the range; from now on, observe the input and do not quantize it."""
         self.observing = True
         self.integral = True  # until a value is seen that is no whole number
         self.range = (0.0, 0.0)
@@ -191,7 +192,7 @@ class ActivationFakeQuant(_Quantizer):
     def _widen(self, x: Tensor) -> None:
         x = x[None] if x.ndim == -self.channel_dim else x  # a single input
         others = [dim for dim in range(x.ndim) if dim != x.ndim + self.channel_dim]
-        # A NaN stays, for calibration to report.
+        # A NaN is kept, so that calibration reports it.
         low, high = x.amin(others).clamp(max=0), x.amax(others).clamp(min=0)
         if self.seen is not None:
             low, high = torch.minimum(low, self.seen[0]), torch.maximum(high, self.seen[1])
@@ -201,14 +202,14 @@ class ActivationFakeQuant(_Quantizer):
 
     @property
     def whole(self) -> bool:
-        """Whether the integers are the input's own whole numbers."""
+        """Whether the step is fixed at 1, because the input is whole numbers."""
         low, high = self.range
         return not self.observing and self.integral and high - low <= self.high
 
     def freeze(self, low: float, high: float, integral: bool) -> None:
         """Quantize from now on, with steps that cover ``low`` … ``high`` (which contains 0).
 
-        Where the input has a step per channel, they are of the channels divided by their spread.
+        If the input has a step per channel, ``low`` and ``high`` are of the channels divided by their spread.
         """
         self.observing, self.range, self.integral, self.seen = False, (low, high), integral, None
         scale = 1.0 if self.whole or high == low else (high - low) / self.high
@@ -221,6 +222,6 @@ class ActivationFakeQuant(_Quantizer):
                 self.register_parameter(name, nn.Parameter(value))
 
     def extra_repr(self) -> str:
-        """Say the state and the range."""
+        """Return the bits, the state and the range."""
         state = "observing" if self.observing else "quantizing"
         return f"bits={self.bits}, {state}, range={self.range[0]:.4g} … {self.range[1]:.4g}"

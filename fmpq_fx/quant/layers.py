@@ -1,7 +1,7 @@
-"""Quantized layers: a float layer, the fake quantization of its weight, and that of its input.
+"""Quantized layers: a float layer with fake quantization of its weight and of its input.
 
-The float layer stays inside, with its trained weight and bias, so that fine-tuning trains it and dequantization can
-always start from it again.
+The float layer stays inside, with its trained weight and bias, so that fine-tuning can train it and its weight can be
+quantized anew.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ from fmpq_fx.quant.masked import mask_of
 from fmpq_fx.quant.rounding import LEAK
 
 QUANTIZERS = ("weight_quantizer.", "input_quantizer.")
-"""In the state dict of a :class:`QuantizedLayer`, the names of its quantizers' tensors start with these."""
+"""Prefixes of the quantizers' tensors in the state dict of a :class:`QuantizedLayer`."""
 
 
 class QuantizedLayer(CalledAlike):
-    """A layer whose weight lies on a grid of integers, and its input, too, if ``activation_bits`` is given.
+    """A layer whose weight is fake-quantized, and so is its input if ``activation_bits`` is given.
 
     Args:
         layer: the float layer; it becomes a part of this one.
-        bits: of the weights, at least 2.
-        activation_bits: of the input, at least 2, or None to keep it float.
+        bits: bits of the weights, at least 2.
+        activation_bits: bits of the input, at least 2, or None to keep it float.
         clip: see :class:`WeightFakeQuant`.
         leak: slope of gradients outside the ranges of weights and input.
         fitted: see :class:`WeightFakeQuant`.
@@ -36,9 +36,9 @@ class QuantizedLayer(CalledAlike):
     signed = True
     weight_name = "weight"  # the float layer's parameter that is quantized
     float_names: tuple[str, ...] = ("bias",)  # parameters of the float layer that are not quantized
-    channel_dim = -3  # of the input
-    power = 1  # of the input, to which the weight multiplies it
-    # As what a number per input channel broadcasts against the weight.
+    channel_dim = -3  # the channels' dimension of the input
+    power = 1  # the power of the input that the weight multiplies
+    # The shape in which a number per input channel broadcasts against the weight; None: it cannot.
     spread_over: tuple[int, ...] | None = None
 
     def __init__(
@@ -71,7 +71,7 @@ class QuantizedLayer(CalledAlike):
 
     @staticmethod
     def weight_of(layer: nn.Module) -> Tensor:
-        """Return the weight that the float ``layer`` multiplies with, whatever it is computed from."""
+        """Return the weight that the float ``layer`` multiplies with, computed from its parameters."""
         weight: Tensor = layer.weight  # type: ignore[assignment]
         return weight
 
@@ -81,11 +81,11 @@ class QuantizedLayer(CalledAlike):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that this layer multiplies with: dequantized, in the shape of the float layer's."""
+        """The weight that this layer multiplies with: dequantized, in the shape of the float layer's weight."""
         return self.dequantized_weight() if self.kept_weight is None else self.kept_weight
 
     def dequantized_weight(self) -> Tensor:
-        """Quantize and dequantize the float weight, in the shape of the float layer's."""
+        """Return the float weight quantized and dequantized, in the shape of the float layer's weight."""
         weight: Tensor = self.weight_quantizer(self.float_weight())
         return weight
 
@@ -101,7 +101,7 @@ class QuantizedLayer(CalledAlike):
 
     @property
     def integers(self) -> Tensor:
-        """The integers that stand for the weight, int32, (out, in, places): a place in the kernel is one number."""
+        """The integers of the weight, int32, (out, in, places); the places of a kernel are one dimension."""
         return self.by_output(self.weight_quantizer.integers(self.float_weight()))
 
     @property
@@ -115,28 +115,25 @@ class QuantizedLayer(CalledAlike):
 
     @torch.no_grad()
     def set_integers(self, integers: Tensor) -> None:
-        """Make the float layer's weight the dequantized ``integers``, of the shape of :attr:`integers`."""
+        """Set the float layer's weight to the dequantized ``integers``, of the shape of :attr:`integers`."""
         weight = integers.view(self.float_weight().shape) * self.weight_quantizer.scale
         self.set_weight(weight)
 
     @torch.no_grad()
     def set_clip(self, clip: float) -> None:
-        """Clip the weight at the part ``clip`` of each channel's largest magnitude; 1 is min-max."""
+        """Clip the weight at the fraction ``clip`` of each channel's largest magnitude; 1 is min-max."""
         self.weight_quantizer.fit(self.float_weight(), clip)
         if self.kept_weight is not None:
             self.kept_weight = self.dequantized_weight()
 
     def spread_shape(self) -> tuple[int, ...] | None:
-        """Return :attr:`spread_over`, or None where the input cannot have a step per channel.
-
-        With groups, outputs have input channels of their own.
-        """
+        """Return :attr:`spread_over`, or None if the input cannot have a step per channel (with groups, it cannot)."""
         return self.spread_over if getattr(self.layer, "groups", 1) == 1 else None
 
     def set_spread(self, log_spread: Sequence[float], *, fitted: bool = True) -> None:
-        """Let the steps of the input differ by channel, by factors of these logarithms; without any they are the same.
+        """Give the input's step these logarithms of factors, one per channel; none, and all channels have one step.
 
-        The steps of the weights are ``fitted`` anew. The layer must have a :meth:`spread_shape`.
+        With ``fitted`` the steps of the weights are fitted anew. The layer must have a :meth:`spread_shape`.
         """
         quantizer = self.weight_quantizer
         values = quantizer.log_scale.detach().new_tensor(log_spread) if log_spread else None
@@ -145,15 +142,15 @@ class QuantizedLayer(CalledAlike):
             self.set_clip(quantizer.clip)
 
     def set_weight(self, weight: Tensor) -> None:
-        """Make ``weight``, of the shape of :attr:`weight`, the float layer's."""
+        """Set the float layer's weight to ``weight``, of the shape of :attr:`weight`."""
         self.layer.get_parameter(self.weight_name).copy_(self.parameter_of(weight))
 
     def parameter_of(self, weight: Tensor) -> Tensor:
-        """Return the value of the float layer's parameter :attr:`weight_name` with which its weight is ``weight``."""
+        """Return the value that the parameter :attr:`weight_name` must have for the float layer's weight ``weight``."""
         return weight
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """Return ``x`` on the grid of its quantizer, or ``x`` where activations stay float."""
+        """Return ``x`` on the grid of the input quantizer, or ``x`` itself if activations stay float."""
         if self.input_quantizer is None:
             return x
         spread = self.weight_quantizer.log_spread
@@ -163,7 +160,7 @@ class QuantizedLayer(CalledAlike):
         return quantized
 
     def __repr__(self) -> str:
-        """One line: readable where a whole graph is printed."""
+        """Return one line, readable in the print of a whole graph."""
         quantizer = self.input_quantizer
         activations = "float" if quantizer is None else f"{quantizer.bits}-bit"
         layer = f"{type(self.layer).__name__}({self.layer.extra_repr()})"
@@ -183,7 +180,7 @@ class QuantizedConv2d(QuantizedLayer):
 
 
 class QuantizedMaskedConv2d(QuantizedConv2d):
-    """A convolution that sees only what is already decoded; masked weights are zero and stay so."""
+    """A convolution that sees only decoded symbols; masked weights are zero and stay so."""
 
     @staticmethod
     def weight_of(layer: nn.Module) -> Tensor:
@@ -200,15 +197,15 @@ class QuantizedMaskedConv2d(QuantizedConv2d):
 class QuantizedConvTranspose2d(QuantizedLayer):
     """A transposed convolution: its weight is (in, out / groups, kH, kW), so output channels are dimension 1.
 
-    With groups, output channel g * (out / groups) + j has its weights in the rows of group g, so steps are
-    shared within a group alone: the weight is seen as (groups, in / groups, out / groups, kH, kW).
+    With groups, output channel g * (out / groups) + j has its weights in the rows of group g. So a step must not span
+    groups: the weight is viewed as (groups, in / groups, out / groups, kH, kW).
     """
 
     layer: nn.ConvTranspose2d
-    spread_over = (1, -1, 1, 1, 1)  # the groups are apart
+    spread_over = (1, -1, 1, 1, 1)  # groups are a dimension
 
     def float_weight(self) -> Tensor:
-        """Return the weight with its groups apart, (groups, in / groups, out / groups, kH, kW)."""
+        """Return the weight with a dimension for its groups, (groups, in / groups, out / groups, kH, kW)."""
         weight: Tensor = self.weight_of(self.layer).unflatten(0, (self.layer.groups, -1))
         return weight
 
@@ -226,14 +223,14 @@ class QuantizedConvTranspose2d(QuantizedLayer):
 
     @torch.no_grad()
     def set_integers(self, integers: Tensor) -> None:
-        """Make the float layer's weight the dequantized ``integers``, of the shape of :attr:`integers`."""
+        """Set the float layer's weight to the dequantized ``integers``, of the shape of :attr:`integers`."""
         groups, inputs, outputs, *kernel = self.float_weight().shape
         apart = integers.view(groups, outputs, inputs, *kernel).transpose(1, 2)
         self.set_weight((apart * self.weight_quantizer.scale).flatten(0, 1))
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Upsample ``x`` (B, C, H, W), to ``output_size`` (height and width) where the call gives one."""
-        layer: Any = self.layer  # its types are those of all convolutions
+        """Upsample ``x`` (B, C, H, W), to ``output_size`` (height, width) if given."""
+        layer: Any = self.layer  # mypy takes its attributes for those of any convolution
         stride, padding, dilation = layer.stride, layer.padding, layer.dilation
         extra = layer._output_padding(x, output_size, stride, padding, layer.kernel_size, 2, dilation)
         x, weight = self.quantized_input(x), self.weight
@@ -253,10 +250,10 @@ class QuantizedLinear(QuantizedLayer):
 
 
 class QuantizedGDN(QuantizedLayer):
-    """GDN with a quantized gamma: unsigned, and after its reparametrization, since that gamma multiplies.
+    """GDN with a quantized gamma: the gamma after its reparametrization, which multiplies; unsigned.
 
-    The input is quantized where gamma multiplies it, in the norm. Where the norm divides it, it stays as it is: no
-    weight multiplies it there, and its rounding would cost as much RD as that of a convolution's input.
+    The input is quantized in the norm, where gamma multiplies it. The input that the norm divides stays float: no
+    weight multiplies it, and rounding it would cost as much RD loss as rounding a convolution's input.
     """
 
     layer: GDN
@@ -272,7 +269,7 @@ class QuantizedGDN(QuantizedLayer):
         return gamma
 
     def parameter_of(self, weight: Tensor) -> Tensor:
-        """Return gamma before its reparametrization, which changes it by rounding errors of float32."""
+        """Return gamma before its reparametrization, up to rounding errors of float32."""
         before: Tensor = self.layer.gamma_reparam.init(weight)
         return before
 

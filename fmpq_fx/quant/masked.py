@@ -1,7 +1,7 @@
-"""Convolutions whose weight is masked: CompressAI's, and those of users, who spell it in several ways.
+"""Recognize convolutions whose weight is masked: CompressAI's, and users' own, which are written in several ways.
 
-A layer's own forward may say ``F.conv2d(x, self.weight * self.mask, ...)``, or ``self.weight.data *= self.mask`` and
-then what a convolution does. Both are known by what they compute.
+A layer's own forward may be ``F.conv2d(x, self.weight * self.mask, ...)``, or ``self.weight.data *= self.mask`` and
+then a convolution. Both are recognized by the outputs that they compute.
 """
 
 import copy
@@ -15,7 +15,7 @@ _KNOWN: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 
 def mask_name(layer: nn.Module) -> str | None:
-    """Return the name of the buffer that the weight of ``layer`` is multiplied with; None where nothing masks it.
+    """Return the name of the buffer that the weight of ``layer`` is multiplied with; None if nothing masks it.
 
     A convolution with a forward of its own is tried out on random weights and inputs, once.
     """
@@ -38,7 +38,7 @@ def mask_of(layer: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def _masks(layer: nn.Conv2d, name: str) -> bool:
-    """Say whether ``layer`` does what a convolution does whose weight is multiplied with the buffer ``name``."""
+    """Say whether ``layer`` computes a convolution with its weight multiplied by the buffer ``name``."""
     generator = torch.Generator().manual_seed(0)
     twin = copy.deepcopy(layer).cpu().float()
     mask = twin.get_buffer(name)

@@ -1,4 +1,4 @@
-"""The registry that leads from float layers to quantized ones: what is in it can be quantized."""
+"""The registry of layers that can be quantized: float class -> quantized class."""
 
 from compressai.layers import GDN, GDN1, MaskedConv2d
 from torch import nn
@@ -26,10 +26,9 @@ _REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {
 
 
 def quantized_class(layer: nn.Module) -> type[QuantizedLayer] | None:
-    """Return the class that quantizes ``layer``, or None where there is none.
+    """Return the class that quantizes ``layer``, or None if there is none.
 
-    A subclass counts as its base as long as it computes the same. One that overrides ``forward`` does not, unless all
-    that it does is to mask its weight.
+    A subclass counts as its base unless it overrides ``forward``. An override that only masks the weight is allowed.
     """
     if mask_name(layer) is not None:
         return QuantizedMaskedConv2d

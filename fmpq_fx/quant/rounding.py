@@ -1,4 +1,4 @@
-"""Rounding to integers in a range and back, with gradients for what is rounded and for the step.
+"""Round to integers in a range and back, with gradients for the rounded tensor, the step and the zero point.
 
 Forward computes exactly what integer inference computes: the dequantized value of an integer in a fixed range.
 Backward lets gradients through the rounding (straight-through) and, with a small slope, through the clip.
@@ -14,7 +14,7 @@ LEAK = 0.05
 
 
 def integer_range(bits: int, signed: bool) -> tuple[int, int]:
-    """Return the least and the largest integer of weights of ``bits``: symmetric about 0, or from 0 up."""
+    """Return the least and the largest integer of ``bits``: symmetric about 0 if ``signed``, or from 0 up."""
     high = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     return (-high if signed else 0), high
 
@@ -22,7 +22,7 @@ def integer_range(bits: int, signed: bool) -> tuple[int, int]:
 class _FakeQuantize(torch.autograd.Function):
     """``(clamp(round(x / scale) + zero_point, low, high) - zero_point) * scale``, element by element.
 
-    Backward is that of the leaky clip without rounding. Inside the range:
+    The gradients are those of the leaky clip without rounding. Inside the range:
 
     - x: 1 (straight-through rounding);
     - scale: y / scale - x / scale, the rounding error in steps (LSQ: Esser et al. 2020, eq. 3);
@@ -74,15 +74,15 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _integers(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Return the integers that stand for ``x``, not clipped, a new tensor in the wider type of ``x`` and ``scale``."""
-    # In place where it can be, here and below: on large activations the time goes into memory, not arithmetic.
+    """Return the integers of ``x``, not clipped, as a new tensor in the wider type of ``x`` and ``scale``."""
+    # In place where possible, here and below: with large activations, memory takes the time, not arithmetic.
     return (x / scale).round_().add_(zero_point)
 
 
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, leak: float, grad_scale: float
 ) -> Tensor:
-    """Apply :class:`_FakeQuantize`; where no gradient is needed, nothing is kept for one."""
+    """Apply :class:`_FakeQuantize`; if no gradient is needed, nothing is saved for it."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, scale, zero_point)):
         return _FakeQuantize.apply(  # type: ignore[no-any-return]
             x, scale, zero_point, low, high, leak, grad_scale
@@ -102,6 +102,6 @@ class _ToInteger(torch.autograd.Function):
 
 
 def to_integer(x: Tensor, low: int, high: int) -> Tensor:
-    """Return ``x`` rounded to an integer in [low, high]; its gradient is that of the identity, at the ends as well."""
+    """Return ``x`` rounded to an integer in [low, high]; the gradient is 1 everywhere, also at the ends."""
     rounded: Tensor = _ToInteger.apply(x, low, high)
     return rounded

@@ -1,9 +1,9 @@
 """Find the entropy path: the modules between the coded latents and the parameters that choose their CDFs.
 
-What these compute must come out the same on the machine that decodes, to the last bit, or the image is destroyed.
-The path is followed through the graph (:mod:`fmpq_fx.passes.lower.walk`) from the parameters of the conditional
-entropy models, and from likelihoods that come from anything else, back to latents that the decoder has; and through
-the networks inside CompressAI's latent codecs, which the graph keeps whole.
+Their results must be the same on the machine that decodes, to the last bit, or the image is destroyed. The path is
+followed backwards through the graph (:mod:`fmpq_fx.passes.lower.walk`). It begins at the parameters of conditional
+entropy models, and at likelihoods that no entropy model computed, and ends at latents that the decoder has. It also
+goes through the networks inside CompressAI's latent codecs, which the graph keeps whole.
 """
 
 import operator
@@ -44,27 +44,31 @@ _NETWORKS: dict[type, tuple[str, ...]] = {
     CheckerboardLatentCodec: ("context_prediction", "entropy_parameters"),
     ChannelGroupsLatentCodec: ("channel_context",),
 }
-"""Which networks of a latent codec lie on the path."""
+"""The networks of each latent codec that lie on the path."""
 
 
 @dataclass(frozen=True)
 class EntropyPath:
-    """The names of the modules on the entropy path of a model, and what there cannot be computed exactly."""
+    """The names of the modules on the entropy path of a model, and the obstacles to exact arithmetic there."""
 
-    layers: tuple[str, ...]  # that multiply, in no particular order
+    layers: tuple[str, ...]  # layers that multiply, in no particular order
     activations: tuple[str, ...]  # LeakyReLU
     priors: tuple[str, ...]  # entropy bottlenecks whose latents enter the path
     in_order: bool  # the model codes its latents one after the other, in the loops of mbt2018
-    obstacles: tuple[str, ...]  # each names a node and says why it is none
+    obstacles: tuple[str, ...]  # each names a node and says why it cannot be exact
     terms: int = (
-        1  # layers saturate at 4096 / terms, so that what is computed of them has no more than 24 bits
+        1  # layers saturate at 4096 / terms, so that results computed from them have no more than 24 bits
     )
-    constants: tuple[str, ...] = ()  # parameters and buffers added there that are no fixed-point numbers yet
+    constants: tuple[
+        str, ...
+    ] = ()  # parameters and buffers on the path that must be made fixed-point numbers
 
     def described(self) -> dict[str, Any]:
-        """Return the path as a model file holds it: without constants where there are none, as older ones."""
-        words = asdict(self)
-        return words if self.constants else {key: value for key, value in words.items() if key != "constants"}
+        """Return the path as a model file holds it. Like older files, it has "constants" only if there are some."""
+        fields = asdict(self)
+        return (
+            fields if self.constants else {key: value for key, value in fields.items() if key != "constants"}
+        )
 
 
 def entropy_path(gm: fx.GraphModule) -> EntropyPath:
@@ -102,7 +106,7 @@ def entropy_path(gm: fx.GraphModule) -> EntropyPath:
 
 
 def _parameters(node: fx.Node, module: nn.Module) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Return what a call of an entropy model reads beside latents: scales, which choose CDFs alone, and the rest."""
+    """Return what an entropy model reads besides latents: the scales, and the others, which may be added to symbols."""
     given = arguments_of(node, module)
     nodes = {name: value for name, value in given.items() if isinstance(value, fx.Node) and name != "inputs"}
     return [n for name, n in nodes.items() if name == "scales"], [
@@ -113,9 +117,9 @@ def _parameters(node: fx.Node, module: nn.Module) -> tuple[list[fx.Node], list[f
 def _likelihoods_of_others(
     gm: fx.GraphModule, called: dict[fx.Node, nn.Module], sizes: set[fx.Node]
 ) -> list[fx.Node]:
-    """Return the likelihoods among the outputs that come from something else than calls of entropy models.
+    """Return the likelihoods among the outputs that are not computed by entropy models.
 
-    What is computed from the likelihoods of such calls alone, as a product with a mask is, decides nothing.
+    Nodes that read only likelihoods of entropy models (a product with a mask, say) count as computed by these.
     """
     harmless = {*sizes}
     for node in gm.graph.nodes:
@@ -148,7 +152,7 @@ def _check_conditional(draft: Draft, name: str, module: GaussianConditional) -> 
 
 
 def _enter(draft: Draft, name: str, codec: LatentCodec) -> None:
-    """Follow the networks inside the latent codec ``codec`` on the path, and those of the codecs inside it."""
+    """Follow the networks on the path inside the latent codec ``codec``, and inside the codecs that it contains."""
     for path, module in codec.named_modules(prefix=name):
         if isinstance(module, EntropyBottleneck):
             draft.priors[path] = None
@@ -187,7 +191,7 @@ def _follow_network(draft: Draft, path: str, network: nn.Module) -> None:
 
 
 def _check_calls_elsewhere(draft: Draft, called: dict[fx.Node, nn.Module], on_path: set[fx.Node]) -> None:
-    """Refuse modules that are called on the path and elsewhere: there, fixed-point numbers would not do."""
+    """Refuse modules that are called on the path and elsewhere, where fixed-point numbers would be wrong."""
     names = {id(module): name for name, module in (draft.layers | draft.activations).items()}
     for node, module in called.items():
         if node not in on_path and id(module) in names:

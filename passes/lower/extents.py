@@ -1,9 +1,9 @@
-"""How large and how fine the numbers on the entropy path become, so that no type of float rounds them.
+"""Bound the size and the fineness of the numbers on the entropy path, so that no type of float rounds them.
 
-A fixed-point number is a multiple of 2^-12 below 4096: it has 24 bits, and these are all that float32 has. The sum of
-two such numbers may have 25. Float32 then rounds it and float64 does not, so that an encoder in the one and a decoder
-in the other may choose different CDFs. So layers do not use the whole range: their outputs saturate at
-L = 4096 / n, and n is chosen so that everything that is computed from them has 24 bits again::
+A fixed-point number is a multiple of 2^-12 below 4096. It has 24 bits, as many as float32 holds. The sum of two such
+numbers may have 25 bits: float32 rounds it and float64 does not, so that an encoder in one type and a decoder in the
+other may choose different CDFs. So layers do not use the whole range: their outputs saturate at L = 4096 / n, and n
+is chosen so that everything that is computed from them has 24 bits again::
 
     layer --+
             +-- add --+                   at most 2 L
@@ -14,8 +14,8 @@ L = 4096 / n, and n is chosen so that everything that is computed from them has 
 A number that is at most ``size`` * L, and a multiple of 2^-(12 + ``bits``), needs n = ``size`` * 2^``bits``: it is then
 an integer of at most 24 bits times a power of two.
 
-Latents have no largest number. They may be moved, but neither added nor scaled down before a layer has read them,
-which saturates at 4096 itself.
+Latents have no largest number. Until a layer reads them, which saturates at 4096 itself, they may be moved, but
+neither added nor scaled down.
 """
 
 import math
@@ -40,24 +40,24 @@ MOST_TERMS = 16
 
 
 class Extent(NamedTuple):
-    """How large and how fine the numbers of a node may be."""
+    """Bounds on the numbers of a node: their size and their fineness."""
 
     size: Fraction | float  # their largest magnitude, in units of L; infinite for latents
     bits: int = 0  # they are multiples of 2^-(12 + bits)
 
     @property
     def needs(self) -> float:
-        """The n with which they have 24 bits."""
+        """The n with which the numbers have 24 bits."""
         return math.inf if self.size == math.inf else math.ceil(self.size * 2**self.bits)
 
 
 Values = frozenset[Fraction]
-"""The few numbers that a constant consists of. Its signs and 0 are counted in once it has been moved."""
+"""The few numbers that a constant consists of; after an operation also their negatives and 0, which it may make."""
 
 _MOST_VALUES = 64
 _BITS = frozenset({Fraction(0), Fraction(1)})
 _LATENT = Extent(math.inf)
-_OUTPUT = Extent(Fraction(1))  # of a layer; and a constant, see MOST_TERMS
+_OUTPUT = Extent(Fraction(1))  # outputs of layers, and constants (see MOST_TERMS)
 
 
 def float_layer(module: nn.Module) -> nn.Module:
@@ -74,7 +74,7 @@ def is_small_fixed_point(value: Any) -> bool:
 
 
 def constant_of(root: nn.Module, node: fx.Node) -> Tensor | None:
-    """Return the tensor that ``node`` reads from ``root``, or None where it is none."""
+    """Return the tensor that ``node`` reads from ``root``, or None if it reads none."""
     value = attrgetter(str(node.target))(root) if node.op == "get_attr" else None
     return value.detach() if isinstance(value, Tensor) else None
 
@@ -83,15 +83,15 @@ class Extents:
     """The extents of all nodes of a graph whose layers are exact, found in one pass from its inputs to its outputs.
 
     Args:
-        root: has the modules that the nodes call.
-        graph: its inputs are latents.
+        root: the module whose submodules the nodes call.
+        graph: a graph whose inputs are latents.
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph):
         self.root = root
         self.sizes = sizes(root, graph)
         self.rounded = rounded_latents(root, graph)
-        self.constants: dict[fx.Node, Values] = {}  # those that something can be multiplied by
+        self.constants: dict[fx.Node, Values] = {}  # constants that a node can be multiplied by
         self._known: dict[fx.Node, Extent] = {}
         for node in graph.nodes:
             values = self._values(node)
@@ -106,15 +106,15 @@ class Extents:
     def needs(self, node: fx.Node) -> float:
         """Return the n that the sum or product ``node`` needs; infinite where no n is enough."""
         if self._known[node].size == math.inf:
-            # Float32 holds latents below 4096 exactly and rounds those beyond; float64 does not. Both stay there, where
-            # the next layer saturates, if they are multiplied by 0 or by a power of two that is not below 1.
+            # Float32 holds latents below 4096 exactly and rounds larger ones; float64 does not. A product with 0 or
+            # with a power of two from 1 on moves no rounded latent below 4096, and beyond, the next layer saturates.
             product = self.product(node)
             harmless = product is not None and all(v.denominator == 1 and _is_power(v) for v in product[1])
             return 1 if harmless else math.inf
         return self._known[node].needs
 
     def product(self, node: fx.Node) -> tuple[fx.Node, Values] | None:
-        """Return what the product or quotient ``node`` multiplies, and the constant by which; None if by none."""
+        """Return the node that the product or quotient ``node`` scales, and the constant factor; None without one."""
         operands = operands_of(self.root, node)
         if operands is None or len(operands) != 2:
             return None
@@ -167,7 +167,7 @@ class Extents:
                 return Extent(self._joined(node.all_input_nodes).size * grows)
         operation, values = operation_of(self.root, node), operands_of(self.root, node)
         if operation is None or values is None:
-            return _OUTPUT  # whatever that is: it has no exact form, and the walk says so
+            return _OUTPUT  # any extent will do: the operation has no exact form, and the walk says so
         if operation.numbers is Numbers.MADE:
             return _OUTPUT
         if operation.numbers is Numbers.KEPT:
@@ -184,7 +184,7 @@ class Extents:
         return self._known[value] if isinstance(value, fx.Node) else _OUTPUT
 
     def _joined(self, values: Iterable[Any]) -> Extent:
-        """Return the extent of numbers that are each one of those of ``values``."""
+        """Return the extent of numbers that are taken from any of ``values``."""
         parts = [self._of(value) for value in values if value not in self.sizes]
         return Extent(
             max((p.size for p in parts), default=Fraction(1)), max((p.bits for p in parts), default=0)
@@ -192,7 +192,7 @@ class Extents:
 
 
 def values_of(constant: Any) -> Values | None:
-    """Return what ``constant``, a number or a tensor, consists of; None for many or long numbers, and for all else."""
+    """Return the numbers in ``constant``, a number or a tensor; None if they are many or long, or it is neither."""
     if not isinstance(constant, int | float | Tensor):
         return None
     numbers = torch.as_tensor(constant).double().unique().tolist()
@@ -201,14 +201,14 @@ def values_of(constant: Any) -> Values | None:
 
 
 def _short(numbers: Iterable[Fraction]) -> Values | None:
-    """Return ``numbers`` if they are few, and fixed-point numbers, which float32 adds and multiplies by few others."""
+    """Return ``numbers`` if they are few and each is a multiple of 2^-12 below 4096; else None."""
     values = frozenset(numbers)
     short = all(abs(v) < 2**FRACTION_BITS and _bits(v) <= FRACTION_BITS for v in values)
     return values if short and 0 < len(values) <= _MOST_VALUES else None
 
 
 def _is_power(number: Fraction) -> bool:
-    """Say whether ``number``, whose denominator is a power of two, is one as well, or 0."""
+    """Say whether ``number``, whose denominator is a power of two, is itself a power of two, or 0."""
     magnitude = abs(number.numerator)
     return magnitude & (magnitude - 1) == 0
 

@@ -1,4 +1,4 @@
-"""Lower the entropy path of a model to exact integer arithmetic, so that what it codes decodes everywhere."""
+"""Lower the entropy path of a model to exact integer arithmetic, so that its bitstreams decode everywhere."""
 
 import functools
 from operator import attrgetter
@@ -12,18 +12,18 @@ from fmpq_fx.exact.fixed_point import MOST, from_integers, to_integers
 from fmpq_fx.passes.lower.entropy_path import EntropyPath
 from fmpq_fx.passes.swap import replace_modules
 
-_MOST_NAMED = 8  # obstacles in an error: where a block is repeated, so is what stands in it
+_MOST_NAMED = 8  # obstacles in an error; repeated blocks repeat their obstacles
 
 
 def integerize(model: nn.Module, path: EntropyPath) -> nn.Module:
-    """Put exact modules in the places of those of ``model`` on ``path``, in place, and return it.
+    """Replace the modules of ``model`` on ``path`` by exact ones, in place, and return ``model``.
 
-    Loops that read a weight without calling its layer, as those of ``path.in_order``, are for the codec to replace.
+    Coding loops that read a weight without calling its layer (``path.in_order``) must be replaced by the codec.
 
     Args:
-        model: a model of any class whose layers are quantized as a plan says. It is for coding from now on:
-            nothing on the path has gradients.
-        path: where they are (:func:`fmpq_fx.passes.lower.entropy_path.entropy_path`).
+        model: a model of any class whose layers are quantized as a plan says. From now on it can only code: nothing
+            on the path has gradients.
+        path: its entropy path (:func:`fmpq_fx.passes.lower.entropy_path.entropy_path`).
 
     Raises:
         FmpqError: something on the path cannot be computed exactly; ``model`` is then as it was.
@@ -43,7 +43,7 @@ def integerize(model: nn.Module, path: EntropyPath) -> nn.Module:
             except FmpqError as error:
                 raise FmpqError(f"{name!r} has no exact form: {error}") from error
     replace_modules(model, exact)
-    # Medians as well, so that a symbol plus its median is a fixed-point number in every type.
+    # Medians too, so that a symbol plus its median is a fixed-point number in every type of float.
     medians = [attrgetter(f"{name}.quantiles")(model)[:, :, 1] for name in path.priors]
     for values in (*medians, *(attrgetter(name)(model) for name in path.constants)):
         _round(values)

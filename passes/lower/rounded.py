@@ -1,7 +1,7 @@
-"""Latents that a forward rounds by itself, as ``round(y - means) + means``, where an entropy model codes them so.
+"""Find latents that a forward rounds itself, as ``round(y - means) + means``, and an entropy model codes.
 
-Channel-conditional codecs write that out, because they want another gradient than the entropy model's. The decoder has
-these latents: they are symbols plus means, and that sum is exact, as that of the entropy model is.
+Channel-conditional codecs write this out, because they want another gradient than the entropy model's. The decoder has
+these latents: they are symbols plus means, and this sum is as exact as the entropy model's own.
 """
 
 from typing import Any
@@ -13,20 +13,22 @@ from fmpq_fx.passes.operations import operands_of, operation_of
 
 
 def arguments_of(node: fx.Node, module: nn.Module) -> dict[str, Any]:
-    """Return what the call ``node`` of the entropy model ``module`` is given, by name."""
+    """Return the arguments of ``node``, a call of the entropy model ``module``, by name."""
     names = ("inputs", "scales", "means") if isinstance(module, GaussianConditional) else ("inputs",)
     return {names[i] if i < len(names) else str(i): value for i, value in enumerate(node.args)} | node.kwargs
 
 
 def rounded_latents(root: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx.Node | str]:
-    """Return the nodes of ``graph`` that are such latents, with their means, or the entropy bottleneck that has them.
+    """Return the nodes of ``graph`` that are such latents -> their means, or the entropy bottleneck of their medians.
 
     Args:
-        root: has the modules that the graph calls.
-        graph: of a model.
+        root: the module whose submodules the graph calls.
+        graph: the graph of a model.
     """
     match = _Match(root)
-    coded: dict[fx.Node, tuple[Any, str | None]] = {}  # what is coded: its means, or the bottleneck
+    coded: dict[
+        fx.Node, tuple[Any, str | None]
+    ] = {}  # coded node -> its means, and the name of the bottleneck
     for node in graph.nodes:
         module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, EntropyModel):
@@ -49,19 +51,19 @@ def rounded_latents(root: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx.Node |
 
 
 class _Match:
-    """Recognizes the pieces of ``round(y - means) + means``; what it is asked of may be anything."""
+    """Recognizes the pieces of ``round(y - means) + means``; its arguments may be any nodes or values."""
 
     def __init__(self, root: nn.Module):
         self.root = root
 
     def bare(self, node: Any) -> Any:
-        """Return what ``node`` has the values of, behind all calls of detach() and the like."""
+        """Return the node whose values ``node`` passes on, behind all calls of detach() and the like."""
         while self._is(node, "identity"):
             node = node.all_input_nodes[0]
         return node
 
     def pairs(self, node: Any, name: str) -> list[tuple[fx.Node, fx.Node]]:
-        """Return the two operands of ``node`` if it is such an operation of two nodes, or nothing."""
+        """Return the two operands of ``node`` if it is the operation ``name`` on two nodes; else nothing."""
         values = operands_of(self.root, node) if self._is(node, name) else None
         if not values or len(values) != 2 or not all(isinstance(value, fx.Node) for value in values):
             return []
@@ -72,9 +74,9 @@ class _Match:
         return [pair for a, b in self.pairs(node, name) for pair in ((a, b), (b, a))]
 
     def rounded(self, node: Any) -> Any:
-        """Return what ``node`` is the rounded values of, or None.
+        """Return the node d if ``node`` is round(d), or None.
 
-        ``(round(d) - d) + d`` is one as well, exactly: the difference is a number that each type of float holds.
+        ``(round(d) - d) + d`` counts as well. It is exact: each type of float holds the difference.
         """
         node = self.bare(node)
         if self._is(node, "round") and len(node.args) == 1 and not node.kwargs:

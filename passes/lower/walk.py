@@ -1,4 +1,4 @@
-"""The walk along the entropy path of one graph: from where CDFs are chosen back to what the decoder has.
+"""Walk along the entropy path of one graph: from the choice of CDFs back to the latents that the decoder has.
 
 ::
 
@@ -7,9 +7,9 @@
     z -> EntropyBottleneck -> z_hat -> h_s -> chunk    goes through chunk and h_s, and notes their layers,
                               and ends at z_hat, which is decoded
 
-What it meets has an exact form, or is an obstacle. Layers with weights and LeakyReLU get modules of their own.
-Everything else runs as it is, in the code of the user's class: it is exact if it only moves and chooses numbers, or
-if its results have so few bits that no float type rounds them (:mod:`fmpq_fx.passes.lower.extents`).
+Each node on the way has an exact form, or is an obstacle. Layers with weights and LeakyReLU get exact modules. All
+other operations run as they are, in the code of the user's class: they are exact if they only move and choose numbers,
+or if their results have so few bits that no float type rounds them (:mod:`fmpq_fx.passes.lower.extents`).
 """
 
 import math
@@ -35,7 +35,7 @@ from fmpq_fx.quant import QuantizedLayer, QuantizeLatent, quantized_class
 
 @dataclass
 class Draft:
-    """What was found of an entropy path so far; see :class:`fmpq_fx.passes.lower.entropy_path.EntropyPath`."""
+    """The part of an entropy path found so far; see :class:`fmpq_fx.passes.lower.entropy_path.EntropyPath`."""
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
     activations: dict[str, nn.Module] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Draft:
     terms: int = 1
 
     def stop(self, node: str, reason: str) -> None:
-        """Note an obstacle."""
+        """Note an obstacle: ``node``, and the ``reason`` that it has no exact form."""
         self.obstacles[f"{node!r} {reason}"] = None
 
     def note_module(self, name: str, module: nn.Module) -> bool:
@@ -73,12 +73,12 @@ class Walk:
     """Follows one graph against its direction.
 
     Args:
-        draft: where it notes what it meets.
-        root: has the modules that the graph calls.
-        graph: what it walks through.
-        state: has the parameters and buffers that the coding methods read as the graph does.
-        prefix: what comes before the names of modules.
-        inputs: whether the graph's inputs are what the decoder has.
+        draft: the draft that it adds modules and obstacles to.
+        root: the module whose submodules the graph calls.
+        graph: the graph that it walks through.
+        state: the module whose parameters and buffers the coding methods read as the graph does.
+        prefix: the text before the names of modules.
+        inputs: whether the decoder has the graph's inputs.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Walk:
         self.seen: set[fx.Node] = set()
 
     def follow(self, ends: Iterable[fx.Node]) -> None:
-        """Visit ``ends`` and all that they are computed from, up to coded latents."""
+        """Visit ``ends`` and all nodes that they are computed from, back to coded latents."""
         todo = list(ends)
         while todo:
             node = todo.pop()
@@ -106,10 +106,10 @@ class Walk:
                 todo += self._sources(node)
 
     def follow_means(self, ends: Iterable[fx.Node]) -> None:
-        """Follow ``ends`` as well, which are added to decoded symbols.
+        """Follow ``ends``, which are added to decoded symbols.
 
-        Such a sum has no largest number. With a mean that is a multiple of 2^-12 float32 holds it exactly up to 4096,
-        where all that reads it saturates. A finer mean would be rounded before that.
+        Such a sum has no largest number. If the mean is a multiple of 2^-12, float32 holds the sum exactly up to 4096,
+        where all its readers saturate. With a finer mean, float32 would round it earlier.
         """
         for node in ends:
             self.follow([node])
@@ -119,7 +119,7 @@ class Walk:
                 )
 
     def _sources(self, node: fx.Node) -> Iterable[fx.Node]:
-        """Note ``node``; return where the path goes on: nowhere from latents, constants and obstacles."""
+        """Note ``node``; return the nodes where the path goes on: none after latents, constants and obstacles."""
         means = self.extents.rounded.get(node)
         if isinstance(means, fx.Node):
             self.follow_means([means])
@@ -148,7 +148,7 @@ class Walk:
         return []
 
     def _note_constant(self, node: fx.Node) -> None:
-        """Note a tensor of the model, which is rounded to fixed-point numbers where it has to be."""
+        """Note a tensor of the model that must be rounded to fixed-point numbers, or why it cannot be."""
         value, name = constant_of(self.root, node), str(node.target)
         if value is not None and is_small_fixed_point(value):
             return
@@ -164,7 +164,7 @@ class Walk:
             self.draft.constants[self.prefix + name] = None
 
     def _checked(self, node: fx.Node) -> Iterable[fx.Node]:
-        """Return the inputs of ``node``, an operation without weights, or nothing where it has no exact form."""
+        """Return the inputs of ``node``, an operation without weights; nothing if it has no exact form."""
         if node.op == "call_module" and type(self.root.get_submodule(str(node.target))) is nn.LeakyReLU:
             return node.all_input_nodes
         obstacle = self._obstacle(node)
@@ -173,7 +173,7 @@ class Walk:
             return []
         product = self.extents.product(node) if self._numbers(node) is Numbers.SCALED else None
         if product is not None:
-            return [product[0]]  # the other one is a constant, whose bits were counted
+            return [product[0]]  # the other operand is a constant, whose bits were counted
         return [] if self._numbers(node) is Numbers.MADE else node.all_input_nodes
 
     def _numbers(self, node: fx.Node) -> Numbers:
@@ -181,7 +181,7 @@ class Walk:
         return Numbers.ROUNDED if operation is None or writes(node) else operation.numbers
 
     def _obstacle(self, node: fx.Node) -> str | None:
-        """Say why ``node`` is not exact as it is; None where it is."""
+        """Return why ``node`` is not exact as it is; None if it is exact."""
         operation, operands = operation_of(self.root, node), operands_of(self.root, node)
         numbers = self._numbers(node)
         if operation is None or operands is None or numbers is Numbers.ROUNDED:
@@ -208,5 +208,5 @@ class Walk:
         return f"{what}; put a convolution before it"
 
     def _is_exact(self, value: Any) -> bool:
-        """Say whether an operand is a node that can be followed, or a number that fits between its values."""
+        """Say whether an operand is a node that can be followed, or a small fixed-point number."""
         return value not in self.extents.sizes if isinstance(value, fx.Node) else is_small_fixed_point(value)

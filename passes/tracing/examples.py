@@ -1,4 +1,4 @@
-"""Images to trace with where none are given, and of another size, to check what was traced."""
+"""Make images: to trace with where none are given, and of other sizes to check a graph with."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ Shape = tuple[int, int, int]
 """Channels, height and width of an image."""
 
 CHANNELS = (3, 1, 4)
-"""How many channels images may have, the likeliest first."""
+"""Numbers of channels that images may have, the likeliest first."""
 
 _SHAPES: tuple[Shape, ...] = tuple((channels, side, side) for channels in CHANNELS for side in (256, 512, 64))
 _STEPS = (64, 128, 32, 16, 256)  # what a side may have to be a multiple of, the likeliest first
@@ -23,11 +23,11 @@ def synthetic(model: nn.Module, shape: Shape | None = None) -> Tensor:
     """Return an image (1, C, H, W), always the same, in [0, 1], that ``model`` can run on.
 
     Args:
-        model: says which device and dtype.
-        shape: of the image. None tries some, 256 x 256 with 3 channels first.
+        model: the image has its device and dtype.
+        shape: the shape of the image. None tries several, 256 x 256 with 3 channels first.
 
     Raises:
-        FmpqError: the model can run on none of those that are tried.
+        FmpqError: the model can run on none of the shapes that are tried.
     """
     if shape is not None:
         return _image(model, shape)
@@ -68,5 +68,5 @@ def of_other_sizes(x: Tensor) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def run_copy(model: nn.Module, x: Tensor) -> dict[str, object]:
-    """Return what ``model`` gives for ``x`` in evaluation; neither is touched, though a forward may write to both."""
+    """Return the output of ``model`` for ``x`` in evaluation; both are copied, since a forward may write to them."""
     return output_of(copied(model), x.clone())

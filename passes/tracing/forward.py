@@ -1,4 +1,4 @@
-"""Record one run of a model: what it returns, and why it cannot be recorded, in words for its author."""
+"""Record one run of a model as a graph, or tell its author why it cannot be recorded."""
 
 import contextlib
 import copy
@@ -27,17 +27,17 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class Recorded:
-    """A graph, and what it calls and reads that the model does not have."""
+    """A graph, and the modules and tensors that it uses and the model does not have."""
 
     graph: fx.Graph
     added: dict[str, nn.Module]  # by the name in the graph
     constants: dict[str, Tensor]  # by the name in the graph
-    frozen: dict[str, str]  # what may be bound to the size of the example, and where it is read
-    kept: bool  # whether some of that may have been kept from an earlier run
+    frozen: dict[str, str]  # values that may fit the size of the example alone -> the line that reads them
+    kept: bool  # whether some of these may have been kept from an earlier run
     asks_mode: bool  # whether the forward may do something else in training
 
     def held(self, root: nn.Module) -> dict[str, Any]:
-        """Return all that the graph calls and reads, by name; ``root`` is the model."""
+        """Return the modules and tensors that the graph uses, by name; ``root`` is the model."""
         own: dict[str, Any] = {**self.added, **self.constants}
         targets = [str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr")]
         return {target: own[target] if target in own else attrgetter(target)(root) for target in targets}
@@ -55,21 +55,21 @@ class Recorded:
 def record(
     root: nn.Module, example: Tensor, *, training: bool = False, constants: str = "constant"
 ) -> Recorded:
-    """Return what the forward of ``root`` does with ``example`` (1, C, H, W).
+    """Record the forward of ``root`` on ``example`` (1, C, H, W).
 
     Args:
         root: the model; it is not touched.
-        example: images.
-        training: whether to record what it does in training.
-        constants: how the names of tensors begin that it has from elsewhere.
+        example: the images that it runs on.
+        training: whether to record it in training mode.
+        constants: the prefix for the names of tensors that do not belong to the model.
 
     Raises:
-        FmpqError: it does something that no graph can do.
+        FmpqError: the forward does something that no graph can do.
     """
     recorded = _record(copy.deepcopy(root), example, training, constants)
     if not recorded.kept:
         return recorded
-    # A mask that was kept for images of this size is made anew by a model that has seen others meanwhile.
+    # A model may keep a mask for images of this size. After it has seen another size, it makes the mask anew.
     warmed = _warmed(root, example, training, constants)
     again = next(warmed, recorded)
     if len(again.frozen) >= len(recorded.frozen):
@@ -79,7 +79,7 @@ def record(
 
 
 def _warmed(root: nn.Module, example: Tensor, training: bool, constants: str) -> Iterator[Recorded]:
-    """Yield what models do with ``example`` that have seen images of other sizes."""
+    """Record the forward on ``example`` by models that have just seen images of other sizes."""
     for other in of_other_sizes(example):
         warm = copy.deepcopy(root).train(training)
         try:
@@ -92,10 +92,10 @@ def _warmed(root: nn.Module, example: Tensor, training: bool, constants: str) ->
 
 
 def _without_state(recorded: Recorded, other: Recorded) -> Recorded:
-    """Return ``recorded`` without conditions on what an earlier run left, which differs in ``other``.
+    """Return ``recorded`` without the conditions on values that an earlier run left, which differ in ``other``.
 
-    ``if self.height != height`` has the same answer for all sizes but that of the earlier run, and what is done then
-    is right for that one as well.
+    ``if self.height != height`` has the same answer for all sizes but the one of the earlier run, and the code for
+    these sizes is right for that one as well.
     """
     graph, nodes = recorded.graph, list(recorded.graph.nodes)
     if len(nodes) == len(other.graph.nodes):
@@ -126,9 +126,7 @@ def _record(scratch: nn.Module, example: Tensor, training: bool, constants: str)
         raise
     except Exception as error:
         if not isinstance(error, UnrecordableError) and not training:
-            run_copy(
-                scratch, example
-            )  # raises what the model does by itself: it may not be made for such images
+            run_copy(scratch, example)  # raises the model's own error, if it is not made for such images
         raise FmpqError(_untraceable(scratch, recording, error)) from error
     graph, state = recording.tape.graph, recording.state
     graph.output(found)
@@ -137,7 +135,7 @@ def _record(scratch: nn.Module, example: Tensor, training: bool, constants: str)
 
 
 def _output(recording: Recording, output: dict[str, Any]) -> dict[str, Any]:
-    """Return ``output`` with nodes in the places of values; what no graph can hold is left out."""
+    """Return ``output`` with nodes in the places of values; items that no graph can hold are left out."""
     found = {}
     for key, value in output.items():
         with (
@@ -154,7 +152,7 @@ def _operation(node: fx.Node) -> tuple[str, str, str, str]:
 
 
 def _untraceable(model: nn.Module, recording: Recording, error: Exception) -> str:
-    """Name the module and the line of the user's code at which the trace ended, and what can be done."""
+    """Return the error text: the module and the line of the user's code where the trace ended, and what can be done."""
     names = {id(module): name for name, module in model.named_modules()}
     module = recording.stack[-1] if recording.stack else model
     name, cls = names.get(id(module), ""), type(module).__name__

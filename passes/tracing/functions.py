@@ -1,4 +1,4 @@
-"""What a recorded graph calls where torch has no function for it. Nothing here changes what it is given."""
+"""Functions that recorded graphs call where torch has none. None of them changes its arguments."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from fmpq_fx.errors import FmpqError
 
 
 class DecisionError(FmpqError):
-    """A forward would decide otherwise on these images than where it was traced."""
+    """A forward would take another decision on these images than on the traced example."""
 
 
 def set_item(x: Tensor, index: Any, value: Any) -> Tensor:
@@ -20,7 +20,7 @@ def set_item(x: Tensor, index: Any, value: Any) -> Tensor:
 
 
 def changed(x: Tensor, method: str, *args: Any, **kwargs: Any) -> Tensor:
-    """Return what the in-place ``method`` of ``x`` leaves there: ``changed(x, "fill_", 1)``."""
+    """Return ``x`` as its in-place ``method`` leaves it: ``changed(x, "fill_", 1)``."""
     out = x.clone()
     getattr(out, method)(*args, **kwargs)
     return out
@@ -32,12 +32,12 @@ def written_through(
     """Return ``x`` after ``value`` was written to a view of it.
 
     Args:
-        x: what the view is of.
-        value: what the view holds now.
-        piece: which of the tensors that ``view`` gives; None where it gives one.
-        view: the method, or the attribute, of ``x`` that made the view.
-        *args: of the method.
-        **kwargs: of the method.
+        x: the tensor that was viewed.
+        value: the values that the view has now.
+        piece: the number of the written tensor if ``view`` gives several; None if it gives one.
+        view: the method or attribute of ``x`` that made the view.
+        *args: the arguments of the method.
+        **kwargs: the keyword arguments of the method.
     """
     out = x.clone()
     made = getattr(out, view)
@@ -47,15 +47,15 @@ def written_through(
 
 
 def numpy_scalar(name: str, *args: Any) -> Any:
-    """Return what NumPy's function ``name`` makes of numbers, as a number of Python's."""
+    """Return the result of NumPy's function ``name`` for numbers, as a Python number."""
     return getattr(np, name)(*args).item()
 
 
 def expect(found: Any, answer: Any, where: str) -> None:
-    """Check that a condition that the forward asked has the answer with which it was traced.
+    """Check that a condition of the forward has the answer that it had when traced.
 
     Raises:
-        DecisionError: it has another one; ``where`` says which it is.
+        DecisionError: it has another answer; ``where`` is the line of the condition.
     """
     if found != answer:
         raise DecisionError(

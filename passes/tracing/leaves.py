@@ -1,4 +1,4 @@
-"""Which modules are kept whole, and what stands in a graph for a call that is no module's."""
+"""Decide which modules are kept whole, and make modules for calls that must be kept whole too."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from fmpq_fx.quant import QuantizedLayer, QuantizeLatent, argument_names, in_ord
 def kept_whole(module: nn.Module) -> bool:
     """Say whether a call of ``module`` becomes one node instead of being traced into.
 
-    So are what can be quantized, what codes, and the layers of torch and einops.
+    These are layers that can be quantized, entropy models and latent codecs, and the layers of torch and einops.
     """
     if quantized_class(module) is not None:
         return True
@@ -37,12 +37,12 @@ class FunctionCall(nn.Module):
         self.function = function
 
     def forward(self, *args: Any) -> Any:
-        """Return what the function makes of ``args``."""
+        """Return the result of the function for ``args``."""
         return self.function.apply(*args)
 
 
 class NetworkTracer(fx.Tracer):
-    """Records a network inside a model symbolically, with the same modules whole; of its input there is no example."""
+    """Records a network inside a model symbolically, since its input has no example; it has the same leaves."""
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of ``root``, a module, while no other thread traces."""
@@ -51,16 +51,16 @@ class NetworkTracer(fx.Tracer):
             return super().trace(root, concrete_args)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Record a call of ``m``, its arguments by position; what other threads call runs as ever."""
-        if not self._thread.runs():
+        """Record a call of ``m``, its arguments by position; calls in other threads run as usual."""
+        if not self._thread.is_current():
             return forward(*args, **kwargs)
         if kept_whole(m):
             args, kwargs = in_order(argument_names(m), args, kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """Return what stands for ``attr_val``, which a module has; for other threads, that is itself."""
-        if not self._thread.runs():
+        """Return the proxy of ``attr_val``, an attribute of a module; in other threads, return it itself."""
+        if not self._thread.is_current():
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 

@@ -1,4 +1,4 @@
-"""Run a model on images, and say what is wrong where it cannot, or where its output is not CompressAI's."""
+"""Run a model on images, and explain the error if it cannot, or if its output is not CompressAI's."""
 
 import re
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def check_output(output: Any) -> None:
     """Check that ``output`` is a dict with a reconstruction and likelihoods.
 
     Raises:
-        FmpqError: it is something else.
+        FmpqError: ``output`` is something else.
     """
     likelihoods = output.get("likelihoods") if isinstance(output, dict) else None
     if isinstance(likelihoods, dict) and likelihoods and "x_hat" in output:
@@ -52,7 +52,7 @@ def check_output(output: Any) -> None:
 
 
 def wrong_channels(wanted: int, given: int) -> str:
-    """Return what to tell of a model that takes images of ``wanted`` channels, and was ``given`` others."""
+    """Return the error text for a model that takes images of ``wanted`` channels and was ``given`` others."""
     return (
         f"the model takes images of {wanted} channel{'s' * (wanted != 1)}, and these have {given}\n"
         f"Pass tensors (…, {wanted}, H, W), float in [0, 1]; image files, and the photographs that prepare() takes "
@@ -66,7 +66,7 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 
 def _failure(error: BaseException, x: Tensor) -> str:
-    """Return what to tell of a model that raised ``error`` on the images ``x``, and what to do."""
+    """Return the error text for a model that raised ``error`` on the images ``x``, with what to do."""
     images = f"{len(x)} image{'s' * (len(x) != 1)} of {x.size(-1)} x {x.size(-2)}"
     if ran_out_of_memory(error):
         return (

@@ -1,4 +1,4 @@
-"""The graph of a model, or its two graphs, if it does something else in training."""
+"""The module that runs the graph of a model, or its two graphs if training does something else."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -10,16 +10,16 @@ from torch import Tensor, fx, nn
 
 
 class TracedModule(fx.GraphModule):
-    """A GraphModule that may have a second graph, of training, over the same modules.
+    """A GraphModule that may have a second graph, for training, over the same modules.
 
-    What passes look at and change is the graph of evaluation. Both find modules by name, so that what takes the place
-    of a layer does so in both. Copies and pickles keep both graphs, the notes on their nodes, and :attr:`meta`.
+    Passes read and change the graph of evaluation. Both graphs find modules by name, so that a replaced layer is
+    replaced in both. Copies and pickles keep both graphs, the notes on their nodes, and :attr:`meta`.
 
     Args:
-        held: what the graphs call and read, by name, or a module that has it.
-        graph: of evaluation.
-        training_graph: what to run in training; None runs the graph of evaluation there as well.
-        name: of the model's class.
+        held: the modules and tensors that the graphs use, by name, or a module that has them.
+        graph: the graph of evaluation.
+        training_graph: the graph of training; None runs the graph of evaluation there too.
+        name: the name of the model's class.
     """
 
     training_graph: fx.Graph | None = None
@@ -52,7 +52,7 @@ class TracedModule(fx.GraphModule):
         return code
 
     def held(self) -> dict[str, Any]:
-        """Return what the graphs call and read, by name."""
+        """Return the modules and tensors that the graphs use, by name."""
         graphs = [self.graph] if self.training_graph is None else [self.graph, self.training_graph]
         return {target: attrgetter(target)(self) for target in _targets(graphs)}
 
@@ -66,13 +66,13 @@ class TracedModule(fx.GraphModule):
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the graphs node by node; their code would have to be traced again."""
+        """Pickle the graphs node by node; fx would pickle their code, and trace it again on loading."""
         graphs = [None if graph is None else _listed(graph) for graph in (self.graph, self.training_graph)]
         return _rebuilt, (self._class, self.held(), *graphs, self._get_name(), _modes(self), self.meta)
 
     @property
     def _class(self) -> "type[TracedModule]":
-        """The class that has a name; fx makes one more for each graph."""
+        """The class that the source defines; fx makes a subclass for each graph."""
         return next(cls for cls in type(self).__mro__ if "<locals>" not in cls.__qualname__)
 
 
@@ -87,7 +87,7 @@ def _rebuilt(
 
 
 def _targets(graphs: Iterable[fx.Graph]) -> list[str]:
-    """Return the names that ``graphs`` read, each once, those of modules before those of their parts."""
+    """Return the names that ``graphs`` use, each once, modules before their parts."""
     nodes = [node for graph in graphs for node in graph.nodes if node.op in ("call_module", "get_attr")]
     return sorted(dict.fromkeys(str(node.target) for node in nodes), key=lambda target: target.count("."))
 

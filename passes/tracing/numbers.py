@@ -1,8 +1,8 @@
-"""Numbers that know the node that computes them: sizes, and what a forward computes of sizes.
+"""Numbers that know the node that computes them: sizes, and numbers that a forward computes from sizes.
 
-They are ints and floats to everyone who asks. Their arithmetic is recorded beside its result, and comparing one, or
-asking its truth, is a decision of the forward's that the recorder is told of. What Python makes a plain number of, to
-count a loop with it for instance, is bound to that number.
+To all other code they are ints and floats. Their arithmetic is recorded beside its result. Comparing one, or asking its
+truth, is a decision of the forward, which the recorder is told. Where Python takes a plain number, to count a loop for
+instance, the graph is bound to that number.
 """
 
 import math
@@ -17,23 +17,23 @@ from fmpq_fx.passes.tracing.refusals import UnrecordableError
 
 
 class Recorder(Protocol):
-    """What is told of the arithmetic."""
+    """Records the arithmetic of numbers."""
 
     def apply(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return what ``function`` makes of numbers, as a number that knows where it comes from."""
+        """Return the result of ``function`` for numbers, as a number that knows its node."""
 
     def decide(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return the answer of ``function``, on which the forward decides something."""
+        """Return the answer of ``function``, which the forward decides on."""
 
     def pin(self, number: Any) -> Any:
-        """Return ``number`` as a plain one; what is computed of it is bound to it."""
+        """Return ``number`` as a plain one; the graph is bound to it."""
 
 
 class TracedInt(torch.SymInt):
-    """An int with what computes it.
+    """An int that knows its source.
 
-    As a subclass of int it would lose that wherever C looks at it, as in ``0.5 * height``. torch takes its own
-    symbolic numbers in all places, and Python asks them.
+    A subclass of int would lose its source wherever C code reads it, as in ``0.5 * height``. torch takes symbolic
+    numbers everywhere, and Python calls their methods.
     """
 
     def __init__(self, value: int, source: Any, recorder: Recorder):
@@ -41,12 +41,12 @@ class TracedInt(torch.SymInt):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """The class that isinstance is told."""
+        """The class that isinstance sees."""
         return int
 
     @property
     def node(self) -> Any:  # type: ignore[override]
-        """What torch asks for where it computes something itself, beside the functions that can be recorded."""
+        """Refuse: torch asks for this where it computes with a size itself, outside of recorded functions."""
         raise UnrecordableError(
             "hands a size to torch where it cannot be recorded",
             "Make tensors with torch.tensor(...) or torch.full(...) instead of torch.Tensor(...).",
@@ -54,7 +54,7 @@ class TracedInt(torch.SymInt):
 
 
 class TracedFloat(float):
-    """A float with what computes it."""
+    """A float that knows its source."""
 
     source: Any
     recorder: Recorder
@@ -64,7 +64,7 @@ Traced = TracedInt | TracedFloat
 
 
 def traced(value: Any, source: Any, recorder: Recorder) -> Any:
-    """Return ``value`` as a number that ``source`` computes; as it is where it is no int or float."""
+    """Return ``value`` as a number that ``source`` computes; unchanged if it is no int or float."""
     if type(value) is int:
         return TracedInt(value, source, recorder)
     if type(value) is not float:
@@ -75,7 +75,7 @@ def traced(value: Any, source: Any, recorder: Recorder) -> Any:
 
 
 def plain(number: Any) -> Any:
-    """Return ``number`` as an int or a float of Python's own."""
+    """Return ``number`` as a plain Python int or float."""
     if isinstance(number, TracedInt):
         return number.value
     if isinstance(number, TracedFloat):
@@ -102,7 +102,7 @@ def _comparison(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_numpy(self: Traced, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-    """Do what NumPy's functions of single numbers do: np.ceil(height / 8)."""
+    """Apply one of NumPy's functions to single numbers: np.ceil(height / 8)."""
     if method != "__call__" or options or any(getattr(value, "ndim", 0) for value in inputs):
         return getattr(ufunc, method)(*(self.recorder.pin(v) for v in inputs), **options)
     return self.recorder.apply(numpy_scalar, ufunc.__name__, *inputs)

@@ -1,4 +1,4 @@
-"""Which node a call of torch's becomes: operators as fx records them, methods by name, functions as they are."""
+"""Turn calls of torch into nodes: operators as fx records them, methods by name, functions as they are."""
 
 import operator
 from collections.abc import Callable
@@ -50,10 +50,10 @@ NO_VALUES = frozenset(
         *("get_default_dtype", "can_cast", "result_type", "promote_types", "__reduce_ex__"),
     ]
 )
-"""What asks a tensor for something else than values or sizes."""
+"""Calls that ask a tensor for something other than values or sizes."""
 
 DECISIONS = frozenset(["__bool__", "is_nonzero", "equal", "allclose", "__contains__"])
-"""What asks values for a yes or a no."""
+"""Calls that ask values for a yes or a no."""
 
 PLAIN_NUMBERS = {
     "__int__": int,
@@ -62,10 +62,10 @@ PLAIN_NUMBERS = {
     "__index__": operator.index,
     "__len__": len,
 }
-"""What Python wants a plain number from, and what gives it."""
+"""Methods from which Python wants a plain number, and the function that calls each."""
 
 PIECES = frozenset(["split", "unbind", "tensor_split", "hsplit", "vsplit", "dsplit"])
-"""What gives as many tensors as the size of one says."""
+"""Functions whose number of results depends on a size of their input."""
 
 RANDOM = frozenset(
     [
@@ -73,14 +73,14 @@ RANDOM = frozenset(
         *("bernoulli_", "normal", "normal_", "uniform_", "random_", "exponential_", "multinomial", "poisson"),
     ]
 )
-"""What draws random numbers."""
+"""Functions that draw random numbers."""
 
 
 def method_name(func: Any) -> str | None:
     """Return the name of a method of tensors that does what ``func`` does to its first argument, or None."""
     name = str(_METHODS.get(func) or getattr(func, "__name__", ""))
     known = callable(getattr(Tensor, name, None)) and (name == "__getitem__" or not name.startswith("__"))
-    return name if known and name != "detach" else None  # gradients would not see a write through it
+    return name if known and name != "detach" else None  # a write through detach() has no gradient
 
 
 def node_of_call(
@@ -100,14 +100,14 @@ def node_of_call(
 
 
 def is_in_place(name: str, kwargs: dict[str, Any]) -> bool:
-    """Say whether a call of the function ``name`` writes to its first argument, as far as the name says it."""
+    """Say whether a call of the function ``name`` writes to its first argument, judging by name and options."""
     return (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
 
 
 def out_of_place(func: Any, kwargs: dict[str, Any]) -> tuple[Callable[..., Any] | str, dict[str, Any]] | None:
-    """Return what does to a copy what ``func`` does in place, and its keyword arguments; None where there is nothing.
+    """Return the out-of-place form of ``func``, a function or a method's name, and its keyword arguments.
 
-    It is a function, or the name of a method: ``clamp`` for ``clamp_``.
+    It is ``clamp`` for ``clamp_``, and None if there is none.
     """
     if "inplace" in kwargs:
         return func, {**kwargs, "inplace": False}

@@ -1,4 +1,4 @@
-"""What is exchanged while a model is traced, and is as it was afterwards, whatever happens."""
+"""Exchange functions of torch and Python while a model is traced, and restore them afterwards, whatever happens."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ _EINOPS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack")
 def patched(recording: Recording, root: nn.Module) -> Iterator[None]:
     """Within the block, calls that torch does not dispatch reach ``recording`` as well.
 
-    What is exchanged does in other threads what it did before. Only those wait for the end that exchange it as well.
+    In other threads the exchanged functions do what they did before. Only threads that trace as well wait for the end.
     """
     with TRACING, contextlib.ExitStack() as stack:
         for (owner, name), value in _exchanged(recording, root).items():
@@ -36,19 +36,19 @@ def patched(recording: Recording, root: nn.Module) -> Iterator[None]:
 
 
 def _exchanged(recording: Recording, root: nn.Module) -> dict[tuple[Any, str], Any]:
-    """Return what is put in the places of the attributes of classes and Python modules."""
+    """Return the stand-ins by the attributes, (class or Python module, name), that they replace."""
     exchanged: dict[tuple[Any, str], Any] = {
         (nn.Module, "__call__"): _module_call(recording),
         (torch.autograd.Function, "apply"): _autograd_apply(recording),
         (EntropyModel, "quantize"): _quantize(recording),
         (nn.Module, "training"): _Training(recording),
-        # Checks of values, which would all become conditions of the graph.
+        # These checks of values would all become conditions of the graph.
         (torch.distributions.Distribution, "_validate_args"): _Unchecked(recording),
         (torch.utils.checkpoint, "checkpoint"): _checkpoint(recording),
     }
     exchanged |= {(math, name): function for name, function in math_functions().items()}
     einops: Any = sys.modules.get("einops")
-    if einops is not None:  # traced through, their caches would mix sizes
+    if einops is not None:  # if they were traced into, their caches would mix sizes
         exchanged |= {(einops, name): _whole(recording, getattr(einops, name)) for name in _EINOPS}
     originals = {
         id(vars(owner)[name]): stand_in for (owner, name), stand_in in exchanged.items() if callable(stand_in)
@@ -62,7 +62,7 @@ def _exchanged(recording: Recording, root: nn.Module) -> dict[tuple[Any, str], A
 
 
 class _Training:
-    """The mode of modules, which notes that it was asked for."""
+    """The ``training`` attribute of modules, which notes that it was read."""
 
     def __init__(self, recording: Recording):
         self.recording = recording
@@ -78,22 +78,22 @@ class _Training:
 
 
 class _Unchecked:
-    """Says of distributions whether they check their arguments: where they are recorded they do not."""
+    """The switch by which distributions check their arguments: off where they are recorded."""
 
     def __init__(self, recording: Recording):
         self.recording, self.elsewhere = recording, torch.distributions.Distribution._validate_args
 
     def __get__(self, instance: Any, owner: type) -> bool:
-        return self.elsewhere and not self.recording.thread.runs()
+        return self.elsewhere and not self.recording.thread.is_current()
 
 
 def _checkpoint(recording: Recording) -> Callable[..., Any]:
-    """Do what a checkpoint does, which saves memory and changes no result."""
+    """Return a stand-in for torch's checkpoint, which only calls the function: checkpoints change no result."""
     original = torch.utils.checkpoint.checkpoint
     known = ("use_reentrant", "context_fn", "determinism_check", "debug", "preserve_rng_state", "early_stop")
 
     def run(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        if not recording.thread.runs():
+        if not recording.thread.is_current():
             return original(function, *args, **options)
         return function(*args, **{name: value for name, value in options.items() if name not in known})
 

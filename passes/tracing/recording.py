@@ -1,4 +1,4 @@
-"""Records what torch is asked to do while a model runs, each operation beside its value."""
+"""Record the calls of torch while a model runs, each operation beside its value."""
 
 import contextlib
 import operator
@@ -38,8 +38,8 @@ class Recording(TorchFunctionMode):
     Args:
         root: the model, a copy that is thrown away afterwards.
         example: the images that it runs on, (B, C, H, W).
-        name: of the argument that they are.
-        constants: how the names of tensors begin that come from elsewhere.
+        name: the name of the argument that takes the images.
+        constants: the prefix for the names of tensors that do not belong to the model.
     """
 
     def __init__(self, root: nn.Module, example: Tensor, name: str, constants: str = "constant"):
@@ -51,16 +51,16 @@ class Recording(TorchFunctionMode):
         self.added: dict[str, nn.Module] = {}  # modules that the graph calls and the model does not have
         self.names = {id(module): path for path, module in root.named_modules()}
         self.whole = {id(module) for module in root.modules() if kept_whole(module)}
-        # Whether in training it may do something else: where nothing asks for the mode, nothing does.
+        # Whether the forward may do something else in training; if nothing asks for the mode, it cannot.
         self.asks_mode = any(_may_differ(module) for module in root.modules())
-        self.stack: list[nn.Module] = []  # the modules that run, or ran when something went wrong
+        self.stack: list[nn.Module] = []  # the modules that are running, or ran when an error was raised
         self.thread = Thread()
         self._paused = False
 
     @property
     def paused(self) -> bool:
-        """Whether what runs now is not recorded: what runs in other threads never is."""
-        return self._paused or not self.thread.runs()
+        """Whether calls are not recorded now; calls in other threads never are."""
+        return self._paused or not self.thread.is_current()
 
     @contextlib.contextmanager
     def running(self, module: nn.Module) -> Iterator[None]:
@@ -103,7 +103,7 @@ class Recording(TorchFunctionMode):
             raise UnrecordableError("takes values out of torch, into NumPy", advice)
         return self._call(func, name, args, kwargs)
 
-    # What is asked of tensors.
+    # Questions to tensors.
 
     def _attribute(self, func: Any, tensor: Tensor) -> Any:
         name = func.__self__.__name__
@@ -122,7 +122,7 @@ class Recording(TorchFunctionMode):
         if func.__self__.__name__ == "data":
             self.values.written(
                 tensor, self.values.source_of(tensor)
-            )  # says what is wrong with a model's own
+            )  # raises a better error if the tensor belongs to the model
             raise UnrecordableError("assigns to .data of a tensor", "Compute a new tensor instead.")
         func(tensor, value)
 
@@ -131,14 +131,14 @@ class Recording(TorchFunctionMode):
         return sizes if dim is None else sizes[dim]
 
     def ask(self, tensor: Tensor, function: Callable[..., Any]) -> Any:
-        """Return the number that ``function``, int or float, makes of a tensor, recorded."""
+        """Return the number that ``function``, int or float, makes of a tensor, and record it."""
         if self.paused:
             return function(tensor)
         with self.pausing():
             value, self.asks_mode = function(tensor), True
         return self.tape.number(value, self.tape.defer(function, self.values.node_of(tensor)))
 
-    # What is computed.
+    # Computations.
 
     def _call(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = list(_tensors((args, kwargs)))
@@ -170,10 +170,10 @@ class Recording(TorchFunctionMode):
             source = self.tape.defer(operator.contains if name == "__contains__" else bool, *args)
         self.tape.expect(source, answer)
 
-    # What is written.
+    # Writes.
 
     def _write(self, func: Any, name: str, written: list[Tensor], out: Any, args: Any, kwargs: Any) -> Any:
-        # What shares memory counts its writes together.
+        # Tensors that share memory share one count of writes, so all of them appear as written.
         if not all(
             out is tensor or (isinstance(out, Tensor) and shares_memory(out, tensor)) for tensor in written
         ):
@@ -192,22 +192,22 @@ class Recording(TorchFunctionMode):
     def _set_item(self, func: Any, tensor: Tensor, index: Any, value: Any) -> None:
         args = tuple(map(self.values.arguments, (tensor, index, value)))
         func(tensor, _plain(index), _plain(value))
-        # x[i] += 1 writes to a view of x, and then the view to where it is.
+        # x[i] += 1 writes to a view of x, and then writes the view to x[i], which changes nothing.
         before = self.values.source_of(tensor)
         if getattr(before, "target", None) is set_item and _same(before.args[1:], args[1:]):
             return
         self.values.written(tensor, self.tape.call("call_function", set_item, args))
 
-    # What is kept whole.
+    # Calls that are kept whole.
 
     def call_module(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Record a call of a module of the model, which ``call`` runs; passes find its arguments by position."""
+        """Record a call of a module of the model, which ``call`` runs; passes find the arguments by position."""
         args, kwargs = in_order(argument_names(module), args, kwargs)
         inplace = getattr(module, "inplace", False) is True
         return self._call_whole("call_module", self.names[id(module)], call, args, kwargs, inplace=inplace)
 
     def call_function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Record a call of a function that is no function of torch's."""
+        """Record a call of a function that is not torch's."""
         return self._call_whole("call_function", function, function, args, kwargs)
 
     def call_autograd(self, function: Any, call: Callable[..., Any], args: Any) -> Any:
@@ -234,9 +234,7 @@ class Recording(TorchFunctionMode):
         node = self.tape.call(op, target, node_args, node_kwargs)
         written = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
         if not written:
-            if any(
-                out is tensor for tensor in tensors
-            ):  # as nn.Identity does it; in training, a Dropout does not
+            if any(out is tensor for tensor in tensors):  # nn.Identity returns its input, for example
                 with self.pausing():
                     out = out.view_as(out)
             return self.values.bind(out, node, View(tensors[0], None) if tensors else None)
@@ -251,7 +249,7 @@ def _may_differ(module: nn.Module) -> bool:
     if type(module).train is not nn.Module.train:
         return True
     if any("training" in vars(cls) for cls in type(module).__mro__ if cls is not nn.Module):
-        return True  # it is not asked of nn.Module, then
+        return True  # the class has a ``training`` of its own, which is read unnoticed
     known = type(module).__module__.startswith(("torch.", "einops.", "compressai."))
     return kept_whole(module) and not known and quantized_class(module) is None
 
@@ -277,7 +275,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """Return ``value`` with numbers that know nothing in the places of traced ones."""
+    """Return ``value`` with plain numbers in the places of traced ones."""
     if isinstance(value, TracedInt | TracedFloat):
         return plain(value)
     if isinstance(value, slice):

@@ -1,4 +1,4 @@
-"""What a forward does that no graph can do, and what to do instead."""
+"""The error for lines of a forward that no graph can hold."""
 
 
 class UnrecordableError(Exception):

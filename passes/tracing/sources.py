@@ -1,4 +1,4 @@
-"""Which lines are the user's own, so that errors and guards can show them."""
+"""Find the lines of code that are the user's own, so that errors and guards can show them."""
 
 import functools
 import linecache
@@ -21,8 +21,8 @@ _OURS = str(Path(__file__).parent)
 def own_modules(model: nn.Module) -> list[types.ModuleType]:
     """Return the Python modules that the code of ``model`` lies in.
 
-    They are those of its classes, whatever package these come from, those of the functions and objects that its
-    modules keep, and what these import of the same package or of loose files.
+    They are the Python modules of its classes, of their base classes, and of the functions and objects that its modules
+    keep; and the modules that these import from the same package or from loose files.
     """
     found: dict[str, types.ModuleType] = {}
     kept = [value for module in model.modules() for value in vars(module).values()]
@@ -42,7 +42,7 @@ def _module_of(value: Any) -> str:
 
 
 def _is_own(name: str) -> bool:
-    """Say whether a model may be defined in the module ``name``: it has source, and is none of the libraries."""
+    """Say whether a model may be defined in the Python module ``name``: it has a file and is no library."""
     file = getattr(sys.modules.get(name), "__file__", None) or ""
     standard = file.startswith(_STANDARD) and not _is_installed(file)
     return bool(file) and not standard and name.partition(".")[0] not in _LIBRARIES
@@ -53,7 +53,7 @@ def _is_installed(file: str) -> bool:
 
 
 def _belongs(name: str, importer: str) -> bool:
-    """Say whether the module ``name`` is of the same making as the one that imports it."""
+    """Say whether the Python module ``name`` belongs to the same code as its ``importer``."""
     same = name.partition(".")[0] == importer.partition(".")[0]
     return _is_own(name) and (same or not _is_installed(str(sys.modules[name].__file__)))
 
@@ -62,31 +62,31 @@ class Lines:
     """Finds the line of the user's code that is running.
 
     Args:
-        model: what is traced.
+        model: the model that is traced.
     """
 
     def __init__(self, model: nn.Module):
         self._files = {getattr(module, "__file__", None) for module in own_modules(model)}
 
     def here(self) -> str:
-        """Return the innermost line of the user's that is running now, "models/codec.py:12: y = x[0]"."""
+        """Return the innermost line of the user's code that is running now, "models/codec.py:12: y = x[0]"."""
         frames = list(_frames(sys._getframe(1)))
         return self.words([(frame.f_code.co_filename, frame.f_lineno) for frame in frames])
 
     def code(self) -> types.CodeType | None:
-        """Return the user's function that is running."""
+        """Return the code of the user's function that is running."""
         frames = _frames(sys._getframe(1))
         return next((frame.f_code for frame in frames if frame.f_code.co_filename in self._files), None)
 
     def in_forward(self, code: types.CodeType | None) -> str | None:
-        """Return the line of the function with that ``code`` that is running now, as fx prints it; None outside."""
+        """Return the running line of the function with this ``code``, as fx prints it; None if it is not running."""
         for frame in _frames(sys._getframe(1)):
             if frame.f_code is code:
                 return _stack_trace(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         return None
 
     def of_error(self, error: BaseException) -> str:
-        """Return the innermost line of the user's that ``error`` came out of."""
+        """Return the innermost line of the user's code in the traceback of ``error``."""
         places, trace = [], error.__traceback__
         while trace is not None:
             places.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
@@ -94,7 +94,7 @@ class Lines:
         return self.words(places[::-1])
 
     def words(self, places: list[tuple[str, int]]) -> str:
-        """Return the first of ``places``, innermost first, that is the user's, or else is not torch's nor ours."""
+        """Return the first of ``places``, innermost first, in the user's code, or else outside torch and fmpq_fx."""
         own = [place for place in places if place[0] in self._files]
         other = [place for place in places if not place[0].startswith((_TORCH, _OURS))]
         file, line = (own or other or places)[0]
@@ -109,7 +109,7 @@ def _frames(frame: types.FrameType | None) -> Iterator[types.FrameType]:
 
 @functools.cache
 def described(file: str, line: int) -> str:
-    """Return where a line is, and what it says; of the path, what says nothing of whose machine this is."""
+    """Return the place and the text of a line. The path is cut :func:`short`, to tell nothing of the machine."""
     return f"{short(file)}:{line}: {linecache.getline(file, line).strip()}"
 
 
@@ -119,5 +119,5 @@ def _stack_trace(file: str, line: int, name: str) -> str:
 
 
 def short(file: str) -> str:
-    """Return the end of a path, which suffices to find a file."""
+    """Return the last three parts of a path, enough to find a file."""
     return "/".join(Path(file).parts[-3:])

@@ -1,7 +1,7 @@
-"""What stands in for functions of Python while a model is traced, so that sizes keep their nodes.
+"""Stand-ins for functions of Python while a model is traced, so that sizes keep their nodes.
 
-``int(size)`` and ``len(tensor)`` give plain numbers, whatever they are asked of; so the names mean something else in
-the user's modules meanwhile.
+Python's ``int(size)`` and ``len(tensor)`` always give plain numbers. So these names are bound to stand-ins in the
+user's modules meanwhile.
 """
 
 import ast
@@ -18,7 +18,7 @@ from torch import Tensor
 from fmpq_fx.passes.tracing.numbers import Recorder, TracedFloat, TracedInt
 
 Question = Callable[[Tensor, Callable[..., Any]], Any]
-"""Asks a tensor for a number: what ``function(tensor)`` is, recorded."""
+"""Takes a tensor and a function; returns the number ``function(tensor)``, and records it."""
 
 
 def python_names(ask: Question) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def python_names(ask: Question) -> dict[str, Any]:
 
 
 def math_functions() -> dict[str, Callable[..., Any]]:
-    """Return stand-ins for the functions of :mod:`math` that give numbers."""
+    """Return stand-ins for the functions of :mod:`math` that return numbers, by name."""
     skipped = ("ceil", "floor", "trunc", "fsum", "modf", "frexp", "dist", "sumprod")
     found = {name: getattr(math, name) for name in dir(math) if not name.startswith(("_", "is"))}
     return {
@@ -44,9 +44,9 @@ def math_functions() -> dict[str, Callable[..., Any]]:
 
 
 def unused_names(module: types.ModuleType, names: Iterable[str]) -> list[str]:
-    """Return those of ``names`` that may mean something else in ``module`` for a while.
+    """Return those of ``names`` that can be bound to stand-ins in ``module``.
 
-    It defines none of them itself, and hands none on, as ``x.to(int)`` does: torch knows Python's own types alone.
+    These are names that it neither defines nor passes on, as ``x.to(int)`` does: torch only knows Python's own types.
     """
     handed_on = _handed_on(module)
     return [name for name in names if name not in vars(module) and name not in handed_on]
@@ -54,7 +54,7 @@ def unused_names(module: types.ModuleType, names: Iterable[str]) -> list[str]:
 
 @functools.cache
 def _handed_on(module: types.ModuleType) -> set[str]:
-    """Return the names that the source of ``module`` hands to functions; all of Python's where it has no source."""
+    """Return the names that the source of ``module`` passes to functions; all built-in names if it has no source."""
     try:
         tree = ast.parse(inspect.getsource(module))
     except (OSError, TypeError, SyntaxError):
@@ -73,7 +73,7 @@ def _recorder_of(values: Iterable[Any]) -> Recorder | None:
 
 
 def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function``, which takes numbers, and is recorded where one of them is traced."""
+    """Return ``function`` of numbers so that a call is recorded if one of the numbers is traced."""
 
     def call(*args: Any, **options: Any) -> Any:
         numbers = args[0] if len(args) == 1 and isinstance(args[0], tuple | list) else args
@@ -92,7 +92,7 @@ def _product(values: Iterable[Any], *, start: Any = 1) -> Any:
 
 
 def _number_type(base: type, kind: type, ask: Question) -> Any:
-    """Return what stands in for ``base``, int or float, whose subclass with a node is ``kind``."""
+    """Return the stand-in for ``base``, int or float; ``kind`` is its form that knows its source."""
 
     class Kind(type):
         def __instancecheck__(cls, value: Any) -> bool:

@@ -1,24 +1,26 @@
-"""The tensors that a model has before it runs: parameters, buffers, and what else is kept on its modules."""
+"""The tensors that a model has before it runs: parameters, buffers, and other attributes of its modules."""
 
 from torch import Tensor, nn
 
 
 class State:
-    """Knows the tensors of a model by identity, and keeps those that came from nowhere as constants.
+    """Knows the tensors of a model by identity, and keeps tensors of unknown origin as constants.
 
     Args:
         root: the model.
-        prefix: how the names of constants begin.
+        prefix: the prefix for the names of constants.
     """
 
     def __init__(self, root: nn.Module, prefix: str):
         self._prefix = prefix
         self.constants: dict[str, Tensor] = {}  # by the name that the graph reads them by
-        self.frozen: dict[str, str] = {}  # what may be bound to the example: what it is, and where it is read
-        self.kept = False  # whether some of that may have been kept from an earlier run
+        self.frozen: dict[str, str] = {}  # values that may fit the example alone -> the line that reads them
+        self.kept = False  # whether some of these may have been kept from an earlier run
         known = {id(t): (name, t) for name, t in (*root.named_parameters(), *root.named_buffers())}
         self._parameters = {id(parameter) for parameter in root.parameters()}
-        self._kept: dict[int, tuple[str, Tensor]] = {}  # on modules, and neither parameters nor buffers
+        self._kept: dict[
+            int, tuple[str, Tensor]
+        ] = {}  # attributes of modules that are neither parameters nor buffers
         for path, module in root.named_modules():
             for name, value in vars(module).items():
                 if isinstance(value, Tensor) and id(value) not in known:
@@ -48,6 +50,6 @@ class State:
         """Return the name by which the graph reads ``tensor`` as a constant."""
         name = f"{self._prefix}_{len(self.constants)}"
         self.constants[name] = tensor.detach().clone()
-        self._known[id(tensor)] = name, tensor  # kept, so that no other one gets its identity
+        self._known[id(tensor)] = name, tensor  # the reference keeps its identity from being reused
         self.frozen.setdefault(what, where)
         return name

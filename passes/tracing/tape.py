@@ -1,4 +1,4 @@
-"""The graph that is being recorded: nodes, values that get a node once something reads them, and guards."""
+"""The graph that is being recorded: nodes, calls that get a node once a node reads them, and guards."""
 
 import operator
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from fmpq_fx.passes.tracing.sources import Lines
 
 
 class Deferred:
-    """A call of ``target``, a function or a method's name, that enters the graph when something reads it.
+    """A call of ``target``, a function or a method's name, that enters the graph when a node reads it.
 
     Sizes are such calls, and items of tuples: a forward asks for many and uses few.
     """
@@ -25,9 +25,9 @@ class Deferred:
 
 
 Source = fx.Node | Deferred
-"""What computes a value."""
+"""The origin of a value: the node that computes it, or the call that is not in the graph yet."""
 
-_ATTRIBUTE = object()  # the target of what reads a parameter
+_ATTRIBUTE = object()  # the target of calls that read a parameter
 
 
 class Tape:
@@ -35,7 +35,7 @@ class Tape:
 
     Args:
         lines: finds the user's lines.
-        forward: the code of the model's own forward, of which each node shall know the line.
+        forward: the code of the model's own forward; each node gets its running line.
     """
 
     def __init__(self, lines: Lines, forward: Any):
@@ -48,7 +48,7 @@ class Tape:
     def call(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> fx.Node:
-        """Return a new node; its arguments have nodes in the places of values."""
+        """Return a new node; ``args`` and ``kwargs`` have nodes in the places of values."""
         node = self.graph.create_node(op, target, args, kwargs or {})
         place = self.lines.in_forward(self._forward)
         if place is not None:
@@ -56,14 +56,14 @@ class Tape:
         return node
 
     def defer(self, target: Any, *args: Any) -> Deferred:
-        """Return a call that enters the graph when it is read, the same for the same arguments."""
+        """Return a call that enters the graph when a node reads it; equal arguments give the same call."""
         key = (target, *((type(arg), arg) for arg in args))
         if key not in self._deferred:
             self._deferred[key] = Deferred(target, args)
         return self._deferred[key]
 
     def defer_item(self, source: Source, key: Any) -> Deferred:
-        """Return the item ``key`` of what ``source`` gives; a key may be an index with nodes in it."""
+        """Return the item ``key`` of the value of ``source``; the key may be an index with nodes in it."""
         try:
             return self.defer(operator.getitem, source, key)
         except TypeError:  # slices have no hash
@@ -87,15 +87,15 @@ class Tape:
         return source.node
 
     def number(self, value: Any, source: Source) -> Any:
-        """Return ``value`` as a number that knows its ``source``."""
+        """Return ``value`` as a number that knows its ``source``; unchanged if it is no int or float."""
         return traced(value, source, self)
 
     def apply(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return what ``function`` makes of numbers, as a number that knows where it comes from."""
+        """Return the result of ``function`` for numbers, as a number that knows its source."""
         return self.number(function(*map(plain, args)), self.defer(function, *map(_source, args)))
 
     def decide(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return the answer of ``function``, on which the forward decides something; the graph expects it as well."""
+        """Return the answer of ``function``, which the forward decides on; the graph will expect the same answer."""
         answer = function(*map(plain, args))
         sources = [_source(arg) for arg in args]
         if len(sources) == 1 or sources[0] is not sources[1]:
@@ -103,7 +103,7 @@ class Tape:
         return answer
 
     def pin(self, number: Any) -> Any:
-        """Return ``number`` as a plain one; the graph expects that it stays what it is."""
+        """Return ``number`` as a plain one; the graph will expect the same number."""
         if isinstance(number, TracedInt | TracedFloat):
             self.expect(number.source, plain(number))
         return plain(number)

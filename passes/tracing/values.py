@@ -1,4 +1,4 @@
-"""Which node computes each value of a running model, also after a write to it or to what shares its memory."""
+"""Find the node that computes each value of a running model, also after writes to its memory."""
 
 from typing import Any
 
@@ -33,27 +33,27 @@ class Values:
     """Knows the sources of tensors and numbers.
 
     Args:
-        tape: what is recorded on.
+        tape: the graph that is recorded.
         state: the tensors that the model has.
         example: the images that the model runs on.
-        name: of the argument that they are.
+        name: the name of the argument that takes the images.
     """
 
     def __init__(self, tape: Tape, state: State, example: Tensor, name: str):
         self.tape, self.state = tape, state
         self.memory = Memory()
         self._sources = WeakTensorKeyDictionary()
-        self._ungraded: set[Source] = set()  # what ran without gradients
-        self._overwritten = WeakTensorKeyDictionary()  # under another name, and where
-        self._graded: dict[Source, bool] = {}
+        self._ungraded: set[Source] = set()  # sources that ran without gradients
+        self._overwritten = WeakTensorKeyDictionary()  # tensors lost by a write to shared memory -> its line
+        self._graded: dict[Source, bool] = {}  # whether a source has a gradient
         self._image = tape.call("placeholder", name, ())
         self._device, self._dtype = example.device, example.dtype
-        self._asked_dtype: set[Any] = set()  # the code that asked for it
+        self._asked_dtype: set[Any] = set()  # the code that asked for a dtype
         self._sources[example] = self._image
         self.memory.add(example, None)
 
     def source_of(self, tensor: Tensor) -> Source:
-        """Return what computes ``tensor``."""
+        """Return the source of ``tensor``."""
         if tensor in self._overwritten:
             raise UnrecordableError(
                 f"reads a tensor that shares memory with one that was written to at {self._overwritten[tensor]}",
@@ -67,14 +67,14 @@ class Values:
         return source
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        """Return the node that computes ``tensor``, without gradients where it was computed without."""
+        """Return the node that computes ``tensor``, detached if it was computed without gradients."""
         source = self.source_of(tensor)
         if source in self._ungraded and torch.is_grad_enabled() and tensor.is_floating_point():
             source = self.tape.defer("detach", source)
         return self.tape.node(source)
 
     def shape_of(self, tensor: Tensor) -> torch.Size:
-        """Return the sizes of ``tensor``, which the graph computes from it."""
+        """Return the sizes of ``tensor``, as numbers that the graph computes from it."""
         source = self.source_of(tensor)
         sizes = enumerate(tensor.shape)
         return torch.Size(
@@ -82,7 +82,7 @@ class Values:
         )
 
     def note_dtype_asked(self) -> None:
-        """Know that the code that is running asked a tensor for its dtype: where it passes it on, that is meant."""
+        """Note that the running code asked for a tensor's dtype: a dtype that it passes on is then the images'."""
         self._asked_dtype.add(self.tape.lines.code())
 
     # From values to arguments of nodes.
@@ -130,13 +130,13 @@ class Values:
     # From results to their sources.
 
     def bind(self, out: Any, source: Source, view: View | None = None, piece: int | None = None) -> Any:
-        """Give all tensors and numbers in ``out`` their source; return it, with numbers that know theirs.
+        """Note the source of all tensors in ``out``; return ``out`` with numbers that know their source.
 
         Args:
-            out: what a call gave.
+            out: the result of a call.
             source: the call.
-            view: how ``out`` was made, should it share memory with what it was made of.
-            piece: which of the tensors is meant that the view gives.
+            view: how ``out`` was made, in case it shares memory with its parent.
+            piece: the number of ``out`` among the tensors that the view gives.
         """
         if isinstance(out, Tensor):
             self._sources[out] = source
@@ -162,7 +162,7 @@ class Values:
     # Writes.
 
     def written(self, tensor: Tensor, source: Source) -> None:
-        """Know that ``tensor`` was overwritten with what ``source`` computes, and with it what shares its memory."""
+        """Note that ``tensor``, and tensors that share its memory, were overwritten with the value of ``source``."""
         where = self.tape.lines.here()
         self._check_write(tensor)
         self._sources[tensor] = source
@@ -202,7 +202,7 @@ class Values:
             )
 
     def _has_gradient(self, source: Any) -> bool:
-        """Say whether ``source`` is computed, with gradients, from the images or from what is trained."""
+        """Say whether ``source`` is computed, with gradients, from the images or from parameters."""
         if source in self._ungraded or not isinstance(source, fx.Node | Deferred):
             return False
         if source not in self._graded:
@@ -213,7 +213,7 @@ class Values:
         return self._graded[source]
 
     def _through(self, view: View, written: Tensor) -> fx.Node:
-        """Return the node of what ``view`` is of, now that the view was ``written`` to."""
+        """Return the node of the parent of ``view``, now that the view was ``written`` to."""
         parent, value = self.node_of(view.parent), self.node_of(written)
         if view.method == "__getitem__":
             return self.tape.call("call_function", set_item, (parent, view.args[0], value))
@@ -221,7 +221,7 @@ class Values:
         return self.tape.call("call_function", written_through, args, dict(view.kwargs))
 
     def _again(self, view: View) -> Source:
-        """Return what makes ``view`` anew, of what it is of now."""
+        """Return the source that makes ``view`` again, from the present values of its parent."""
         parent = self.node_of(view.parent)
         assert view.method is not None  # asked by the caller
         if view.method == "__getitem__":

@@ -1,4 +1,4 @@
-"""Models inside of something else: unwrapped, or refused before the long work."""
+"""Take models out of wrappers, and refuse unsuitable ones before the long work."""
 
 import copy
 import inspect
@@ -11,11 +11,11 @@ from fmpq_fx.quant import QuantizedLayer
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model that ``model`` is, without what torch.compile or DataParallel wrapped around it.
+    """Return ``model`` without the wrappers of torch.compile and DataParallel.
 
     Raises:
-        TypeError: it is no model.
-        FmpqError: it is scripted, quantized already, or its forward wants more than images.
+        TypeError: ``model`` is no nn.Module.
+        FmpqError: it is scripted or quantized already, or its forward needs more than images.
     """
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -40,7 +40,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` in evaluation mode that shares nothing with it, none of whose parts are compiled."""
+    """Return a copy of ``model`` in evaluation mode that shares nothing with it and has no compiled parts."""
     twin = copy.deepcopy(model).eval()
     for parent in list(twin.modules()):
         for name, child in parent.named_children():
@@ -53,7 +53,7 @@ def image_argument(model: nn.Module) -> str:
     """Return the name of the argument of ``model``'s forward that takes images.
 
     Raises:
-        FmpqError: there is none, or it wants more without defaults.
+        FmpqError: there is none, or there are more arguments without defaults.
     """
     kinds = inspect.Parameter
     given = [

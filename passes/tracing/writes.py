@@ -1,4 +1,4 @@
-"""What shares memory while a model is traced: a write to a tensor is a write to its views, and to what it views."""
+"""Track tensors that share memory while a model is traced: a write to one changes its views and its parents."""
 
 import weakref
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 class View:
     """How a tensor was made that shares memory with another one."""
 
-    parent: Tensor  # what it is a view of
-    method: str | None  # of the parent, or an attribute; None where no such one made it
-    args: tuple[Any, ...] = ()  # of the method, with nodes in the places of values
+    parent: Tensor  # the tensor that it is a view of
+    method: str | None  # the method or attribute of the parent that made it; None if no such one did
+    args: tuple[Any, ...] = ()  # the method's arguments, with nodes in the places of values
     kwargs: tuple[tuple[str, Any], ...] = ()
-    piece: int | None = None  # which of the tensors that the method gives
+    piece: int | None = None  # its number among the tensors that the method gives
 
     def of_piece(self, piece: int | None) -> "View":
         """Return how one of several tensors was made."""
@@ -26,14 +26,14 @@ class View:
 
 
 class Memory:
-    """Knows which of the tensors that are alive share memory, and how they came to it."""
+    """Knows which of the living tensors share memory, and how each was made."""
 
     def __init__(self) -> None:
         self._views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._sharing: dict[int, list[weakref.ref[Tensor]]] = {}  # by address, in the order of their making
 
     def add(self, tensor: Tensor, view: View | None) -> None:
-        """Know ``tensor``; ``view`` says how it was made of another one whose memory it has."""
+        """Add ``tensor``; ``view`` says how it was made if it shares its parent's memory."""
         address = _address(tensor)
         if not address:
             return
@@ -45,12 +45,12 @@ class Memory:
             self._views[tensor] = view
 
     def view_of(self, tensor: Tensor) -> View | None:
-        """Return how ``tensor`` was made of another one that has the same memory, if it was."""
+        """Return how ``tensor`` was made if it is a view; else None."""
         view: View | None = self._views.get(tensor)
         return view
 
     def overlapping(self, tensor: Tensor) -> Iterator[Tensor]:
-        """Yield the other tensors that a write to ``tensor`` changes, in the order of their making."""
+        """Yield the other tensors that a write to ``tensor`` changes, the oldest first."""
         for known in self._sharing.get(_address(tensor), ()):
             other = known()
             if other is not None and other is not tensor and _overlap(tensor, other):
