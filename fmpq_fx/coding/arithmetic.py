@@ -1,4 +1,4 @@
-"""How torch computes while images are coded. These settings are of the whole process, so threads take turns."""
+"""Change how torch computes while images are coded. The settings hold for the whole process, so threads take turns."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -8,16 +8,18 @@ from typing import Any
 import torch
 
 SWITCHES = threading.RLock()
-"""Is held while torch is set otherwise for the whole process, so that no thread undoes what another one set."""
+"""The lock held while settings of the whole process are changed, so that no thread undoes another's change."""
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within the block, new tensors are ``dtype``: some decoders of CompressAI make theirs of the default type.
+    """Within the block, new tensors are ``dtype``: some decoders of CompressAI make tensors of the default type.
 
-    Threads take turns where that is not what they are anyway.
+    Threads take turns unless everything is float32 anyway.
     """
-    if dtype == torch.get_default_dtype() == torch.float32:  # another one may be set by a thread, for itself
+    if (
+        dtype == torch.get_default_dtype() == torch.float32
+    ):  # another dtype may have been set by a thread for itself
         yield
         return
     with SWITCHES:
@@ -31,7 +33,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def other_kernels(device: torch.device) -> Iterator[None]:
-    """Within the block, torch computes without the library of kernels that computes most on ``device``."""
+    """Within the block, torch does without its main library of kernels on ``device`` (cuDNN or oneDNN)."""
     library: Any = torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn
     with _set_to([(library, "enabled", False)]):
         yield
@@ -39,7 +41,7 @@ def other_kernels(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Within the block, float32 is computed with as float32: not in TF32, nor in half precision by autocast."""
+    """Within the block, float32 is computed as float32: not in TF32, nor in half precision by autocast."""
     backends: Any = torch.backends
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         cpu, gpu = backends.mkldnn, backends.cudnn

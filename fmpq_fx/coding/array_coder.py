@@ -1,9 +1,9 @@
-"""Latents as strings, whole arrays at a time, under the CDF tables of CompressAI's entropy models.
+"""Code latents as strings, whole arrays at a time, under the CDF tables of CompressAI's entropy models.
 
-The symbols of one CDF are a run (:mod:`fmpq_fx.storage.rans`), the runs come in the order of the indexes. A table's
-last symbol stands for whatever lies outside of it. How far outside comes behind the runs, at the price of CompressAI's
-format: twice the distance above the table, or below it twice the distance less one. For all of these there comes the
-number of hexadecimal digits that each has, none for 0, and then the digits themselves, the lowest of each first.
+The symbols of one CDF are a run (:mod:`fmpq_fx.storage.rans`); the runs come in the order of the indexes. A table's
+last symbol is the escape: it stands for all symbols outside of the table. The distances of these follow the runs, at
+the price of CompressAI's format: twice the distance above the table, or twice the distance below it less one. First
+comes the number of hexadecimal digits of each distance (none for 0), then all digits, the lowest of each first.
 """
 
 from typing import Any
@@ -17,16 +17,16 @@ from fmpq_fx.storage import rans
 
 Integers = NDArray[np.int32]
 
-_CDF_BITS = 16  # of CompressAI's tables
+_CDF_BITS = 16  # precision of CompressAI's tables
 _MOST_DIGITS = 8
-_PLACES = 4 * np.arange(_MOST_DIGITS)  # of the digits, in bits
+_PLACES = 4 * np.arange(_MOST_DIGITS)  # the lowest bit of each digit
 
 
 def _distribution(frequencies: NDArray[np.int64]) -> rans.Distribution:
-    """Return the distribution of these frequencies, which add up to 2^16, each moved a little, so that few are equal.
+    """Return the distribution of these frequencies (sum 2^16), each moved a little, so that few are equal.
 
-    With two symbols of the same frequency the coder's state may go on in the same way, so that a string with one in the
-    place of the other is not noticed. With another frequency the state is another one from there on, up to the end.
+    If a symbol is read in the place of another with the same frequency, the coder's state may go on unchanged, and the
+    error is not noticed. With another frequency, the state differs from there to the end.
     """
     apart = frequencies << rans.PRECISION - _CDF_BITS
     moves = np.arange(len(apart)) % 61 - 30
@@ -42,8 +42,8 @@ class ArrayCoder:
 
     Args:
         cdfs: (rows, entries), each row rising from 0 to 2^16.
-        lengths: how many of its entries a row has.
-        offsets: the symbol that each table starts with.
+        lengths: the number of entries of each row.
+        offsets: the first symbol of each table.
     """
 
     def __init__(self, cdfs: Tensor, lengths: Tensor, offsets: Tensor):
@@ -51,14 +51,14 @@ class ArrayCoder:
         rows = cdfs.cpu().numpy().astype(np.int64)
         self._distributions = [_distribution(np.diff(row[:end])) for row, end in zip(rows, ends, strict=True)]
         self._first = offsets.flatten().cpu().numpy().astype(np.int32)
-        self._escapes = np.array(ends, np.int32) - 2  # as a number in its table
+        self._escapes = np.array(ends, np.int32) - 2  # the number of the escape in each table
 
     def encode(self, symbols: Integers, indexes: Integers) -> bytes:
         """Return the string of ``symbols``, each coded with the CDF of its index; both are flat.
 
         Raises:
-            FmpqError: a symbol is too large to be one.
-            ValueError: the two differ in length, or there is no such CDF.
+            FmpqError: a symbol is too large to be coded.
+            ValueError: the two differ in length, or an index has no CDF.
         """
         order, counts = self._runs(indexes)
         if symbols.shape != indexes.shape:
@@ -77,11 +77,11 @@ class ArrayCoder:
         return rans.encode([*runs, (lengths, _DIGIT), (digits[are_there], _DIGIT)])
 
     def decode(self, string: bytes, indexes: Integers) -> Integers:
-        """Return the symbols, int32, of which :meth:`encode` returned ``string``.
+        """Return the symbols, int32, flat, that :meth:`encode` coded as ``string``.
 
         Raises:
-            StringError: the string is of other symbols.
-            ValueError: there is no such CDF.
+            StringError: the string is damaged, or was coded with other CDFs.
+            ValueError: an index has no CDF.
         """
         order, counts = self._runs(indexes)
         reader = rans.StringReader(string)
@@ -110,7 +110,7 @@ class ArrayCoder:
         return symbols
 
     def _runs(self, indexes: Integers) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the order in which symbols are coded, and how many each CDF has."""
+        """Return the order in which symbols are coded, and the number of symbols of each CDF."""
         rows = len(self._distributions)
         if indexes.ndim != 1 or indexes.min(initial=0) < 0 or indexes.max(initial=0) >= rows:
             raise ValueError(f"indexes {indexes.shape} are not flat, or not those of {rows} CDFs")
@@ -119,6 +119,6 @@ class ArrayCoder:
 
 
 def _digits(distances: NDArray[Any]) -> tuple[Integers, NDArray[np.bool_]]:
-    """Return the digits of each distance, (distances, digits), and which of them it has."""
+    """Return the digits of each distance, (distances, digits), and whether each of these belongs to it."""
     rest = distances.astype(np.int64)[:, None] >> _PLACES
     return (rest & 15).astype(np.int32), rest > 0

@@ -1,7 +1,7 @@
-"""Entropy models that hand whole arrays to the coder, where CompressAI's make lists of every symbol and table.
+"""Entropy models that pass whole arrays to the coder, where CompressAI's make lists of every symbol and table.
 
-It is the class of the model that says what is coded under which CDF. Only what is below it, CompressAI's
-``EntropyModel``, is covered by :class:`ArrayModel`::
+The class of the model still decides which symbols are coded under which CDF. :class:`ArrayModel` only replaces the
+methods of its base, CompressAI's ``EntropyModel``::
 
     GaussianConditional, EntropyBottleneck, or a class of the user's
         │  super().compress(), super().decompress()
@@ -29,7 +29,7 @@ class ArrayModel(CheckedModel):
     """Codes as its base does, into strings of :class:`~fmpq_fx.coding.array_coder.ArrayCoder`.
 
     Attributes:
-        coder: returns what codes under the tables as they are now.
+        coder: returns the coder for the present tables.
     """
 
     coder: Callable[[], ArrayCoder]
@@ -39,7 +39,7 @@ class ArrayModel(CheckedModel):
 
         Raises:
             FmpqError: a latent is too far from its mean to be coded.
-            ValueError: the shapes differ, or there are no tables.
+            ValueError: the shapes differ, or the model has no tables.
         """
         if inputs.ndim < 2 or inputs.shape != indexes.shape:
             raise ValueError(
@@ -61,11 +61,11 @@ class ArrayModel(CheckedModel):
         dtype: torch.dtype = torch.float,
         means: Tensor | None = None,
     ) -> Tensor:
-        """Return what :meth:`compress` made the ``strings`` of, rounded, in the dtype of ``means`` or else ``dtype``.
+        """Return the rounded latents that :meth:`compress` coded, in the dtype of ``means``, or else ``dtype``.
 
         Raises:
-            FmpqError: a string is of other symbols.
-            ValueError: the shapes do not fit each other, or there are no tables.
+            StringError: a string is damaged, or was coded with other CDFs.
+            ValueError: the shapes do not fit each other, or the model has no tables.
         """
         if not isinstance(strings, tuple | list) or indexes.ndim < 2 or len(strings) != len(indexes):
             raise ValueError(
@@ -89,9 +89,9 @@ class ArrayModel(CheckedModel):
 
 
 class _Searching(GaussianConditional):
-    """Finds the CDFs of scales by looking them up instead of a comparison with each entry of the table.
+    """Finds the CDFs of scales by a search, where CompressAI compares each scale with each entry of the table.
 
-    Both count for each scale the entries that are smaller, of all but the last, in whatever order these are.
+    Both count the entries that are smaller than a scale, without the last entry; the order of the entries is free.
     """
 
     def build_indexes(self, scales: Tensor) -> Tensor:
@@ -103,10 +103,11 @@ class _Searching(GaussianConditional):
 
 
 def _count_smaller(table: Tensor, values: Tensor) -> Tensor:
-    """Return how many entries of ``table``, which rise, are smaller than each of ``values``, none of them negative.
+    """Return how many entries of the ascending ``table`` are smaller than each of ``values``, which are not negative.
 
-    float32 numbers that begin with the same bits, up to a 32nd of an octave, are neighbours. As a rule, at most one
-    entry of the table lies between them; where it does is looked up, which takes a quarter of the time of a search.
+    float32 numbers with the same leading bits lie in one interval, a 32nd of an octave wide. As a rule, it has at most
+    one entry of the table. Then the count at its start is looked up and compared with that entry, which takes a quarter
+    of the time of a search.
     """
     if values.dtype == torch.float32:
         starts = (torch.arange(1 << 31 - _SHIFT, dtype=torch.int32, device=table.device) << _SHIFT).view(
@@ -129,7 +130,7 @@ _SHIFT = 18  # bits of a float32 that are left out: 5 of its mantissa stay
 
 
 def array_model(model: EntropyModel, note: Callable[[Any, bool], None]) -> nn.Module:
-    """Return a twin of ``model`` that makes strings of arrays; ``note`` is told what it codes."""
+    """Return a twin of ``model`` that makes strings of arrays, and calls ``note(symbols, coded)`` for each string."""
     bases = (_Searching,) if compares_scales(model) else ()
     cls = subclass(type(model), *bases, type(model), ArrayModel)
     return shallow_copy(model, cls, coder=partial(_coder, model), note=note)
@@ -139,7 +140,7 @@ _CODERS: "WeakKeyDictionary[EntropyModel, tuple[list[Tensor], ArrayCoder]]" = We
 
 
 def _coder(model: EntropyModel) -> ArrayCoder:
-    """Return what codes under the tables of ``model``, prepared once for as long as they stay the same."""
+    """Return the coder for the tables of ``model``; it is kept while they stay the same."""
     now = [table.cpu() for table in (model.quantized_cdf, model.cdf_length, model.offset)]
     before, coder = _CODERS.get(model, ([], None))
     if coder is None or not all(map(torch.equal, now, before)):

@@ -1,4 +1,4 @@
-"""Build the CDF tables of a model's entropy models, whatever its class says about that."""
+"""Build the CDF tables of a model's entropy models, whether or not its class has an ``update()``."""
 
 import inspect
 from typing import Any
@@ -11,15 +11,15 @@ from fmpq_fx.errors import FmpqError
 
 
 def update_tables(model: nn.Module, *, missing: bool = False) -> None:
-    """Build the tables of all entropy models in ``model``, in place, from their weights as they are now.
+    """Build the tables of all entropy models in ``model``, in place, from their present weights.
 
-    What CompressAI's own classes do in ``update()`` is what they do here. Other classes have no ``update()``, or one
-    with other arguments: for them each entropy model builds its own tables, a conditional one from its scale table,
-    which is CompressAI's where it has none yet. A model that neither codes nor has an ``update()`` keeps what it has.
+    For CompressAI's own classes, their ``update()`` is called. Other classes may have no ``update()``, or one with
+    other arguments: there each entropy model builds its own tables. A conditional one without a scale table gets
+    CompressAI's. A model that neither codes nor has an ``update()`` keeps its tables.
 
     Args:
-        model: any.
-        missing: only build the tables that are not there yet.
+        model: any model.
+        missing: whether to build only tables that do not exist yet.
 
     Raises:
         FmpqError: an entropy model of the user's own builds its tables in a way that is not known.

@@ -1,4 +1,4 @@
-"""What chooses the CDFs of one image: while it is encoded, rehearsed in other arithmetic, and decoded."""
+"""Choosers of the CDFs of one image: while it is encoded, rehearsed in other arithmetic, and decoded."""
 
 import math
 import zlib
@@ -18,7 +18,7 @@ from fmpq_fx.quant import QuantizedLayer
 
 
 class Chooser(ABC):
-    """Takes the place of ``build_indexes`` of all conditional entropy models while one image is coded."""
+    """Replaces ``build_indexes`` of all conditional entropy models while one image is coded."""
 
     @abstractmethod
     def indexes(self, prior: Any, scales: Tensor) -> Tensor:
@@ -26,17 +26,17 @@ class Chooser(ABC):
 
     @abstractmethod
     def is_float(self, layer: str) -> bool:
-        """Say whether the input of the quantized ``layer`` stays as it is.
+        """Say whether the input of the quantized ``layer`` is not rounded.
 
-        On the entropy path it does. Rounding would make a whole step of a difference in the last place.
+        On the entropy path it is not: rounding would turn a difference in the last place into a whole step.
         """
 
     def note(self, symbols: Sequence[int], coded: bool) -> None:  # noqa: B027  (most need none)
-        """Note a string's symbols, which were just ``coded`` or decoded."""
+        """Note a string's symbols, which were just encoded (``coded``) or decoded."""
 
 
 class Choosing(EntropyModel):
-    """A conditional entropy model whose CDFs a chooser chooses: a base before the class of the model."""
+    """A conditional entropy model whose CDFs a chooser chooses; a base class in front of the model's own class."""
 
     chooser: Chooser
 
@@ -46,17 +46,17 @@ class Choosing(EntropyModel):
 
 
 class ChosenInput(QuantizedLayer):
-    """A layer whose input is rounded where a chooser says so: a base before the class of the layer."""
+    """A layer whose input is rounded unless a chooser forbids it; a base class in front of the layer's own class."""
 
     is_float: Callable[[], bool]
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """Return ``x`` as it is, or what its class makes of it."""
+        """Return ``x`` itself if the chooser says so, else the input as the layer's class quantizes it."""
         return x if self.is_float() else super().quantized_input(x)
 
 
 class _Checked(Chooser):
-    """A chooser that sums up what was chosen and coded."""
+    """A chooser that computes a checksum of the chosen CDFs and the coded symbols."""
 
     def __init__(self) -> None:
         self.shifts: list[int] = []
@@ -65,7 +65,7 @@ class _Checked(Chooser):
 
     @property
     def checksum(self) -> int:
-        """Over all indexes, in their order, and the symbols of all strings, in any order."""
+        """The checksum of all indexes, in their order, and of the symbols of all strings, in any order."""
         return (self._chosen + self._symbols) % 2**32
 
     def _add_indexes(self, indexes: Tensor, like: Tensor) -> Tensor:
@@ -85,25 +85,28 @@ class GuardWriter(_Checked):
         path: the names of the quantized layers on the entropy path.
 
     Attributes:
-        chosen: of each call, the scales and the indexes that they chose.
+        chosen: the scales of each call, and the indexes that they chose.
     """
 
     def __init__(self, margin: float, path: frozenset[str]):
         super().__init__()
-        self._plan, self.path = Guard(float(np.float32(margin)), (), 0), path  # as the file holds it
+        self._blank, self.path = (
+            Guard(float(np.float32(margin)), (), 0),
+            path,
+        )  # the margin as the file holds it
         self.chosen: list[tuple[Tensor, Tensor]] = []
 
     @property
     def guard(self) -> Guard:
-        """What a file holds of it."""
-        return Guard(self._plan.margin, tuple(self.shifts), self.checksum)
+        """The guard that a file holds."""
+        return Guard(self._blank.margin, tuple(self.shifts), self.checksum)
 
     def is_float(self, layer: str) -> bool:
         """Say whether ``layer`` is on the path."""
         return layer in self.path
 
     def note(self, symbols: Sequence[int], coded: bool) -> None:
-        """Add what was coded to the checksum."""
+        """Add the symbols to the checksum if they were encoded."""
         if coded:
             self._add_string(symbols)
 
@@ -111,7 +114,7 @@ class GuardWriter(_Checked):
         """See :class:`Chooser`.
 
         Raises:
-            FmpqError: the scales are no numbers, or lie so that no shift would do.
+            FmpqError: scales are not finite, or no shift keeps them away from the boundaries.
         """
         values, boundaries = values_of(prior, scales), boundaries_of(prior)
         if not bool(torch.isfinite(values).all()):
@@ -120,40 +123,42 @@ class GuardWriter(_Checked):
             )
         shifts = self._shifts(values, boundaries)
         self.shifts += shifts.tolist()
-        chosen = torch.searchsorted(boundaries, shifted(values, shifts, self._plan))
+        chosen = torch.searchsorted(boundaries, shifted(values, shifts, self._blank))
         indexes = self._add_indexes(chosen, scales)
         self.chosen.append((values, indexes))
         return indexes
 
     def _shifts(self, values: Tensor, boundaries: Tensor) -> Tensor:
-        """Return the least shift of each block with which none of its ``values`` is near one of ``boundaries``."""
-        blocks = -(-values.numel() // self._plan.block)
-        filled = F.pad(values, (0, blocks * self._plan.block - values.numel()), value=-1.0)
+        """Return the least shift of each block that keeps all of its ``values`` away from ``boundaries``."""
+        blocks = -(-values.numel() // self._blank.block)
+        filled = F.pad(values, (0, blocks * self._blank.block - values.numel()), value=-1.0)
         rest = torch.arange(blocks)
         shifts = torch.zeros(blocks, dtype=torch.int64)
-        scales = filled.view(blocks, self._plan.block)
+        scales = filled.view(blocks, self._blank.block)
         for shift in range(MOST_SHIFTS):
             shifts[rest] = shift
-            near = are_near(scales[rest] * (1 + shift * self._plan.step), boundaries, self._plan.margin)
+            near = are_near(scales[rest] * (1 + shift * self._blank.step), boundaries, self._blank.margin)
             rest = rest[near.any(1)]
             if not len(rest):
                 return shifts
-        raise FmpqError(f"no shift keeps all scales of a block {self._plan.margin:.3g} away from the table's")
+        raise FmpqError(
+            f"no shift keeps all scales of a block {self._blank.margin:.3g} away from the table's"
+        )
 
 
 class Rehearsed(Exception):  # noqa: N818  (it is no error)
-    """The last CDF was chosen: what comes after that decodes nothing."""
+    """The last CDF was chosen, so there is no need to decode further."""
 
 
 class Rehearsal(Chooser):
-    """Decodes what was encoded, with the same CDFs, and sees by how much the scales differ here.
+    """Decodes with the CDFs that the encoder chose, and measures how far the scales differ from the encoder's.
 
     Args:
         chosen: see :class:`GuardWriter`.
 
     Attributes:
-        deviation: the largest difference of two scales, as a part of them.
-        path: the quantized layers that ran.
+        deviation: the largest difference of two scales, as a fraction of the scale.
+        path: the names of the quantized layers that ran.
     """
 
     def __init__(self, chosen: Sequence[tuple[Tensor, Tensor]]):
@@ -162,15 +167,15 @@ class Rehearsal(Chooser):
         self.path: set[str] = set()
 
     def is_float(self, layer: str) -> bool:
-        """Say yes, and note the layer: all that runs before the last CDF is chosen is on the path."""
+        """Say yes, and note the layer: all layers that run before the last CDF is chosen are on the path."""
         self.path.add(layer)
         return True
 
     def indexes(self, prior: Any, scales: Tensor) -> Tensor:
-        """Return what was chosen when this was encoded.
+        """Return the indexes that the encoder chose.
 
         Raises:
-            FmpqError: what was coded then is not what is decoded now.
+            FmpqError: the decoder asks for another number of CDFs than the encoder.
             Rehearsed: this was the last call.
         """
         values, boundaries = values_of(prior, scales), boundaries_of(prior)
@@ -180,7 +185,7 @@ class Rehearsal(Chooser):
                 f"decompress() calls build_indexes otherwise than compress(): with {len(values)} scales in its call "
                 f"{self.calls + 1}, where there were {len(expected)}"
             )
-        # Below the table all scales choose the same, and how far they lie from each other does not matter.
+        # Below the table all scales choose the same CDF, so their differences do not matter.
         difference = (values - expected).abs() / expected.abs().clamp(min=float(boundaries[0]))
         self.deviation = max(self.deviation, difference.max().item() if len(values) else 0.0)
         self.calls += 1
@@ -193,7 +198,7 @@ class GuardReader(_Checked):
     """Chooses while an image is decoded.
 
     Args:
-        guard: what the file holds.
+        guard: the guard in the file.
     """
 
     def __init__(self, guard: Guard):
@@ -201,14 +206,14 @@ class GuardReader(_Checked):
         self.guard = guard
         self._seen: list[
             tuple[Tensor, Tensor]
-        ] = []  # the scales that chose, and the boundaries, of each call
+        ] = []  # the scales after the shifts, and the boundaries, of each call
 
     def is_float(self, layer: str) -> bool:
         """Say yes until the last CDF is chosen."""
         return len(self.shifts) < len(self.guard.shifts)
 
     def note(self, symbols: Sequence[int], coded: bool) -> None:
-        """Add what was decoded to the checksum."""
+        """Add the symbols to the checksum if they were decoded."""
         if not coded:
             self._add_string(symbols)
 
@@ -216,7 +221,7 @@ class GuardReader(_Checked):
         """See :class:`Chooser`.
 
         Raises:
-            FmpqError: more is decoded than was encoded.
+            FmpqError: more scales are decoded than were encoded.
         """
         values, boundaries = values_of(prior, scales), boundaries_of(prior)
         first = len(self.shifts)
@@ -230,10 +235,10 @@ class GuardReader(_Checked):
         return self._add_indexes(torch.searchsorted(boundaries, moved), scales)
 
     def end(self) -> None:
-        """Check that all was chosen and decoded as it was encoded.
+        """Check that all CDFs and symbols are those of the encoder.
 
         Raises:
-            FmpqError: it was not.
+            FmpqError: they are not.
         """
         if len(self.shifts) != len(self.guard.shifts):
             raise FmpqError("decompress() calls build_indexes otherwise than compress(): with fewer scales")
@@ -241,16 +246,17 @@ class GuardReader(_Checked):
             raise FmpqError(self.complaint())
 
     def complaint(self) -> str:
-        """Say that it differs, and which margin would have done.
+        """Return the error text for other latents, with a margin that would have been large enough.
 
-        The encoder left no scale within the margins. Those that are there now moved into them: their part of all that
-        would be there says by how much scales differ on the average, of which the largest was 16 times as much.
+        The encoder left no scale within the margins, so scales that lie there now have moved. Their number, relative to
+        the number of scales that would lie there by chance, tells the mean difference of scales. The largest
+        difference is taken as 16 times the mean.
         """
         near = sum(int(are_near(*seen, self.guard.margin).sum()) for seen in self._seen)
         spread = sum(int(((v > ends[0]) & (v < ends[-1])).sum()) for v, ends in self._seen)
-        part = near / max(1.0, spread * 16 * self.guard.margin)
-        if part < 0.5:
-            margin = f"about {2 ** math.ceil(math.log2(max(4.0, 16 * part) * self.guard.margin)):.2g}"
+        moved = near / max(1.0, spread * 16 * self.guard.margin)
+        if moved < 0.5:
+            margin = f"about {2 ** math.ceil(math.log2(max(4.0, 16 * moved) * self.guard.margin)):.2g}"
         else:
             margin = f"more than {8 * self.guard.margin:.2g}"
         return (

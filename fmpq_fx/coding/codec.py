@@ -1,9 +1,9 @@
-"""The codec: one object that says how a model codes, and in which order what changes that comes.
+"""The codec: a model that codes, and the one place that decides which modules run while it does.
 
-``convert()`` and ``load_codec()`` return it. It is a model of the user's own class: its class is made from
-:class:`Codec` and that class, so that everything that the user's class has is there under its own name, the state
-dict is the same, and ``isinstance`` says so. Only ``forward``, ``compress`` and ``decompress`` come from here. They
-run the methods of the user's class, on a shallow copy of the codec in which other modules stand where this is needed.
+``convert()`` and ``load_codec()`` return it. It is a model of the user's own class: its class inherits from
+:class:`Codec` and from that class, so that it has all attributes of the user's class and the same state dict. Only
+``forward``, ``compress`` and ``decompress`` are from here. They run the methods of the user's class on a shallow copy
+of the codec, in which some modules are replaced.
 """
 
 from collections.abc import Mapping
@@ -27,45 +27,47 @@ from fmpq_fx.quant import QuantizedLayer
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a codec runs. Modules are named as in the codec; one that is not named runs as it is."""
+class CodecSettings:
+    """The way a codec runs. Modules are named as in the codec; a module that is not named runs unchanged."""
 
     exact: bool = (
-        False  # what chooses the CDFs computes in integers, so that float32 and float64 code the same
+        False  # whether the entropy path computes in integers, so that float32 and float64 code the same
     )
-    backend: Mapping[str, nn.Module] = field(default_factory=dict)  # what runs in the place of a module
+    backend: Mapping[str, nn.Module] = field(
+        default_factory=dict
+    )  # module -> the module that runs in its place
     tiles: Mapping[str, Transform] = field(
         default_factory=dict
-    )  # what runs in tiles, and what is known of it
+    )  # module that runs in tiles -> its description
     budget: int = 0  # bytes that a tile may take
     chooser: Chooser | None = None  # chooses the CDFs of one image
     arrays: bool = False  # entropy models code whole arrays, as in files, and not in CompressAI's format
 
 
 class Codec(nn.Module):
-    """A model of the user's class that codes; see this file.
+    """A model of the user's class that codes; see the text at the top of this file.
 
     ::
 
-        forward()     the user's forward()   ┐            ┌ compress(), decompress():
-        compress()    the user's compress()  ├─ calls ──► │  entropy models, with a coder that notices damage
-        decompress()  the user's decompress()┘            │  coding loops of autoregressive models, exact
-                                                          └ all three: transforms
-                                                              in tiles, where memory is short, each of which runs
-                                                                by the backend, where there is one, or in torch
+        forward()     the user's forward()   ┐            ┌ in compress() and decompress():
+        compress()    the user's compress()  ├─ calls ──► │  entropy models with a coder that notices damage
+        decompress()  the user's decompress()┘            │  exact coding loops of autoregressive models
+                                                          └ in all three: transforms,
+                                                              in tiles if memory is short,
+                                                                run by the backend if there is one, or by torch
 
     Attributes:
         fmpq: the settings.
     """
 
-    fmpq = Settings()
+    fmpq = CodecSettings()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what the user's class does."""
+        """Return the output of the user's forward."""
         return super(Codec, _running(self)).forward(*args, **kwargs)
 
     def compress(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what the user's class does, with guards around CompressAI's entropy coder.
+        """Return what the user's ``compress()`` returns; CompressAI's entropy coder is guarded.
 
         Raises:
             FmpqError: a latent is so far from its mean that CompressAI's coder would not end.
@@ -74,18 +76,18 @@ class Codec(nn.Module):
             return cast(Any, super(Codec, _coding(self))).compress(*args, **kwargs)
 
     def decompress(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what the user's class does; a string that does not end with its last symbol causes a warning."""
+        """Return what the user's ``decompress()`` returns; warn if a string does not end with its last symbol."""
         with default_dtype(next(self.parameters()).dtype):
             return cast(Any, super(Codec, _coding(self))).decompress(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Let copies and pickles make the class again: it is made when it is needed, and has no place of its own."""
+        """Let copies and pickles make the class again: it is made at run time and cannot be imported."""
         kind, cls = type(self).__bases__
         return _empty, (kind, cls), *super().__reduce_ex__(protocol)[2:]
 
 
 class AutoregressiveCodec(Codec):
-    """A codec of CompressAI's mbt2018, or of a class that codes in its loops: they are replaced by exact ones."""
+    """A codec of CompressAI's mbt2018, or of a class that codes in its loops, with exact loops instead."""
 
     def _compress_ar(self, y_hat: Tensor, params: Tensor, *sizes: int) -> bytes:
         height, width, _, padding = sizes
@@ -107,12 +109,12 @@ def codec_of(model: nn.Module, kind: type[Codec] = Codec) -> Codec:
 
     Args:
         model: any model that can code as CompressAI's do.
-        kind: of codec.
+        kind: the class of the codec.
 
     Raises:
         FmpqError: the class of ``model`` has no ``compress()`` and ``decompress()``.
     """
-    # A compiled model hands out the methods of the one inside it.
+    # A compiled model returns the methods of the model inside it.
     owner = getattr(getattr(model, "compress", None), "__self__", model)
     if isinstance(owner, Codec):
         return owner
@@ -135,13 +137,13 @@ def with_settings(codec: Codec, **changes: Any) -> Codec:
 
 
 def as_it_runs(codec: nn.Module, name: str) -> nn.Module:
-    """Return what runs where ``codec`` has the module ``name``: that module, or what a backend runs in its place."""
-    settings = codec.fmpq if isinstance(codec, Codec) else Settings()
+    """Return the module that runs as the module ``name`` of ``codec``: itself, or the backend's."""
+    settings = codec.fmpq if isinstance(codec, Codec) else CodecSettings()
     return settings.backend.get(name) or codec.get_submodule(name)
 
 
 def _running(codec: Codec, others: Mapping[nn.Module, nn.Module] | None = None) -> Codec:
-    """Return ``codec`` with what runs in the places of its transforms, and with ``others`` in places of modules."""
+    """Return ``codec`` with the transforms that run by its settings, and with ``others`` in places of modules."""
     settings, new = codec.fmpq, dict(others or {})
     for name in (*settings.backend, *settings.tiles):
         module = as_it_runs(codec, name)
@@ -151,12 +153,12 @@ def _running(codec: Codec, others: Mapping[nn.Module, nn.Module] | None = None) 
     if not new:
         return codec
     running = cast(Codec, with_replaced(codec, new))
-    running.fmpq = Settings(settings.exact)  # its modules are those that run
+    running.fmpq = CodecSettings(settings.exact)  # its modules are already those that run
     return running
 
 
 def _coding(codec: Codec) -> Codec:
-    """Return what :func:`_running` returns, with entropy models whose coder is checked, and whose CDFs are chosen."""
+    """Return the running ``codec``, with checked coders in its entropy models, and with its chooser if there is one."""
     others: dict[nn.Module, nn.Module] = {}
     chooser = codec.fmpq.chooser
     note = unnoted if chooser is None else chooser.note

@@ -1,4 +1,4 @@
-"""From the rewritten graph back to the model's own class, which codes, and to a checkpoint without any trace of us."""
+"""Turn a rewritten graph into a codec of the model's own class, or into a checkpoint that stock CompressAI reads."""
 
 import copy
 import os
@@ -26,40 +26,39 @@ Exact = bool | Literal["require"]
 def convert(gm: fx.GraphModule, *, exact: Exact = True) -> nn.Module:
     """Return the model that ``gm`` was made from, with its quantized layers in place of the float ones.
 
-    The networks that choose the CDFs of its latents compute in exact integer arithmetic there, so that what it codes
-    decodes on every machine: any device, number of threads, memory layout, batch, library, in float32 or float64.
+    The networks that choose the CDFs of its latents compute in exact integer arithmetic. So its bitstreams decode on
+    every machine, with any device, number of threads, memory layout, batch and library, in float32 or float64.
 
     Args:
-        gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned, trained further or not. It is not
-            modified, and shares nothing with what is returned.
-        exact: where something on the way to the CDFs has no exact form, True keeps all of it in floating point and
-            warns, "require" raises. False keeps it in floating point: that codec decodes reliably only in the same
-            process on the same machine.
+        gm: the graph that :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned, trained further or not. It is
+            not modified, and shares nothing with the result.
+        exact: True makes the entropy path exact; if an operation on it has no exact form, the path stays in floating
+            point, with a warning, and with "require" it is an error. False keeps floating point: such a codec decodes
+            reliably only in the same process on the same machine.
 
     Returns:
         a model of the user's own class, in evaluation mode, on the device of ``gm``. Its forward computes what
-        ``gm`` does, up to the rounding of fixed-point numbers on the way to the CDFs. Where the class can code
-        (CompressAI's can), it is a :class:`fmpq_fx.coding.codec.Codec` as well, a subclass of the user's class that
-        guards ``compress()`` and ``decompress()``, and its CDF tables are those of the weights as they are now; a
-        graph that :func:`fmpq_fx.load` returned, whose entropy models were not trained since, keeps the tables of
-        its file.
+        ``gm`` does, up to the rounding of fixed-point numbers on the entropy path. If the class can code (CompressAI's
+        can), the model is also a :class:`fmpq_fx.coding.codec.Codec`, which guards ``compress()`` and
+        ``decompress()``. Its CDF tables are built from the present weights; but a graph from :func:`fmpq_fx.load`
+        whose entropy models were not trained since keeps the tables of its file.
 
         Models of CompressAI's own classes are in channels-last layout, in which CPUs convolve faster.
 
-        The coding loops of autoregressive models are replaced by exact ones. With ``exact=False`` they are
+        The coding loops of autoregressive models are replaced by exact ones. With ``exact=False`` they stay
         CompressAI's, which read the weight of the context prediction without calling the layer: they get the
-        quantized weight, but the layer's input stays float there. Layouts are left as they are then.
+        quantized weight, but the layer's input stays float. The memory layout is then unchanged.
 
     Raises:
-        FmpqError: ``gm`` carries no plan, its model cannot be copied, or ``exact="require"`` and something has no
-            exact form.
+        FmpqError: ``gm`` carries no plan, its model cannot be copied, or ``exact="require"`` and an operation on the
+            entropy path has no exact form.
         ValueError: ``exact`` is none of the three.
     """
     return with_exact_path(quantized_model(gm), entropy_path(gm), exact)
 
 
 def quantized_model(gm: fx.GraphModule) -> nn.Module:
-    """Return the model that ``gm`` was made from, quantized, with the CDF tables of its weights as they are now.
+    """Return the model that ``gm`` was made from, quantized, with the CDF tables of its present weights.
 
     Raises:
         FmpqError: ``gm`` carries no plan, or its model cannot be copied.
@@ -70,7 +69,7 @@ def quantized_model(gm: fx.GraphModule) -> nn.Module:
     replace_modules(
         model, {model.get_submodule(site): layer for site, layer in quantized_layers(twin).items()}
     )
-    # Tables of a file are kept: here, their float arithmetic might come out otherwise than where it was written.
+    # Tables of a file are kept: computed here, they might differ from those of the machine that wrote the file.
     if graph_note(gm).tables_of != fingerprint.of_entropy_models(model):
         update_tables(model)
     return model
@@ -79,7 +78,7 @@ def quantized_model(gm: fx.GraphModule) -> nn.Module:
 def with_exact_path(model: nn.Module, path: EntropyPath, exact: Exact) -> nn.Module:
     """Return the quantized ``model`` as a codec, with its entropy ``path`` in exact arithmetic as ``exact`` says.
 
-    A model whose class cannot code is returned as it is, its path made exact all the same.
+    A model whose class cannot code stays of its class; its path is made exact too.
     """
     if exact not in (True, False, "require"):
         raise ValueError(f'exact is {exact!r}; pass True, False or "require"')
@@ -126,7 +125,7 @@ def export_checkpoint(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     model = quantized_model(gm)
     layers = quantized_layers(model).values()
     for layer in layers:
-        layer.set_integers(layer.integers)  # its float weight is what it multiplied with from now on
+        layer.set_integers(layer.integers)  # the float weight becomes the dequantized one
     replace_modules(model, {layer: layer.layer for layer in layers})
     with replacing(path) as file:
         torch.save({"state_dict": model.state_dict()}, file)

@@ -1,4 +1,4 @@
-"""Evaluate a codec on real bitstreams: bytes on the wire, and what is decoded from them."""
+"""Evaluate a codec on real bitstreams: their bytes, and the images that are decoded from them."""
 
 import copy
 import dataclasses
@@ -28,24 +28,26 @@ from fmpq_fx.images.ms_ssim import LEAST_SIDE, ms_ssim
 from fmpq_fx.progress import reported
 from fmpq_fx.rd import PEAK, psnr, total_bits
 
-_IMAGES = 5  # that coding and comparing have in memory at once, beside what the transforms take
+_IMAGES = 5  # images in memory at once while coding and comparing, besides the memory of the transforms
 
 
 @dataclass(frozen=True)
 class ImageResult:
-    """What coding one image gave; qualities are of 8-bit images."""
+    """The result of coding one image; PSNR and MS-SSIM are of 8-bit images."""
 
-    name: str  # file name, or the key that it was given under
+    name: str  # file name, or the image's key in the mapping
     width: int  # pixels
     height: int  # pixels
-    bpp: float  # bits on the wire per pixel of the image
-    estimated_bpp: float  # the same from the likelihoods of the forward pass
+    bpp: float  # bits of the strings and the guard per pixel of the image
+    estimated_bpp: float  # bits per pixel from the likelihoods of the forward pass
     psnr: float  # dB
-    ms_ssim: float | None  # None where the image is too small for it
+    ms_ssim: float | None  # None if the image is too small for it
     encode_seconds: float
     decode_seconds: float
-    deviation: int  # largest difference of the decoded image from the forward pass's, in 8-bit levels
-    guard_bytes: int = 0  # of what is on the wire, for other machines to decode the same
+    deviation: (
+        int  # largest difference between the decoded image and that of the forward pass, in 8-bit levels
+    )
+    guard_bytes: int = 0  # bytes of the guard, with which other machines decode the same
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Evaluation:
     """Results per image, and their means."""
 
     images: tuple[ImageResult, ...]
-    skipped: tuple[str, ...] = ()  # what was wrong with each image that is not among them
+    skipped: tuple[str, ...] = ()  # the reason for each image that was skipped
 
     def _mean(self, field: str) -> float:
         values = [getattr(image, field) for image in self.images]
@@ -62,22 +64,22 @@ class Evaluation:
 
     @property
     def bpp(self) -> float:
-        """Mean over the images of the bits on the wire per pixel."""
+        """Mean over the images of :attr:`ImageResult.bpp`."""
         return self._mean("bpp")
 
     @property
     def estimated_bpp(self) -> float:
-        """Mean over the images of the estimate from likelihoods, bits per pixel."""
+        """Mean over the images of :attr:`ImageResult.estimated_bpp`."""
         return self._mean("estimated_bpp")
 
     @property
     def psnr(self) -> float:
-        """Mean over the images, dB."""
+        """Mean PSNR over the images, dB."""
         return self._mean("psnr")
 
     @property
     def ms_ssim(self) -> float:
-        """Mean over the images that are large enough for it; NaN where none is."""
+        """Mean MS-SSIM over the images that are large enough for it; NaN if none is."""
         return self._mean("ms_ssim")
 
     @property
@@ -121,12 +123,12 @@ class Evaluation:
 
     @property
     def encode_seconds(self) -> float:
-        """Mean time to encode an image."""
+        """Mean time to encode an image, in seconds."""
         return self._mean("encode_seconds")
 
     @property
     def decode_seconds(self) -> float:
-        """Mean time to decode an image."""
+        """Mean time to decode an image, in seconds."""
         return self._mean("decode_seconds")
 
 
@@ -153,28 +155,28 @@ def evaluate(
     memory: int | str | None = None,
     progress: bool | None = None,
 ) -> Evaluation:
-    """Code every image for real, decode it, and measure both.
+    """Encode and decode every image as real bitstreams, and measure bits and quality.
 
     Args:
         model: a rewritten graph, which is converted first, or any model with CompressAI's ``compress`` and
             ``decompress``. It is not modified.
         images: an image folder, or (C, H, W) tensors in [0, 1] by name, of as many channels as the model takes; of any
             size.
-        robust: how images survive another machine; see :func:`fmpq_fx.encode`. None measures what the codec's own
-            class codes, as published figures do.
-        memory: the most that this may take beside the codec, in bytes or as "2GB"; None is a quarter of the
-            machine's. An image that would take more is transformed in tiles (:func:`fmpq_fx.coding.tiling.within`).
+        robust: how images survive another machine; see :func:`fmpq_fx.encode`. None measures the bitstreams of the
+            codec's own class, as published figures do.
+        memory: the most memory to use besides the codec, in bytes or as "2GB"; None is a quarter of the machine's. An
+            image that needs more is transformed in tiles (:func:`fmpq_fx.coding.tiling.within`).
         progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
 
     Returns:
-        bits per pixel of the image as it is, not as it was padded, and with what guards it; PSNR and MS-SSIM of
-        images rounded to 8 bits, as CompressAI computes them. ``deviation`` tells whether what was decoded is what
-        the forward pass predicted; in models that predict means (all but the factorized and the scale hyperprior)
-        the forward pass rounds latents otherwise than coding does, and a deviation is no fault.
+        bits per pixel of the image without its padding, guard included; PSNR and MS-SSIM of images rounded to 8 bits,
+        as CompressAI computes them. ``deviation`` is 0 if the decoded image is that of the forward pass. In models
+        that predict means (all but the factorized and the scale hyperprior) the forward pass rounds latents in
+        another way than coding does, and a deviation is no fault.
 
     Raises:
-        FmpqError: the model cannot code, or none of the images can be read and coded within the ``memory`` given.
-            Where some can, the others are in :attr:`Evaluation.skipped`, and a warning names each.
+        FmpqError: the model cannot code, or no image can be read and coded within the ``memory`` given. If some can,
+            the others are in :attr:`Evaluation.skipped`, and a warning names each.
     """
     codec = _codec(model)
     parameter = next(codec.parameters())
@@ -183,7 +185,7 @@ def evaluate(
     skipped: list[str] = []
     with torch.no_grad():
         for name, load in reported(named, "evaluate", "image", show=progress):
-            whose = ""  # what reading a file says has its name in it
+            whose = ""  # errors of reading have the file's name in them
             try:
                 x = load().to(parameter.device, parameter.dtype)
                 whose = f"{name}: "
@@ -207,7 +209,7 @@ def _codec(model: nn.Module) -> Codec:
 
 
 def _named(images: str | os.PathLike[str] | Mapping[str, Tensor]) -> Iterator[tuple[str, Any]]:
-    """Yield the name of each image and what loads it."""
+    """Yield the name of each image and a function that loads it."""
     if isinstance(images, Mapping):
         for name, x in images.items():
             if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
@@ -227,7 +229,9 @@ def _named(images: str | os.PathLike[str] | Mapping[str, Tensor]) -> Iterator[tu
 def _code(codec: Codec, name: str, x: Tensor, frame: Frame, robust: Robust) -> ImageResult:
     """Code the image ``x`` (C, H, W) in its ``frame``, and measure."""
     height, width = x.shape[-2:]
-    coder = with_settings(codec, arrays=robust is not None)  # as in files, or as the codec's own class does
+    coder = with_settings(
+        codec, arrays=robust is not None
+    )  # strings as in files, or those of the codec's own class
     padded = frame.around(x.unsqueeze(0))
     start = time.perf_counter()
     coded = guarded.compress(coder, padded, robust)

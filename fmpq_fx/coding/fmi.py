@@ -1,4 +1,4 @@
-r"""Images as files, ``.fmi``: the strings of a codec in a container that knows which codec they are for.
+r"""Image files, ``.fmi``: the strings of a codec, with the fingerprint of the codec that decodes them.
 
 Big-endian, in this order:
 
@@ -6,21 +6,20 @@ Big-endian, in this order:
 4 bytes    ``\x89FMI``
 1 byte     version of the format
 4 bytes    CRC-32 of all that follows
-8 bytes    fingerprint of the model (:func:`fmpq_fx.coding.known.fingerprint_of`)
+8 bytes    fingerprint of the model (:func:`fmpq_fx.coding.codec_fingerprint.fingerprint_of`)
 4 + 4      height and width of the image, pixels
-2 bytes    what the sides of the coded image are multiples of (:class:`fmpq_fx.coding.frame.Frame`)
+2 bytes    stride: the sides of the coded image are multiples of it (:class:`fmpq_fx.coding.frame.Frame`)
 1 + n      name of the model's class, UTF-8
-2 + n      shape of the latents as the codec wants it back, JSON
+2 + n      shape of the latents for the codec's ``decompress()``, JSON
 1 byte     how it survives another machine (:class:`fmpq_fx.coding.guarded.Kind`)
-4 + n      what guards it there (:class:`fmpq_fx.coding.guard.Guard`)
+4 + n      its guard there (:class:`fmpq_fx.coding.guard.Guard`)
 1 byte     number of strings
 4 + n      each string, its length before it
 =========  ==============================================================================================
 
-In version 2 the strings that CompressAI's entropy models make are those of :mod:`fmpq_fx.coding.array_model`. Any other
-is as the codec's class makes it: where that drives CompressAI's coder itself, or codes in exact loops, of that coder.
-Version 1, which is read as well, has strings of CompressAI's coder alone, multiples of 64 and nothing about other
-machines.
+In version 2 the strings of CompressAI's entropy models are those of :mod:`fmpq_fx.coding.array_model`. Others are made
+by CompressAI's coder: if the codec's class calls that coder itself, or codes in exact loops. Version 1, which is read
+as well, has only strings of CompressAI's coder, a stride of 64, and no guard.
 """
 
 import json
@@ -36,9 +35,9 @@ from torch import Tensor, nn
 
 from fmpq_fx.coding import guarded
 from fmpq_fx.coding.codec import Codec, codec_of, with_settings
+from fmpq_fx.coding.codec_fingerprint import fingerprint_of
 from fmpq_fx.coding.frame import STRIDES, Frame, stride_of
 from fmpq_fx.coding.guarded import Coded, Kind, Robust
-from fmpq_fx.coding.known import fingerprint_of
 from fmpq_fx.coding.string_coder import padded
 from fmpq_fx.coding.tiles import Size
 from fmpq_fx.coding.tiling import latents_of, within
@@ -65,22 +64,22 @@ def encode(
     """Return ``image`` as the content of a ``.fmi`` file.
 
     Args:
-        codec: what :func:`fmpq_fx.load_codec` or :func:`fmpq_fx.convert` returned, or any model with CompressAI's
+        codec: a codec from :func:`fmpq_fx.load_codec` or :func:`fmpq_fx.convert`, or any model with CompressAI's
             ``compress``.
         image: (C, H, W) or (1, C, H, W) in [0, 1], of any size.
         robust: how the file survives another machine, whose floats differ in their last places. "exact": the codec
-            computes what chooses its CDFs in integers. "guarded": the file says which CDFs were chosen where another
-            machine might choose others. "auto" is the first where the codec is exact, and the second where it is not.
-            None leaves it to luck.
-        margin: how far the scales of another machine may be from the ones here, as a part of them, up to 2^-8; None
-            measures it on ``image``.
-        memory: the most that this may take beside the codec, in bytes or as "2GB"; None is a quarter of the
-            machine's. An image that would take more is transformed in tiles (:func:`fmpq_fx.coding.tiling.within`).
+            computes its entropy path in integers. "guarded": a guard in the file makes another machine choose the same
+            CDFs. "auto" is "exact" if the codec is exact, else "guarded". None does nothing: another machine may
+            decode noise.
+        margin: how far the scales of another machine may differ from those here, as a fraction of a scale, up to 2^-8;
+            None measures it on ``image``.
+        memory: the most memory to use besides the codec, in bytes or as "2GB"; None is a quarter of the machine's. An
+            image that needs more is transformed in tiles (:func:`fmpq_fx.coding.tiling.within`).
 
     Raises:
         FmpqError: the codec cannot code, or not within the ``memory`` given, or not as ``robust`` says; the message
-            says what it needs.
-        TypeError, ValueError: ``image`` is no such tensor, ``robust`` or ``margin`` none of these.
+            says what is needed.
+        TypeError, ValueError: ``image`` is no such tensor, or ``robust`` or ``margin`` is out of its range.
     """
     coder = codec_of(codec)
     batch = reading.checked(image, "the image")
@@ -115,16 +114,16 @@ def encode(
 
 
 def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) -> Tensor:
-    """Return the image in ``data``, what :func:`encode` returned: (C, H, W), float, in [0, 1], on the CPU.
+    """Return the image in ``data``, (C, H, W), float32, in [0, 1], on the CPU.
 
     Args:
-        codec: the one that it was encoded with.
-        data: the content of a ``.fmi`` file.
-        memory: as for :func:`encode`, and independent of what that was given.
+        codec: the codec that encoded it.
+        data: the content of a ``.fmi`` file, which :func:`encode` returned.
+        memory: as for :func:`encode`; it need not be the same.
 
     Raises:
-        FmpqError: ``data`` is something else, damaged, of a newer version, or was encoded with another model, or
-            decoding needs more than the ``memory`` given, or the latents are not what was encoded.
+        FmpqError: ``data`` is no ``.fmi`` file, damaged, of a newer version, or was encoded with another model, or
+            decoding needs more than the ``memory`` given, or the decoded latents are not those that were encoded.
     """
     coder = codec_of(codec)
     version, body = _checked_body(data)
@@ -187,7 +186,7 @@ def _guard(reader: ByteReader) -> tuple[Kind, bytes]:
 
 
 def _checked_body(data: bytes) -> tuple[int, bytes]:
-    """Return the version, and what follows the checksum, which is right."""
+    """Return the version of the format, and the bytes behind the checksum, which they match."""
     if data[: len(MAGIC)] != MAGIC:
         raise FmpqError("it is no .fmi file, as fmpq_fx.encode() and 'fmpq-fx encode' make it")
     if len(data) < _START.size:
@@ -205,23 +204,23 @@ def _checked_body(data: bytes) -> tuple[int, bytes]:
 
 
 def _most_symbols(codec: Codec, size: Size) -> int:
-    """Return a number that no string of an image of ``size`` has more symbols than."""
+    """Return an upper bound on the symbols of a string of an image of ``size``."""
     most = _MOST_LATENTS * math.prod(size)
-    if math.prod(size) > _LARGE:  # knowing the latents takes time, and guards against that many take memory
+    if math.prod(size) > _LARGE:  # counting latents takes time, but a large bound would take memory
         with suppress(FmpqError):
             return min(most, 2 * latents_of(codec, size))
     return most
 
 
 def _plain(shape: Any) -> Any:
-    """Return the shape of latents in a form that JSON has."""
+    """Return the shape of latents as lists and dicts, for JSON."""
     if isinstance(shape, dict):
         return {key: _plain(value) for key, value in shape.items()}
     return [_plain(side) if isinstance(side, list | tuple) else side for side in shape]
 
 
 def _shape(text: bytes, most: int) -> Any:
-    """Return the shape that ``text`` is the JSON of, after checking that it has at most ``most`` latents."""
+    """Return the shape in the JSON ``text``, after checking that it has at most ``most`` latents."""
     try:
         return _sizes(json.loads(text), most)
     except (ValueError, RecursionError) as error:
@@ -231,7 +230,7 @@ def _shape(text: bytes, most: int) -> Any:
 def _sizes(shape: Any, most: int) -> Any:
     if isinstance(shape, dict):
         return {key: _sizes(value, most) for key, value in shape.items()}
-    if isinstance(shape, list) and shape and isinstance(shape[0], list):  # of groups of channels
+    if isinstance(shape, list) and shape and isinstance(shape[0], list):  # a shape for each group of channels
         return [_sizes(group, most) for group in shape]
     count = 1
     for side in shape if isinstance(shape, list) else [None]:

@@ -1,4 +1,4 @@
-"""How much memory a module takes for an input of a given size, without running it."""
+"""Compute how much memory a module takes for an input of a given size, without running it."""
 
 import copy
 import weakref
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class _Allocations(TorchDispatchMode):
-    """Adds up the tensors that are alive, after each operation."""
+    """Adds up the bytes of the living tensors after each operation, and keeps the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class _Allocations(TorchDispatchMode):
         return out
 
     def note(self, tensor: Tensor) -> None:
-        """Count ``tensor`` until nobody holds it."""
+        """Count ``tensor`` for as long as it lives."""
         storage = tensor.untyped_storage()
         if id(storage) not in self.alive:
             self.alive[id(storage)] = storage.nbytes()
@@ -37,10 +37,10 @@ class _Allocations(TorchDispatchMode):
 
 
 def _workspace(x: Tensor, weight: Tensor, groups: int, out: Tensor) -> int:
-    """Return the bytes that a convolution takes beside its input and its output, as measured on CPUs.
+    """Return the bytes that a convolution takes besides its input and its output, as measured on CPUs.
 
-    The library that computes it in float32 copies what has another layout than its own. Otherwise there is a matrix
-    with a column for each place.
+    Up to float32, the library copies tensors into its own layout. In float64, torch makes a matrix with a column for
+    each place.
     """
     if x.dtype.itemsize <= torch.float32.itemsize:
         return max(x.nbytes, out.nbytes)
@@ -52,12 +52,12 @@ def _workspace(x: Tensor, weight: Tensor, groups: int, out: Tensor) -> int:
 def peak_bytes(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, tuple[int, ...]]:
     """Return the most bytes of tensors that ``module`` holds at once for an input, and the shape of its output.
 
-    It runs on tensors without data. Its weights are not counted, the input and the output are.
+    It runs on tensors without data. Weights are not counted; the input and the output are.
 
     Args:
         module: takes one tensor, returns one, and decides nothing by values. It is not modified.
-        shape: of the input, (B, C, H, W).
-        dtype: of the input.
+        shape: the shape of the input, (B, C, H, W).
+        dtype: the dtype of the input.
     """
     # A copy, since another thread may run the module meanwhile.
     tensors = [*module.parameters(), *module.buffers()]

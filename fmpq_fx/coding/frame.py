@@ -1,4 +1,4 @@
-"""The frame that an image is coded in: what a codec takes has sides that are multiples of its stride."""
+"""The frame around an image: a codec takes images whose sides are multiples of its stride."""
 
 import copy
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from fmpq_fx.images.reading import CHANNELS
 from fmpq_fx.passes.tracing.model_outputs import wrong_channels
 
 STRIDES = (64, 128, 256, 512)
-"""What is tried: six strides of 2 as in most codecs, and more of them, or windows of attention on latents."""
+"""Strides that are tried: six strides of 2, as in most codecs, then more for deeper codecs and windowed attention."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """An image of ``height`` x ``width`` pixels in the middle of the least multiples of ``stride``."""
+    """An image of ``height`` x ``width`` pixels, padded on all sides to the next multiples of ``stride``."""
 
     height: int
     width: int
@@ -29,7 +29,7 @@ class Frame:
 
     @property
     def size(self) -> Size:
-        """Height and width of what is coded."""
+        """Height and width of the padded image, which is coded."""
         return (-(-self.height // self.stride) * self.stride, -(-self.width // self.stride) * self.stride)
 
     def around(self, x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class Frame:
         return F.pad(x, self._padding[0])
 
     def inside(self, x: Tensor) -> Tensor:
-        """Return the image in ``x``, of :attr:`size`."""
+        """Return the image inside ``x``, which has :attr:`size`."""
         return F.pad(x, self._padding[1])
 
     @property
@@ -55,7 +55,7 @@ def stride_of(codec: Codec, channels: int) -> int:
     """Return the least of :data:`STRIDES` that ``codec`` runs with on images of ``channels``; the first if none.
 
     Raises:
-        FmpqError: it runs with none, and does on images of another number of channels.
+        FmpqError: it only runs on images of another number of channels.
     """
     found = _found(codec, channels)
     if found is None:
@@ -67,7 +67,7 @@ def stride_of(codec: Codec, channels: int) -> int:
 
 def _found(codec: Codec, channels: int) -> int | None:
     """Return the least stride that ``codec`` runs with, found once for each model on black images."""
-    known = _STRIDES.setdefault(next(codec.children()), {})  # which all codecs of one model share
+    known = _STRIDES.setdefault(next(codec.children()), {})  # all codecs of one model share this child
     if channels not in known:
         known[channels] = next((stride for stride in STRIDES if _runs(codec, channels, stride)), None)
     return known[channels]
@@ -77,7 +77,7 @@ def _found(codec: Codec, channels: int) -> int | None:
 def _runs(codec: Codec, channels: int, stride: int) -> bool:
     parameter = next(codec.parameters())
     image = parameter.new_zeros(1, channels, stride, 3 * stride)
-    try:  # a copy, since masks may be kept for the last size
+    try:  # on a copy, since a model may keep masks for the last size
         return bool(copy.deepcopy(codec)(image)["x_hat"].shape == image.shape)
-    except Exception:  # a user's model may do anything; what it says, it says of the image itself
+    except Exception:  # a user's model may raise anything; on the real image, its error is shown
         return False

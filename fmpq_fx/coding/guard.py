@@ -1,17 +1,17 @@
-"""Choose CDFs so that slightly other floats choose the same ones, and say in a few bytes how that was done.
+"""Choose CDFs so that slightly different floats choose the same ones, with a few bytes in the file.
 
-CompressAI's ``build_indexes`` compares every scale with a table. Another machine computes scales that differ in the
-last places; where one lies at a boundary of the table, it may choose another CDF, and all that is decoded after that
-is noise. So positions are divided into blocks, and all scales of a block are multiplied by a number close to 1, the
-first one with which none of them lies within the margin of a boundary::
+CompressAI's ``build_indexes`` compares every scale with a table. Another machine computes scales that differ in their
+last places. If a scale lies at a boundary of the table, that machine may choose another CDF, and everything decoded
+after that is noise. So positions are divided into blocks, and all scales of a block are multiplied by the first of
+some factors close to 1 with which none of them lies within the margin of a boundary::
 
     boundaries of the table         |            |             |
     scales of a block              ·|  ·     ·   |    ·   ·    |         one is too close
     the same, times 1 + 1 shift     |·   ·     · |      ·    · |         another one is
     the same, times 1 + 2 shifts    | ·   ·      | ·     ·    ·|·        none is: the file says 2
 
-An encoder that writes each ambiguous position and its side needs about 14 bits for it, this takes 2 or 3. The scales
-that are coded with are off by less than a thousandth, which costs nothing that can be measured.
+Writing each ambiguous position and its side would take about 14 bits; this takes 2 or 3. The scales move by less than a
+thousandth, which costs nothing that can be measured.
 """
 
 import struct
@@ -28,22 +28,22 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.storage.byte_reader import ByteReader
 
 LEAST_MARGIN, MOST_MARGIN = 2.0**-15, 2.0**-8
-"""Margins are parts of a boundary, the boundaries of CompressAI's tables are an eighth apart."""
+"""Margins are fractions of a boundary. The boundaries of CompressAI's tables are an eighth apart."""
 
-_SHIFT = 2.5  # margins: more than two, so that a scale leaves the margins of its boundary at once
+_SHIFT = 2.5  # margins per shift; more than two, so that one shift takes a scale out of the margins of its boundary
 MOST_SHIFTS = 1000
-_MOST_BLOCK = 2**16  # positions: a margin that someone forged must not take memory
+_MOST_BLOCK = 2**16  # positions; a forged margin must not take much memory
 _HEAD = struct.Struct(">fIBI")
 
 
 @dataclass(frozen=True)
 class Guard:
-    """What a file holds of how its CDFs were chosen.
+    """The part of a file that makes another machine choose the same CDFs.
 
     Attributes:
-        margin: how far other scales may be from the encoder's, as a part of a scale.
-        shifts: of each block, in the order in which they are coded.
-        checksum: over all that was chosen and coded.
+        margin: how far the other machine's scales may differ from the encoder's, as a fraction of a scale.
+        shifts: the number of shifts of each block, in the order in which blocks are coded.
+        checksum: the checksum of all chosen CDFs and all coded symbols.
     """
 
     margin: float
@@ -52,16 +52,16 @@ class Guard:
 
     @property
     def step(self) -> float:
-        """What one shift adds to the factor of a block."""
+        """The amount that one shift adds to the factor of a block."""
         return _SHIFT * self.margin
 
     @property
     def block(self) -> int:
-        """How many positions a block has: so many that one of them is within the margin of a boundary, but a limit."""
+        """Positions in a block: so many that about one is within the margin of a boundary, up to a limit."""
         return max(1, round(min(_MOST_BLOCK, 1 / (16 * self.margin))))
 
     def to_bytes(self) -> bytes:
-        """Return it as a file holds it: the shifts coded with a geometric distribution."""
+        """Return the guard as a file holds it, with its shifts coded under a geometric distribution."""
         mean = sum(self.shifts) / max(1, len(self.shifts))
         ratio = min(255, round(256 * mean / (1 + mean)))
         head = _HEAD.pack(self.margin, self.checksum, ratio, len(self.shifts))
@@ -92,18 +92,18 @@ class Guard:
 
 
 def _geometric(ratio: int) -> string_coder.Tables:
-    """Return tables of one distribution, which falls by ``ratio`` / 256 from each number to the next."""
+    """Return tables of one distribution: each number has ``ratio`` / 256 of the probability of the one before."""
     parts = [max(1, (256 - ratio) * ratio**k * 2**16 // 256 ** (k + 1)) for k in range(32)]
-    parts[0] -= sum(parts) + 1 - 2**16  # the last number is for what lies beyond
+    parts[0] -= sum(parts) + 1 - 2**16  # the last symbol is the escape
     cdf = [0, *np.cumsum([*parts, 1]).tolist()]
     return [cdf], [len(cdf)], [0]
 
 
 def values_of(prior: Any, scales: Tensor) -> Tensor:
-    """Return ``scales`` in float64, in a row."""
+    """Return ``scales`` in float64, flat, on the CPU, with the lower bound of ``prior``."""
     values = scales.detach().flatten().to("cpu", torch.float64, copy=True)
     bound = float(prior.lower_bound_scale.bound)
-    # A bound at the first boundary changes no choice, and would put all scales below it there.
+    # A bound at the first boundary changes no choice, but would move all smaller scales to that boundary.
     return values.clamp(min=bound) if bound > float(prior.scale_table.min()) else values
 
 
@@ -113,9 +113,9 @@ def boundaries_of(prior: Any) -> Tensor:
     return boundaries
 
 
-def shifted(values: Tensor, shifts: Tensor, plan: Guard) -> Tensor:
-    """Return ``values`` with each block multiplied as ``shifts`` say."""
-    return values * (1 + shifts.double() * plan.step).repeat_interleave(plan.block)[: len(values)]
+def shifted(values: Tensor, shifts: Tensor, guard: Guard) -> Tensor:
+    """Return ``values`` with each block multiplied by the factor of its number of ``shifts``."""
+    return values * (1 + shifts.double() * guard.step).repeat_interleave(guard.block)[: len(values)]
 
 
 def are_near(values: Tensor, boundaries: Tensor, margin: float) -> Tensor:

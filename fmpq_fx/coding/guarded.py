@@ -1,7 +1,7 @@
-"""Code images so that they survive another machine, whatever the codec computes its CDFs with.
+"""Code images so that another machine decodes them, with exact codecs and others.
 
-An exact codec does by itself. Any other has its CDFs guarded (:mod:`fmpq_fx.coding.guard`), by a margin that is
-measured on every image::
+Images of an exact codec need no more. Those of any other codec get a guard (:mod:`fmpq_fx.coding.guard`), with a margin
+that is measured on every image::
 
     compress() ──► strings, scales ──► decompress() in other arithmetic, up to the last CDF ──► scales
         ▲                                                                                          │
@@ -32,60 +32,58 @@ from fmpq_fx.quant import QuantizedLayer, quantized_layers
 from fmpq_fx.storage.rans import StringError
 
 Robust = Literal["auto", "exact", "guarded"] | None
-"""How an image survives another machine: "auto" is "exact" where the codec is, else "guarded"; None is not at all."""
+"""How an image survives another machine: "auto" is "exact" if the codec is exact, else "guarded"; None: not at all."""
 
-_SAFETY = (
-    4  # largest differences; that of two other machines may be twice what one arithmetic differs from another
-)
-_LEAST_GIVEN = 2.0**-24  # a margin; floats of 32 bits differ by more
-_SIDE = 256  # pixels, of the part of an image that shows which layers are on the entropy path
+_SAFETY = 4  # the margin in units of the measured difference; two machines may differ more than two arithmetics here
+_LEAST_GIVEN = 2.0**-24  # the least margin; the rounding of float32 makes larger differences
+_SIDE = 256  # pixels; side of the part of an image on which the entropy path is found
 
 
 class Kind(IntEnum):
-    """How what was coded survives another machine."""
+    """How a coded image survives another machine."""
 
     NOT = 0
     EXACT = 1
     GUARDED = 2
-    CHECKED = 3  # it may not, and then it is an error, not another image
+    CHECKED = 3  # it may not survive, but then decoding is an error, and never returns a wrong image
 
 
 @dataclass(frozen=True)
 class Coded:
-    """An image as a codec's ``compress()`` returns it, and what guards it."""
+    """An image as a codec's ``compress()`` returns it, and its guard."""
 
-    strings: Any
-    shape: Any
+    strings: Any  # a list of strings (one per image) for each latent, from CompressAI's models
+    shape: Any  # the shape of the latents, for ``decompress()``
     kind: Kind
     guard: bytes = b""
 
 
 def compress(codec: Codec, x: Tensor, robust: Robust = "auto", margin: float | None = None) -> Coded:
-    """Return ``x`` coded.
+    """Encode ``x``.
 
     Args:
-        codec: any.
-        x: an image (1, C, H, W), in its dtype and on its device, padded as the codec wants it.
+        codec: any codec.
+        x: an image (1, C, H, W), in the codec's dtype, on its device, padded to its stride.
         robust: see :data:`Robust`.
-        margin: how far the scales of another machine may be from these, as a part of them; None measures it.
+        margin: how far the scales of another machine may differ from these, as a fraction of a scale; None measures it.
 
     Raises:
-        FmpqError: the codec cannot code in this way; the message says in which it can.
-        ValueError: ``robust`` or ``margin`` is nothing of this.
+        FmpqError: the codec cannot code in this way; the message says in which way it can.
+        ValueError: ``robust`` or ``margin`` is out of its range.
     """
-    kind = _kind(codec, robust, margin)
+    kind = _asked_kind(codec, robust, margin)
     if kind in (Kind.NOT, Kind.EXACT):
         coded = codec.compress(x)
         return Coded(coded["strings"], coded["shape"], kind)
     with full_precision(x.device):
         coded, writer, deviation = _guarded(codec, x, margin)
-    kind = _kind_of(codec, writer, writer.strings >= len(coded["strings"]), deviation, robust)
+    kind = _achieved_kind(codec, writer, writer.strings >= len(coded["strings"]), deviation, robust)
     guard = b"" if kind is Kind.NOT else writer.guard.to_bytes()
     return Coded(coded["strings"], coded["shape"], kind, guard)
 
 
 def _guarded(codec: Codec, x: Tensor, margin: float | None) -> tuple[Any, GuardWriter, float]:
-    """Return what ``compress()`` made of ``x``, how its CDFs were chosen, and how far scales differ elsewhere."""
+    """Return the result of ``compress()`` for ``x``, its chooser, and how far scales differ in other arithmetic."""
     path = _entropy_path(codec, x)
     now = LEAST_MARGIN if margin is None else margin
     while True:
@@ -97,18 +95,18 @@ def _guarded(codec: Codec, x: Tensor, margin: float | None) -> tuple[Any, GuardW
         now = min(MOST_MARGIN, 2.0 ** math.ceil(math.log2(_SAFETY * deviation)))
 
 
-def _kind_of(codec: Codec, writer: GuardWriter, seen: bool, deviation: float, robust: Robust) -> Kind:
-    """Return how what was coded survives another machine.
+def _achieved_kind(codec: Codec, writer: GuardWriter, seen: bool, deviation: float, robust: Robust) -> Kind:
+    """Return how the coded image survives another machine.
 
     Args:
-        codec: that coded.
-        writer: which chose the CDFs.
-        seen: the symbols of all strings are in its checksum.
-        deviation: of the scales in other arithmetic.
-        robust: what was asked for.
+        codec: the codec that encoded it.
+        writer: the chooser of its CDFs.
+        seen: whether the checksum of ``writer`` has the symbols of all strings.
+        deviation: the difference of scales in other arithmetic, as a fraction.
+        robust: the option of :func:`compress`.
 
     Raises:
-        FmpqError: "guarded" was asked for, and it is not.
+        FmpqError: "guarded" was asked for, and is not reached.
     """
     checked = seen or bool(writer.chosen)
     own = _own_models(codec)
@@ -131,15 +129,15 @@ def _kind_of(codec: Codec, writer: GuardWriter, seen: bool, deviation: float, ro
 
 
 def decompress(codec: Codec, coded: Coded, most: int) -> Tensor:
-    """Return the image that is ``coded``, (1, C, H, W), as ``codec`` decodes it.
+    """Decode ``coded`` with ``codec``; return the image, (1, C, H, W).
 
     Args:
-        codec: any.
-        coded: what :func:`compress` returned.
-        most: symbols that there can be.
+        codec: the codec that encoded it.
+        coded: the result of :func:`compress`.
+        most: the largest possible number of symbols.
 
     Raises:
-        FmpqError: the codec is another one than it was coded with, or it decoded something else; never an image then.
+        FmpqError: the codec is another one, or the decoded latents are not those that were encoded.
     """
     if coded.kind in (Kind.NOT, Kind.EXACT):
         if coded.kind is Kind.EXACT and not codec.fmpq.exact:
@@ -166,7 +164,7 @@ def decompress(codec: Codec, coded: Coded, most: int) -> Tensor:
     return decoded
 
 
-def _kind(codec: Codec, robust: Robust, margin: float | None) -> Kind:
+def _asked_kind(codec: Codec, robust: Robust, margin: float | None) -> Kind:
     if robust not in ("auto", "exact", "guarded", None):
         raise ValueError(f'robust is {robust!r}; pass "auto", "exact", "guarded" or None')
     if margin is not None and not _LEAST_GIVEN <= margin <= MOST_MARGIN:
@@ -198,7 +196,7 @@ def _check_dtype(codec: Codec) -> None:
 
 
 def _own_models(codec: nn.Module) -> list[str]:
-    """Return the entropy models that choose CDFs otherwise than by a table of scales, or by the channel."""
+    """Return the entropy models that choose CDFs neither by a table of scales nor by the channel."""
     return [
         f"{name!r} ({type(module).__name__})"
         for name, module in codec.named_modules()
@@ -214,16 +212,16 @@ _PATHS: "WeakKeyDictionary[nn.Module, frozenset[str]]" = WeakKeyDictionary()
 def _entropy_path(codec: Codec, x: Tensor) -> frozenset[str]:
     """Return the names of the layers with quantized inputs that run before the last CDF of ``x`` is chosen.
 
-    They are found once for a codec, by coding a part of ``x``.
+    They are found once for each codec, by coding a part of ``x``.
     """
     layers = [layer for layer in quantized_layers(codec).values() if layer.input_quantizer is not None]
     if not layers:
         return frozenset()
-    known: QuantizedLayer = layers[0]  # which twins of a codec share
+    known: QuantizedLayer = layers[0]  # twins of a codec share it
     if known not in _PATHS:
         try:
             _PATHS[known] = _path_seen(codec, x[..., :_SIDE, :_SIDE])
-        except Exception:  # too small for it
+        except Exception:  # the part is too small for the codec
             _PATHS[known] = _path_seen(codec, x)
     return _PATHS[known]
 
@@ -238,7 +236,7 @@ def _path_seen(codec: Codec, x: Tensor) -> frozenset[str]:
 
 
 def _deviation(codec: Codec, coded: Any, writer: GuardWriter) -> float:
-    """Return by how much scales differ in another arithmetic, as a part of them."""
+    """Return the largest difference of scales in another arithmetic, as a fraction of a scale."""
     for other in _others(codec) if writer.chosen else []:
         rehearsal = Rehearsal(writer.chosen)
         with other() as twin:
@@ -249,7 +247,7 @@ def _deviation(codec: Codec, coded: Any, writer: GuardWriter) -> float:
 
 
 def _others(codec: Codec) -> list[Callable[[], Any]]:
-    """Return what gives ``codec`` in other arithmetic, to be tried until one computes something else."""
+    """Return contexts of ``codec`` in other arithmetic, to be tried until one gives different scales."""
     parameter = next(codec.parameters())
     if parameter.dtype == torch.float64:
         return [lambda: _as_dtype(codec, torch.float32)]
@@ -268,7 +266,7 @@ def _as_dtype(codec: Codec, dtype: torch.dtype) -> Iterator[Codec]:
 
 
 def _rehearse(codec: Codec, coded: Any, rehearsal: Rehearsal) -> None:
-    """Decode what is ``coded`` up to the last CDF.
+    """Decode ``coded`` up to the last CDF.
 
     Raises:
         FmpqError: it cannot be decoded.

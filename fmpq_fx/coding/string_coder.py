@@ -1,18 +1,18 @@
-"""CompressAI's entropy coder with guards: where it would not end there is an error, where it misreads a warning.
+"""CompressAI's entropy coder with checks: an error where it would not end, a warning where it misreads.
 
 Its encoder does not end on symbols far outside of their tables; one NaN among the latents is enough. Its decoder does
-not look where a string ends. This is how it reads one (rANS)::
+not check where a string ends. It reads a string like this (rANS)::
 
     string  │ word │ word │ word │ word │ ...        words of 4 bytes, from the left
              └─────┬─────┘    │
     state        64 bits ◄────┘
 
-    1. The lowest 16 bits of the state say which symbol comes next.
+    1. The lowest 16 bits of the state select the next symbol.
     2. The state becomes smaller by as many bits as this symbol costs.
-    3. If it is below 2^31 then, it takes in the next word: state = state * 2^32 + word.
+    3. If the state is now below 2^31, it takes in the next word: state = state * 2^32 + word.
 
-The encoder goes the other way and starts with the state 2^31. So the decoder has this state after the last symbol,
-and after a damaged string, almost surely, another one. It does not show its state, but what it would decode next does.
+The encoder goes the other way and starts with the state 2^31. So the decoder has this state after the last symbol, and
+almost surely another one after a damaged string. The state is hidden, but the next symbols that it decodes reveal it.
 """
 
 import warnings
@@ -32,11 +32,11 @@ MOST_SYMBOL = 2**26
 """The largest magnitude of a symbol; with its table's offset, CompressAI's encoder ends below 2^27."""
 
 LEAST_SYMBOLS = 4
-"""For fewer, CompressAI's encoder writes in front of its memory: it has a word for each, and its state takes two."""
+"""With fewer, CompressAI's encoder writes before its buffer, which has a word per symbol: the state takes two."""
 
 _FILL = b"\1"
-# Behind a string comes filling, words of 0x01010101. With a table in which 0 and 0x0101 are symbols that cost 16 bits
-# each, a decoder whose state is 2^31 reads this, and one with another state something else:
+# Behind a string comes filling, words of 0x01010101. In the table _END_TABLES, the lowest bits 0 and 0x0101 are symbols
+# of 16 bits each. A decoder with the state 2^31 reads them like this; with another state it reads something else:
 #
 #     state                 lowest 16 bits    symbol    state then       takes in a word
 #     2^31                  0                 0         2^15             yes
@@ -55,21 +55,20 @@ def trimmed_tables(cdfs: Tensor, lengths: Tensor, offsets: Tensor) -> Tables:
 
 
 class _Padded(bytes):
-    """A string with filling behind it; ``string`` is the one before."""
+    """A string with filling behind it; ``string`` is the string alone."""
 
     string: bytes
 
 
 def padded(string: bytes, symbols: int) -> bytes:
-    """Return ``string`` with so much filling behind it that CompressAI's decoder stays inside, whatever the string is.
+    """Return ``string`` with so much filling behind it that CompressAI's decoder never reads beyond, even if damaged.
 
-    For a symbol of its table the decoder reads at most one word of 4 bytes. A symbol outside of its table comes as
-    4-bit numbers, the first of which say how many there are: each that is 15 adds to this number and is followed by
-    another one. So a damaged string may ask for up to 30 words for each of its bytes, but not for more, since the
-    filling has no number of 15. It has no zeros either: a decoder in the middle of a string that was cut could take
-    them for the end.
+    For a symbol of its table the decoder reads at most one word of 4 bytes. A symbol outside of its table is written in
+    4-bit numbers, the first of which count the others: each 15 adds to the count and is followed by another number. So
+    a damaged string may demand up to 30 words for each of its bytes, but no more, since the filling has no 15. It has
+    no zeros either: a decoder in the middle of a cut string could take them for the end.
     """
-    end = string.rstrip(_FILL)  # without the filling of an earlier call as well
+    end = string.rstrip(_FILL)  # also without the filling of an earlier call
     filled = _Padded(end.ljust(len(end) + 4 * 30 * len(end) + 4 * symbols + 256, _FILL))
     filled.string = unpadded(string)
     return filled
@@ -84,7 +83,7 @@ def encode(symbols: Sequence[int], indexes: Sequence[int], tables: Tables) -> by
     """Return the string of ``symbols``, each coded with the CDF of its index.
 
     Raises:
-        FmpqError: a symbol is too large to be one, or there are 1 to 3 of them.
+        FmpqError: a symbol is too large to be coded, or there are only 1 to 3 symbols.
     """
     if 0 < len(symbols) < LEAST_SYMBOLS:
         raise FmpqError(
@@ -101,7 +100,7 @@ def encode(symbols: Sequence[int], indexes: Sequence[int], tables: Tables) -> by
 
 
 def too_far(most: int) -> FmpqError:
-    """Return the error of latents of which one is ``most`` steps away from its mean."""
+    """Return the error for a latent that is ``most`` steps away from its mean."""
     return FmpqError(
         f"a latent is {most} steps away from its mean, and at most {MOST_SYMBOL} are coded: the image or the "
         "weights of the model hold NaN, infinite or absurdly large numbers"
@@ -109,11 +108,11 @@ def too_far(most: int) -> FmpqError:
 
 
 class StringReader:
-    """Decodes ``symbols`` symbols from ``string``, in as many calls as it takes."""
+    """Decodes ``symbols`` symbols from ``string``, in any number of calls."""
 
     def __init__(self, string: bytes, symbols: int):
         self._decoder = RansDecoder()
-        # Four times the symbols: behind the string, the state may still hold a part of some 4-bit numbers.
+        # Four times the symbols, since at the end of the string the state may still hold some 4-bit numbers.
         self._decoder.set_stream(padded(string, 4 * symbols))
 
     def read(self, indexes: Sequence[int], tables: Tables) -> list[int]:
@@ -132,11 +131,11 @@ class StringReader:
 
 
 def unnoted(symbols: Sequence[int], coded: bool) -> None:
-    """Note nothing: what :class:`CheckedCoder` tells where nobody asks."""
+    """Note nothing; the ``note`` of :class:`CheckedCoder` without a chooser."""
 
 
 class CheckedModel(EntropyModel):
-    """An entropy model that is guarded while it codes, with the class of the model as another base.
+    """An entropy model whose coder is checked; a base class beside the model's own class.
 
     Attributes:
         note: see :class:`CheckedCoder`.
@@ -146,26 +145,24 @@ class CheckedModel(EntropyModel):
 
     @property
     def entropy_coder(self) -> "CheckedCoder":
-        """What stands for CompressAI's coder."""
+        """The coder that replaces CompressAI's."""
         return CheckedCoder(self.note)
 
 
 class CheckedCoder:
-    """Takes the place of the ``entropy_coder`` of CompressAI's entropy models.
+    """Replaces the ``entropy_coder`` of CompressAI's entropy models.
 
     Args:
-        note: is told the symbols of each string, and whether they were coded (or decoded).
+        note: is called with the symbols of each string, and True if they were encoded, False if decoded.
     """
 
-    name = (
-        "ans"  # of CompressAI's coder that makes the same strings; an entropy model is pickled with this name
-    )
+    name = "ans"  # name of CompressAI's coder of the same strings; entropy models are pickled with this name
 
     def __init__(self, note: Callable[[Sequence[int], bool], None]):
         self._note = note
 
     def encode_with_indexes(self, symbols: list[int], indexes: list[int], *tables: Any) -> bytes:
-        """Return :func:`encode` of the same."""
+        """Return the string of ``symbols``; see :func:`encode`."""
         string = encode(symbols, indexes, tables)
         self._note(symbols, True)
         return string

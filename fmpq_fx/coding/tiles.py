@@ -1,20 +1,20 @@
-"""Run a transform in tiles that overlap by what it sees, so that the whole comes out as in one piece.
+"""Run a transform in tiles that overlap by its receptive field, so that the result is the same as in one piece.
 
-A tile of the output is computed from all of the input that it sees. At the borders of what was read, layers pad, and
-places come out wrong; only those are kept that see no such border, except the borders of the image itself. Along one
+A tile of the output is computed from all of the input that it sees. At the borders of the read part, layers pad, and
+places come out wrong. So only places are kept that see no border, except the borders of the image itself. Along one
 axis, for three tiles::
 
     input    ├────────────────────────────────────────┤
     read     ├──────────────────┤                           by the first tile
                        ├───────────────────┤                by the second
                                    ├──────────────────┤     by the third
-    keep     ├─────────────┤                                of what the first becomes
+    keep     ├─────────────┤                                of the first tile's output
                            ├───────────┤
                                        ├──────────────┤
     output   ├─────────────┼───────────┼──────────────┤     the place of each
 
-So there are no seams: the result is that of the whole input, up to the rounding of sums that a library adds in another
-order.
+So there are no seams: the result is that of the whole input, up to the rounding of sums that a library adds up in
+another order.
 """
 
 import math
@@ -36,19 +36,19 @@ Size = tuple[int, int]  # height and width
 class Span:
     """A tile's part of one axis."""
 
-    read: slice  # of the input
-    keep: slice  # of what the tile becomes
-    place: slice  # of the whole output
+    read: slice  # the part of the input that is read
+    keep: slice  # the part of the tile's output that is kept
+    place: slice  # its place in the whole output
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How a transform is divided into tiles."""
+    """The division of a transform into tiles."""
 
     rows: tuple[Span, ...]
     columns: tuple[Span, ...]
-    out: Size  # of the whole output
-    peak: int = 0  # bytes that a tile takes, with all that is computed of it
+    out: Size  # size of the whole output
+    peak: int = 0  # bytes that a tile takes, with everything that is computed from it
 
     @property
     def largest(self) -> Size:
@@ -58,22 +58,24 @@ class Grid:
 
     @property
     def work(self) -> int:
-        """Inputs of all tiles together."""
+        """The number of input places that all tiles read together."""
         return sum(map(_read, self.rows)) * sum(map(_read, self.columns))
 
 
 class Transform:
-    """What is known of a module that takes one feature map and returns one.
+    """The description of a module that takes one feature map and returns one: its reach and its memory.
 
     Args:
-        module: in torch. Another backend that runs in its place computes the same, and is cut in the same tiles.
+        module: a torch module. A backend that runs in its place computes the same, and runs in the same tiles.
     """
 
     def __init__(self, module: nn.Module):
         self.graph = module
         self.reaches: Reaches | None = None
-        self.obstacle = ""  # why it cannot run in tiles
-        self.sizes: dict[tuple[object, ...], tuple[int, tuple[int, ...]]] = {}  # what was found out so far
+        self.obstacle = ""  # the reason that it cannot run in tiles
+        self.sizes: dict[
+            tuple[object, ...], tuple[int, tuple[int, ...]]
+        ] = {}  # peaks and output shapes so far
         try:
             if isinstance(module, ExactLayer):
                 self.reaches = layer_reach(module)
@@ -97,13 +99,13 @@ class Transform:
         return self.sizes[key]
 
     def grid(self, like: Tensor, budget: int) -> Grid:
-        """Return the grid with the least work of those whose tiles take at most ``budget`` bytes.
+        """Return the grid of the least work whose tiles take at most ``budget`` bytes.
 
-        Where none does, that of the smallest tiles is returned: its ``peak`` says what is needed at least.
+        If there is none, return the grid of the smallest tiles: its ``peak`` is the least that is needed.
 
         Args:
-            like: the input, (B, C, H, W), or one without data.
-            budget: for one tile, and all that is computed of it.
+            like: the input, (B, C, H, W), or a tensor like it without data.
+            budget: bytes for one tile and everything that is computed from it.
 
         Raises:
             FmpqError: the transform cannot run in tiles.
@@ -114,7 +116,7 @@ class Transform:
         rows, columns = map(_divisions, self.reaches, like.shape[-2:], (height, width))
         grids = [Grid(r, c, (height, width)) for r in rows for c in columns]
         smallest = min(grids, key=lambda grid: (math.prod(grid.largest), grid.work))
-        density = 0.0  # bytes per input, as far as that was seen
+        density = 0.0  # bytes per input place, of the last grid that was tried
         for grid in sorted(grids, key=lambda grid: grid.work):
             area = math.prod(grid.largest)
             if area * density <= budget:
@@ -126,19 +128,19 @@ class Transform:
 
 
 class Tiled(CalledAlike):
-    """Runs a module in tiles, where the whole would take more than a number of bytes.
+    """Runs a module in tiles if the whole would take more than ``budget`` bytes.
 
     Args:
-        transform: what is known of the module, or of the one that it computes the same as.
-        module: what runs: (B, C, H, W) comes in and goes out.
-        budget: in bytes. Where no tile takes so little, the smallest ones are run.
+        transform: the description of the module, or of the torch module that it stands for.
+        module: the module that runs, (B, C, H, W) -> (B, C, H, W).
+        budget: bytes. If no tile takes so few, the smallest tiles are run.
     """
 
     def __init__(self, transform: Transform, module: nn.Module, budget: int):
         super().__init__(module)
         self.transform, self.budget = transform, budget
         self.module = module
-        self.small = 0  # elements of an input that is known to fit
+        self.small = 0  # elements of the largest input that is known to fit
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output for ``x`` (B, C, H, W)."""
@@ -154,7 +156,7 @@ class Tiled(CalledAlike):
         out: Tensor | None = None
         for row in grid.rows:
             for column in grid.columns:
-                # A copy, since what overlaps must not be seen to change.
+                # A copy, since the module may write to its input, and tiles overlap.
                 tile = self.module(x[..., row.read, column.read].clone())
                 if out is None:
                     out = tile.new_empty((*tile.shape[:-2], *grid.out))
@@ -164,22 +166,24 @@ class Tiled(CalledAlike):
 
 
 def untiled(module: nn.Module) -> nn.Module:
-    """Return what runs in tiles where ``module`` is :class:`Tiled`, or ``module``."""
+    """Return the module inside ``module`` if that is :class:`Tiled`, else ``module``."""
     if isinstance(module, Tiled):
         module = module.module
     return module
 
 
 def _divisions(reach: Reach, inputs: int, places: int) -> list[tuple[Span, ...]]:
-    """Return the ways to divide an axis of ``inputs`` and ``places`` of output, the finest last."""
-    unit = int(reach.align / reach.stride)  # places; tiles that begin at multiples begin at whole inputs
+    """Return the ways to divide an axis of ``inputs`` and ``places`` of output, the shortest tiles last."""
+    unit = int(
+        reach.align / reach.stride
+    )  # places; tiles that begin at a multiple of this begin at whole inputs
     units = -(-places // unit)
     lengths = sorted({-(-units // count) * unit for count in range(1, units + 1)}, reverse=True)
     return [tuple(_span(reach, inputs, a, min(a + n, places)) for a in range(0, places, n)) for n in lengths]
 
 
 def _span(reach: Reach, inputs: int, first: int, end: int) -> Span:
-    """Return what is read for the places ``first`` … ``end`` - 1 of an axis of ``inputs``, and what is kept of it."""
+    """Return the span of the output places ``first`` … ``end`` - 1 of an axis of ``inputs``."""
     low, high = reach.inputs(first, end - 1)
     start = min(max(low, 0), inputs - 1) // reach.align * reach.align
     stop = min(inputs, -(-(max(high, start) + 1) // reach.align) * reach.align)

@@ -1,4 +1,4 @@
-"""Let a codec code images of any size within a given memory, or say what it needs before it starts."""
+"""Let a codec code images of any size within a given memory, or say how much it needs before it starts."""
 
 import copy
 import warnings
@@ -16,24 +16,24 @@ from fmpq_fx.memory import bytes_of, spelled
 from fmpq_fx.passes.tracing.examples import CHANNELS
 
 LATENT_BYTES = 130
-"""What entropy coding takes for each latent: tensors, the parameters of its CDF, lists of the coder (measured)."""
+"""Bytes of entropy coding for each latent: tensors, the parameters of its CDF, lists of the coder (measured)."""
 
-_SIDE = 64  # of the image that shows which modules are the transforms
-_SURELY = 8192  # bytes per pixel; no model of CompressAI's zoo takes a fifth of it
+_SIDE = 64  # pixels; side of the image with which the transforms are found
+_SURELY = 8192  # bytes per pixel that suffice; no model of CompressAI's zoo takes a fifth of it
 
 
 def within(codec: Codec, size: Size, memory: int | str | None, *, images: int) -> Codec:
     """Return ``codec``, or one that shares its weights and codes an image of ``size`` within ``memory``.
 
-    Where the whole image would take more, the transforms run in tiles: the module that takes the image and returns
-    latents, and the one that returns the reconstruction. So do layers in exact arithmetic, with the same bits. All
-    else, entropy coding above all, sees the whole latents: the bitstream is as ever.
+    If the whole image would take more, the transforms run in tiles: the module that takes the image and returns
+    latents, and the module that returns the reconstruction. So do layers in exact arithmetic, with the same bits. All
+    other parts, entropy coding above all, see the whole latents, so that the bitstream is the same.
 
     Args:
-        codec: in the dtype and on the device on which it will run. It is not modified.
-        size: height and width of the image as it is coded, padded.
-        memory: what coding may take beside the codec (:func:`fmpq_fx.memory.bytes_of`).
-        images: of ``size``, that are in memory beside what the transforms take.
+        codec: a codec in its final dtype and on its final device. It is not modified.
+        size: height and width of the padded image.
+        memory: the memory for coding besides the codec (:func:`fmpq_fx.memory.bytes_of`).
+        images: the number of images of ``size`` that are in memory besides the transforms' tensors.
 
     Raises:
         FmpqError: it needs more than the ``memory`` given; the message says how much. With None it is a warning.
@@ -53,7 +53,7 @@ def within(codec: Codec, size: Size, memory: int | str | None, *, images: int) -
     if need > budget:
         whole = [f"{e.name!r} runs as a whole: {e.transform.obstacle}" for e in ends if e.transform.obstacle]
         _complain(codec, size, f"about {spelled(need)} of memory", budget, "; ".join(whole), memory)
-        room = max(room, budget // 8)  # more than there is, but no tiles so small that they take forever
+        room = max(room, budget // 8)  # this exceeds the budget, but smaller tiles would take forever
     transforms = {end.name: end.transform for end in ends} | _found(codec).exact
     tiles = {name: transform for name, transform in transforms.items() if not transform.obstacle}
     return with_settings(codec, tiles=tiles, budget=room)
@@ -63,7 +63,7 @@ def latents_of(codec: Codec, size: Size) -> int:
     """Return how many latents the analysis of ``codec`` makes of an image of ``size``.
 
     Raises:
-        FmpqError: it has no module that is its analysis.
+        FmpqError: no module of it is the analysis.
     """
     return _ends(codec, size)[1].like.numel()
 
@@ -77,7 +77,7 @@ class _End:
     like: Tensor  # its input, without data
 
     def least(self, budget: int) -> int:
-        """Return the bytes that it takes, as a whole or in tiles, within ``budget`` where that is possible."""
+        """Return the bytes that it takes as a whole, or in tiles if that exceeds ``budget``."""
         whole = self.transform.peak(self.like, (self.like.size(-2), self.like.size(-1)))
         if whole <= budget or self.transform.obstacle:
             return whole
@@ -88,7 +88,7 @@ def _ends(codec: Codec, size: Size) -> list[_End]:
     """Return the analysis and the synthesis of ``codec`` for images of ``size``.
 
     Raises:
-        FmpqError: there are none.
+        FmpqError: it has none.
     """
     ends = []
     for end in _found(codec).ends:
@@ -99,9 +99,9 @@ def _ends(codec: Codec, size: Size) -> list[_End]:
 
 @dataclass(frozen=True)
 class _Found:
-    """What can run in tiles in a codec, as long as it has these modules."""
+    """The modules of a codec that can run in tiles, while it has the ``state``."""
 
-    state: tuple[object, ...]
+    state: tuple[object, ...]  # dtype, device and modules
     ends: tuple[_End, _End]  # for an image of _SIDE x _SIDE
     exact: dict[str, Transform]  # layers in exact arithmetic
 
@@ -110,13 +110,13 @@ _FOUND: "WeakKeyDictionary[Codec, _Found]" = WeakKeyDictionary()
 
 
 def _found(codec: Codec) -> _Found:
-    """Return what can run in tiles in ``codec``; it is looked for once, and again where its modules are others.
+    """Return the modules of ``codec`` that can run in tiles; they are found once, and again after its modules change.
 
-    The ends are found by what goes in and comes out when a small image is coded, not by their names: an image and
-    less than that, and the other way round.
+    The ends are found not by name, but by their inputs and outputs for a small image: the analysis takes an image and
+    returns fewer values, the synthesis the other way round.
 
     Raises:
-        FmpqError: there are none.
+        FmpqError: it has no such ends.
     """
     parameter = next(codec.parameters())
     state = (parameter.dtype, parameter.device, *list(codec.modules())[1:])
@@ -131,7 +131,7 @@ def _found(codec: Codec) -> _Found:
 
 
 def _shown(codec: Codec) -> list[tuple[str, Tensor]]:
-    """Return the names of the analysis and the synthesis, and what each reads when a small image is coded."""
+    """Return the names of the analysis and the synthesis, and the input of each when a small image is coded."""
     parameter, failure = next(codec.parameters()), None
     for channels in CHANNELS:
         image = torch.zeros(1, channels, _SIDE, _SIDE, device=parameter.device, dtype=parameter.dtype)
@@ -145,7 +145,7 @@ def _shown(codec: Codec) -> list[tuple[str, Tensor]]:
 
 def _shown_by(codec: Codec, image: Tensor) -> list[tuple[str, Tensor]]:
     shown = _twin(with_settings(codec, backend={})).eval()
-    found: dict[bool, tuple[str, Tensor]] = {}  # by whether it is the synthesis; the outermost modules
+    found: dict[bool, tuple[str, Tensor]] = {}  # False: analysis, True: synthesis; the outermost modules
 
     def note(name: str, args: tuple[object, ...], out: object) -> None:
         if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(out, Tensor):
@@ -175,7 +175,7 @@ def _twin(codec: Codec) -> Codec:
 
 
 def _complain(codec: Codec, size: Size, need: str, budget: int, why: str, memory: int | str | None) -> None:
-    """Raise an error that says what is needed, or only warn where no memory was given."""
+    """Raise an error that says how much memory is needed, or only warn if no memory was given."""
     text = (
         f"to code {size[1]} x {size[0]} pixels, this {type(codec).__name__} needs {need}, and may take "
         f"{spelled(budget)}{f' ({why})' if why else ''}"

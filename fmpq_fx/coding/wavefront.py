@@ -1,8 +1,8 @@
 """Coding loops of autoregressive models, in exact arithmetic, along wavefronts instead of place by place.
 
-A masked convolution of k x k sees the rows above, and what is left of it in its own row. So place (h, w) depends on
-none with the same w + (k // 2 + 1) * h, and all of those are computed together: 141 steps for 32 x 48 latents and
-k = 5 instead of 1536. The symbols are coded in that order, since a decoder needs all of a step before the next.
+A masked convolution of k x k sees the rows above, and the places to the left in its own row. So places with the same
+w + (k // 2 + 1) * h do not depend on each other, and are computed together: 141 steps for 32 x 48 latents and k = 5
+instead of 1536. The symbols are coded in this order, since a decoder needs all places of a step before the next step.
 """
 
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ from fmpq_fx.passes.lower.extents import float_layer
 
 
 def check(model: Any) -> None:
-    """Check that the coding loop of ``model``, whose layers are quantized, is one of mbt2018 in all that it computes.
+    """Check that these loops compute what the layers of ``model``, which are quantized, compute.
 
     Raises:
-        FmpqError: its context prediction, or its entropy parameters, do something that no coding loop has.
+        FmpqError: its context prediction or its entropy parameters do something that the coding loop cannot.
     """
     prediction = product_of(float_layer(model.context_prediction))
     if not isinstance(prediction, ConvProduct) or {
@@ -41,20 +41,20 @@ def check(model: Any) -> None:
 
 
 def _divided(kernel: tuple[int, ...]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Return the places of a kernel before its middle, in the rows above or left in the same, and the others."""
+    """Return the places of a kernel that come before its middle in reading order, and the other places."""
     places = [(row, column) for row in range(kernel[0]) for column in range(kernel[1])]
     middle = (kernel[0] // 2, kernel[1] // 2)
     return [place for place in places if place < middle], [place for place in places if place >= middle]
 
 
 class Context:
-    """What an autoregressive model, which :func:`check` has checked, predicts the parameters of a latent with.
+    """The parts of a checked autoregressive model (:func:`check`) that predict the parameters of a latent.
 
     Args:
         conditional: the entropy model of the latents.
         prediction: the masked convolution.
-        parameters: maps the parameters of the hyperprior and the prediction, one after the other, to scales and
-            means; of every place for itself.
+        parameters: maps the parameters of the hyperprior and the prediction, concatenated, to scales and means, at each
+            place separately.
     """
 
     def __init__(self, conditional: Any, prediction: Any, parameters: nn.Module):
@@ -68,19 +68,19 @@ class Context:
 
     @property
     def tables(self) -> string_coder.Tables:
-        """The tables of the entropy model: trimmed, since the coder reads them anew in every step."""
+        """The tables of the entropy model, trimmed, since the coder reads them again in every step."""
         prior = self.conditional
         return string_coder.trimmed_tables(prior.quantized_cdf, prior.cdf_length, prior.offset)
 
 
 class Scan:
-    """One image's latents while they become known.
+    """The latents of one image while they are coded step by step.
 
     Args:
-        context: what predicts.
-        params: of the hyperprior, (1, C, height, width).
-        height: of the latents.
-        width: of the latents.
+        context: the parts of the model that predict.
+        params: the parameters from the hyperprior, (1, C, height, width).
+        height: height of the latents.
+        width: width of the latents.
     """
 
     def __init__(self, context: Context, params: Tensor, height: int, width: int):
@@ -93,7 +93,7 @@ class Scan:
             [row * self.stride + column for row, column in context.taps], device=params.device
         )
         channels = self.matrix.size(1) // len(context.taps)
-        # What the convolution multiplies, 0 where nothing is known; padded, so that every tap is inside.
+        # The integers that the convolution multiplies, 0 where not known yet; padded, so that every tap is inside.
         self.known = prediction.matrix.new_zeros(channels, (height + rows - 1) * self.stride)
         self.corner = rows // 2 * self.stride + columns // 2
 
@@ -116,7 +116,7 @@ class Scan:
         return scales, means
 
     def put(self, rows: Tensor, columns: Tensor, y_hat: Tensor) -> None:
-        """Make the latents at these places known, (1, M, places, 1)."""
+        """Store the latents at these places, (1, M, places, 1), for later predictions."""
         places = rows * self.stride + columns + self.corner
         self.known[:, places] = self.context.prediction.input_integers(y_hat)[0, :, :, 0]
 
@@ -126,11 +126,11 @@ def encode(context: Context, y_hat: Tensor, params: Tensor, size: tuple[int, int
     """Return the string of the latents of one image, as CompressAI's ``_compress_ar`` does.
 
     Args:
-        context: what predicts.
+        context: the parts of the model that predict.
         y_hat: the latents, not rounded, (1, M, H + 2 * padding, W + 2 * padding).
-        params: of the hyperprior, (1, C, H, W).
+        params: the parameters from the hyperprior, (1, C, H, W).
         size: H and W.
-        padding: on each side of ``y_hat``.
+        padding: the padding on each side of ``y_hat``.
 
     Raises:
         FmpqError: a latent is too far from its mean.

@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx, nn
 
 from fmpq_fx.coding.codec import Codec, codec_of, with_settings
-from fmpq_fx.coding.known import fingerprint_of
+from fmpq_fx.coding.codec_fingerprint import fingerprint_of
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.onnx.export import export_onnx
 from fmpq_fx.onnx.manifest import NAME, OnnxManifest, PartFile, replacing_folder

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fmpq_fx import FmpqError, decode, encode
-from fmpq_fx.coding.known import fingerprint_of
+from fmpq_fx.coding.codec_fingerprint import fingerprint_of
 from fmpq_fx.storage import fingerprint
 from support.coded_models import codec, lively
 

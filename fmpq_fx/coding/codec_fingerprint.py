@@ -1,4 +1,4 @@
-"""What is known of a codec, found out once and not for every image: its fingerprint."""
+"""The fingerprint of a codec, computed once and not for every image."""
 
 import copy
 from weakref import WeakKeyDictionary
@@ -14,10 +14,10 @@ _FINGERPRINTS: "WeakKeyDictionary[Codec, tuple[object, str]]" = WeakKeyDictionar
 
 
 def fingerprint_of(codec: Codec) -> str:
-    """Return a text that tells whether two codecs decode each other's files: a digest of what they compute with.
+    """Return the digest of all that ``codec`` computes with; codecs of one fingerprint decode each other's files.
 
-    In float64 a codec decodes what it coded in float32, if that is exact or guarded, and has the same. In half
-    precision it computes with other numbers.
+    In float64 a codec has the same fingerprint as in float32, and decodes the same files if it is exact or they are
+    guarded. In half precision it computes with other numbers.
     """
     now = _state(codec)
     before, text = _FINGERPRINTS.get(codec, (None, ""))
@@ -29,18 +29,18 @@ def fingerprint_of(codec: Codec) -> str:
 
 
 def _state(codec: Codec) -> object:
-    """Return what is another one once a parameter or a buffer of ``codec`` was changed or exchanged, in any way."""
+    """Return a value that changes whenever a parameter or a buffer of ``codec`` is changed or replaced."""
     return [(name, *_marks(value)) for name, value in codec.state_dict(keep_vars=True).items()]
 
 
 def _marks(tensor: Tensor) -> tuple[object, ...]:
-    # torch counts changes in place, but not those through .data: these show in the sum of the bits.
+    # torch counts changes in place, but not those through .data, which change the sum of the bits.
     changes = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), tensor.dtype, tensor.shape, changes, int(_as_integers(tensor).sum())
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
-    """Return the bits of ``tensor`` as integers that are as wide as they can be: few are added up faster."""
+    """Return the bits of ``tensor`` as integers, as wide as possible, because fewer add up faster."""
     flat = tensor.detach().reshape(-1)
     begins, ends = flat.itemsize * flat.storage_offset(), flat.nbytes
     return flat.view(next(dtype for size, dtype in _INTEGERS.items() if begins % size == ends % size == 0))
