@@ -21,6 +21,7 @@ from fmpq_fx.coding.codec import Codec, codec_of, with_settings
 from fmpq_fx.coding.conversion import convert
 from fmpq_fx.coding.frame import Frame, stride_of
 from fmpq_fx.coding.guarded import Robust
+from fmpq_fx.coding.strings import flat
 from fmpq_fx.coding.tiling import within
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images import reading
@@ -239,7 +240,7 @@ def _code(codec: Codec, name: str, x: Tensor, frame: Frame, robust: Robust) -> I
     decoded = guarded.decompress(coder, coded, most=padded.numel())
     end = time.perf_counter()
     guard_bytes = len(coded.guard)
-    bits = 8 * (guard_bytes + sum(len(strings[0]) for strings in coded.strings))
+    bits = 8 * (guard_bytes + sum(map(len, flat(coded.strings))))
     x_hat = _to_8_bits(frame.inside(decoded))
     del coded, decoded
     forward = codec(padded)

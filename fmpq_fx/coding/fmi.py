@@ -13,15 +13,19 @@ Big-endian, in this order:
 2 + n      shape of the latents for the codec's ``decompress()``, JSON
 1 byte     how it survives another machine (:class:`fmpq_fx.coding.guarded.Kind`)
 4 + n      its guard there (:class:`fmpq_fx.coding.guard.Guard`)
-1 byte     number of strings
+1 byte     number of strings; in version 3: 4 + n, the form in which they are nested, JSON
 4 + n      each string, its length before it
 =========  ==============================================================================================
 
-In version 2 the strings of CompressAI's entropy models are those of :mod:`fmpq_fx.coding.array_model`. Others are made
-by CompressAI's coder: if the codec's class calls that coder itself, or codes in exact loops. Version 1, which is read
-as well, has only strings of CompressAI's coder, a stride of 64, and no guard.
+A file has version 2 if the codec returns a list for each latent with one string in it, as CompressAI's models do. For
+any other nest of strings it has version 3 (:mod:`fmpq_fx.coding.strings`).
+
+From version 2 on, the strings of CompressAI's entropy models are those of :mod:`fmpq_fx.coding.array_model`. Others are
+made by CompressAI's coder: if the codec's class calls that coder itself, or codes in exact loops. Version 1, which is
+read as well, has only strings of CompressAI's coder, a stride of 64, and no guard.
 """
 
+import itertools
 import json
 import math
 import struct
@@ -39,13 +43,14 @@ from fmpq_fx.coding.codec_fingerprint import fingerprint_of
 from fmpq_fx.coding.frame import STRIDES, Frame, stride_of
 from fmpq_fx.coding.guarded import Coded, Kind, Robust
 from fmpq_fx.coding.string_coder import padded
+from fmpq_fx.coding.strings import flat, form_of, in_form
 from fmpq_fx.coding.tiles import Size
 from fmpq_fx.coding.tiling import latents_of, within
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images import reading
 from fmpq_fx.storage.byte_reader import ByteReader, counted
 
-MAGIC, VERSION = b"\x89FMI", 2
+MAGIC, VERSION = b"\x89FMI", 3
 
 _START = struct.Struct(">4sBI")
 _HEAD, _STRIDE = struct.Struct(">8sII"), struct.Struct(">H")
@@ -92,13 +97,7 @@ def encode(
     with torch.no_grad():
         framed = frame.around(batch.to(parameter.device, parameter.dtype))
         coded = guarded.compress(tiled, framed, robust, margin)
-    if not all(map(_are_strings, coded.strings)):
-        raise FmpqError(
-            f"compress() of {type(coder).__name__} returns no list of strings for each latent, one for each image, as "
-            "CompressAI's models do, and a .fmi file holds no others; keep what compress() returns instead, and hand "
-            "it to decompress()"
-        )
-    strings = [of_images[0] for of_images in coded.strings]
+    version, strings = _strings_to_bytes(coded.strings)
     parts = [
         _HEAD.pack(_fingerprint(coder), height, width),
         _STRIDE.pack(frame.stride),
@@ -106,11 +105,10 @@ def encode(
         counted(json.dumps(_plain(coded.shape), separators=(",", ":")).encode(), 2),
         bytes([coded.kind]),
         counted(coded.guard, 4),
-        bytes([len(strings)]),
-        *(counted(string, 4) for string in strings),
+        strings,
     ]
     body = b"".join(parts)
-    return _START.pack(MAGIC, VERSION, zlib.crc32(body)) + body
+    return _START.pack(MAGIC, version, zlib.crc32(body)) + body
 
 
 def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) -> Tensor:
@@ -146,11 +144,11 @@ def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) ->
     pixels = math.prod(frame.size)
     shape = _shape(reader.take_counted(2), _MOST_LATENTS * pixels)
     kind, guard = _guard(reader) if version > 1 else (Kind.NOT, b"")
-    strings = [reader.take_counted(4) for _ in range(reader.take(1)[0])]
+    symbols = _most_symbols(coder, frame.size)
+    strings = _strings(reader, version, symbols)
     reader.end()
     tiled = with_settings(within(coder, frame.size, memory, images=3), arrays=version > 1)
-    symbols = _most_symbols(coder, frame.size)
-    coded = Coded([[padded(string, symbols)] for string in strings], shape, kind, guard)
+    coded = Coded(strings, shape, kind, guard)
     try:
         with torch.no_grad():
             decoded = guarded.decompress(tiled, coded, symbols)
@@ -163,8 +161,25 @@ def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) ->
     return frame.inside(decoded)[0].float().clamp(0, 1).cpu()
 
 
-def _are_strings(found: Any) -> bool:
-    return isinstance(found, list | tuple) and bool(found) and all(isinstance(one, bytes) for one in found)
+def _strings_to_bytes(strings: Any) -> tuple[int, bytes]:
+    """Return the version that holds ``strings``, and what stands there for them."""
+    all_strings, form = flat(strings), form_of(strings)
+    if form == [[None]] * len(all_strings) and len(all_strings) < 256:
+        version, start = 2, bytes([len(all_strings)])
+    else:
+        version, start = 3, counted(json.dumps(form, separators=(",", ":")).encode(), 4)
+    return version, start + b"".join(counted(string, 4) for string in all_strings)
+
+
+def _strings(reader: ByteReader, version: int, symbols: int) -> Any:
+    """Take what :func:`_strings_to_bytes` returned, and return the strings, of at most ``symbols`` each."""
+    strings = (padded(reader.take_counted(4), symbols) for _ in itertools.count())
+    if version < 3:
+        return [[next(strings)] for _ in range(reader.take(1)[0])]
+    try:
+        return in_form(json.loads(reader.take_counted(4)), strings)
+    except (ValueError, RecursionError) as error:
+        raise FmpqError(f"the form of its strings is damaged: {error}") from error
 
 
 def _fingerprint(codec: Codec) -> bytes:

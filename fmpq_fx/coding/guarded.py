@@ -26,6 +26,7 @@ from fmpq_fx.coding.arithmetic import full_precision, other_kernels
 from fmpq_fx.coding.choosers import GuardReader, GuardWriter, Rehearsal, Rehearsed
 from fmpq_fx.coding.codec import Codec, with_settings
 from fmpq_fx.coding.guard import LEAST_MARGIN, MOST_MARGIN, Guard
+from fmpq_fx.coding.strings import flat
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.lower.entropy_path import compares_scales
 from fmpq_fx.quant import QuantizedLayer, quantized_layers
@@ -77,7 +78,7 @@ def compress(codec: Codec, x: Tensor, robust: Robust = "auto", margin: float | N
         return Coded(coded["strings"], coded["shape"], kind)
     with full_precision(x.device):
         coded, writer, deviation = _guarded(codec, x, margin)
-    kind = _achieved_kind(codec, writer, writer.strings >= len(coded["strings"]), deviation, robust)
+    kind = _achieved_kind(codec, writer, writer.strings >= len(flat(coded["strings"])), deviation, robust)
     guard = b"" if kind is Kind.NOT else writer.guard.to_bytes()
     return Coded(coded["strings"], coded["shape"], kind, guard)
 

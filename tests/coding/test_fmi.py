@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.nn.functional import pad as pad_image
 import fmpq_fx
 from fmpq_fx import FmpqError
 from fmpq_fx.coding.fmi import MAGIC, VERSION, decode, encode
+from fmpq_fx.coding.guarded import Robust
 from fmpq_fx.storage import fingerprint
 from fmpq_fx.storage.byte_reader import ByteReader, counted
 from support.coded_models import graph_of
@@ -49,7 +51,13 @@ def forged(
     parts = [bytes.fromhex(fingerprint.of_codec(CODEC))[:8] + struct.pack(">IIH", height, width, 64)]
     parts += [counted(b"ScaleHyperprior", 1), counted(json.dumps(shape).encode(), 2)]
     parts += [b"\0", counted(b"", 4), bytes([len(strings)])]
-    return sealed(b"".join(parts) + b"".join(counted(string, 4) for string in strings))
+    return sealed(b"".join(parts) + b"".join(counted(string, 4) for string in strings), 2)
+
+
+def with_form(form: str) -> bytes:
+    """Return a file of version 3 with that form, and no strings."""
+    start = forged(shape=[1, 2])[9:]
+    return sealed(start[: start.index(b"[1, 2]") + len(b"[1, 2]") + 5] + counted(form.encode(), 4))
 
 
 def of_version_1(height: int, width: int, shape: list[int], *strings: bytes) -> bytes:
@@ -73,17 +81,51 @@ def test_an_image_of_any_size_is_what_the_codec_decodes(name: str, size: tuple[i
     assert len(data) - strings < 90  # what the container takes
 
 
-@pytest.mark.parametrize("change", [lambda y, z: [[[y]], [z]], lambda y, z: [y, z], lambda y, z: [b"", z]])
-def test_strings_in_another_form_are_refused(change: Callable[[bytes, bytes], object]) -> None:
+NESTS: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any], tuple[bytes, bytes]]]] = {
+    "bare": (lambda y, z: [y, z], lambda nest: (nest[0], nest[1])),
+    "deep": (lambda y, z: ([[[y]], []], [z]), lambda nest: (nest[0][0][0][0], nest[1][0])),
+    "named": (lambda y, z: {"y": [y], "z": z}, lambda nest: (nest["y"][0], nest["z"])),
+}
+
+
+def nesting(nest: str) -> nn.Module:
+    """Return a codec whose class has a form of its own for its strings."""
+    change, undo = NESTS[nest]
+
     class Other(type(CODEC)):  # type: ignore[misc]
         def compress(self, x: Tensor) -> dict[str, object]:
             coded = super().compress(x)
             return {**coded, "strings": change(*(string for (string,) in coded["strings"]))}
 
+        def decompress(self, strings: Any, shape: Any) -> Any:
+            return super().decompress([[string] for string in undo(strings)], shape)
+
     model = ready(small_model("bmshj2018-hyperprior"))
     model.__class__ = Other
-    with pytest.raises(FmpqError, match="Other returns no list of strings for each latent"):
-        encode(model, picture(40, 70), robust=None)
+    return model
+
+
+@pytest.mark.parametrize("robust", ["auto", None])
+@pytest.mark.parametrize("nest", NESTS)
+def test_strings_are_nested_as_the_class_nests_them(nest: str, robust: Robust) -> None:
+    image, codec = picture(40, 70), nesting(nest)
+    data = encode(codec, image, robust=robust)
+    assert data[4] == VERSION == DATA[4] + 1, "what others read as well is written for them"
+    assert torch.equal(decode(codec, data), decode(CODEC, encode(CODEC, image, robust=robust)))
+    assert len(data) < len(encode(CODEC, image, robust=robust)) + 40
+
+
+def test_the_bits_of_nested_strings_are_counted() -> None:
+    image = {"a": picture(64, 64)}
+    expected = fmpq_fx.evaluate(CODEC, image).bpp
+    for nest in NESTS:
+        assert fmpq_fx.evaluate(nesting(nest), image).bpp == expected
+
+
+def test_what_is_no_string_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NESTS, "lengths", (lambda y, z: [y, len(z)], NESTS["bare"][1]))
+    with pytest.raises(FmpqError, match="a value of type int; expected bytes, in lists"):
+        encode(nesting("lengths"), picture(40, 70), robust=None)
 
 
 @pytest.mark.parametrize("name", ["cheng2020-checkerboard", "elic-official"])
@@ -133,7 +175,7 @@ def test_more_bytes_are_noticed() -> None:
         decode(CODEC, DATA + b"\0")
     body = DATA[9:] + b"\0"
     with pytest.raises(FmpqError, match="1 bytes too many"):
-        decode(CODEC, sealed(body))
+        decode(CODEC, sealed(body, DATA[4]))
 
 
 def test_files_of_version_1_hold_strings_of_compressai() -> None:
@@ -165,6 +207,11 @@ def test_a_newer_version_is_named() -> None:
         (forged(shape={"y": [[1, 2], [1, -2]]}), "impossible shape"),
         (forged(shape=[1, 2]), "cannot be decoded"),
         (forged(shape=[1, 2], strings=(b"", b"", b"")), "cannot be decoded"),
+        (with_form("[null, null]"), "ends 4 bytes early"),
+        (with_form("[[[7]]]"), "impossible form 7"),
+        (with_form("[null"), "form of its strings is damaged"),
+        (with_form("[" * 30_000 + "]" * 30_000), "form of its strings is damaged"),
+        (with_form("[]"), "cannot be decoded"),
     ],
 )
 def test_a_forged_file_is_refused(data: bytes, says: str) -> None:

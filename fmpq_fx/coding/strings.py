@@ -1,0 +1,51 @@
+"""What ``compress()`` calls its strings: bytes, in lists or dicts that each class nests in its own way.
+
+CompressAI's models return a list for each latent, with a string for each image. Other codecs return bare bytes, or a
+list for each group of channels. The form is what is left of the nest when each string in it is replaced by None.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fmpq_fx.errors import FmpqError
+
+
+def flat(strings: Any) -> list[bytes]:
+    """Return all strings of a nest, in order.
+
+    Raises:
+        FmpqError: something in it is neither bytes nor a list, tuple or dict.
+    """
+    if isinstance(strings, bytes):
+        return [strings]
+    if isinstance(strings, list | tuple | dict):
+        parts = strings.values() if isinstance(strings, dict) else strings
+        return [string for part in parts for string in flat(part)]
+    raise FmpqError(
+        f"among the strings that compress() returned is a value of type {type(strings).__name__}; expected bytes, in "
+        "lists, tuples or dicts"
+    )
+
+
+def form_of(strings: Any) -> Any:
+    """Return the form of a nest as JSON has it: None for a string, and lists and dicts of forms."""
+    if isinstance(strings, bytes):
+        return None
+    if isinstance(strings, dict):
+        return {str(key): form_of(part) for key, part in strings.items()}
+    return [form_of(part) for part in strings]
+
+
+def in_form(form: Any, strings: Iterator[bytes]) -> Any:
+    """Return the nest of that ``form``, with the next of ``strings`` for each None in it.
+
+    Raises:
+        FmpqError: there is something else in the form.
+    """
+    if form is None:
+        return next(strings)
+    if isinstance(form, dict):
+        return {key: in_form(part, strings) for key, part in form.items()}
+    if isinstance(form, list):
+        return [in_form(part, strings) for part in form]
+    raise FmpqError(f"it is damaged: its strings have the impossible form {str(form)[:80]}")
