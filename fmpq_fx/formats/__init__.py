@@ -1,5 +1,5 @@
 """The files that hold models: ``.fmpq``, which ships, and state files, from which training goes on.
 
 In comes a quantized graph; out comes a file, and from the file the same graph again, bit for bit, or its codec. The
-parts that files are built of lie in ``storage``. It may import ``onnx``, ``coding`` and what lies below them.
+encodings inside of files lie in ``storage``. It may import ``onnx``, ``coding`` and the rooms below them.
 """

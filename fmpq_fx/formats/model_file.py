@@ -1,17 +1,17 @@
-"""The model file, ``.fmpq``: a quantized model at its real size, which codes on any machine as where it was written.
+"""The model file, ``.fmpq``: a quantized model at its real size, which codes in the same way on every machine.
 
 It is a safetensors file (see :mod:`fmpq_fx.storage.container` for its version and checksum), without pickle:
 
 ==================  =============================================================================================
 ``weights.SITE``    the integers of a site, entropy-coded (:mod:`fmpq_fx.storage.weight_coder`)
 ``quantizers``      packed: steps of the weights and of the inputs, and zero points
-``model``           packed: what stays float, biases, GDN's betas, the entropy models, as in the state dict
+``model``           packed: the float tensors of the state dict: biases, GDN's betas, the entropy models
 ``tables``          packed: the CDF tables of the entropy models
 ``words``           packed JSON: the plan, the history of fine-tuning, names, types and shapes of all tensors, and
-                    which modules choose the CDFs (their exact arithmetic follows from the rest)
+                    the modules on the entropy path (their exact arithmetic follows from the rest)
 ==================  =============================================================================================
 
-Its metadata say which model it is: the class, and its name in CompressAI's zoo if the zoo can make it again.
+Its metadata identify the model: its class, and its name in CompressAI's zoo if the zoo can make it again.
 """
 
 import json
@@ -40,14 +40,14 @@ from fmpq_fx.pipeline import rewrite
 from fmpq_fx.quant import QUANTIZERS, QuantizedLayer, quantized_layers
 from fmpq_fx.storage import container, fingerprint, tensor_packing, weight_coder
 
-_WEIGHTS_PER_BYTE = 256  # most that are believed: a small forged file could ask for all memory
+_WEIGHTS_PER_BYTE = 256  # the most weights per byte of a file; a small forged file could demand all memory
 
 
 def save(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     """Write the rewritten graph ``gm`` to ``path``, at its real size.
 
     Args:
-        gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned, trained further or not.
+        gm: a graph from :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite`, trained further or not.
         path: the file, usually with the suffix ``.fmpq``.
 
     Raises:
@@ -57,7 +57,7 @@ def save(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     """
     plan = plan_of(gm)
     _check_precision(gm)
-    model = quantized_model(gm)  # has the CDF tables of the weights as they are now
+    model = quantized_model(gm)  # with the CDF tables of the present weights
     layers = _checked_layers(model, plan)
     integers = {site: layer.integers for site, layer in layers.items()}
     quantizers = _quantizer_states(layers)
@@ -89,7 +89,7 @@ def save(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], *, model: Model | None = None) -> fx.GraphModule:
     """Return the graph that :func:`save` wrote to ``path``, on the CPU and in evaluation mode.
 
-    Its outputs are those of the saved one, bit for bit, and it can be trained further; its float weights are the
+    Its outputs are those of the saved graph, bit for bit, and it can be trained further. Its float weights are the
     dequantized ones.
 
     Args:
@@ -98,7 +98,7 @@ def load(path: str | os.PathLike[str], *, model: Model | None = None) -> fx.Grap
             or a callable that makes one. It is not modified.
 
     Raises:
-        FmpqError: the file is damaged, of another version or something else, or its model cannot be made.
+        FmpqError: the file is damaged, of another version or no model file, or its model cannot be made.
         Exception: whatever ``model`` raises when it is called.
     """
     held = container.read(path)
@@ -127,15 +127,22 @@ def load_codec(
     backend: str = "torch",
     **options: Any,
 ) -> nn.Module:
-    """Return the codec that is in the file ``path``: the model's own class, quantized, ready to code.
+    """Return the codec in the file ``path``: a model of its own class, quantized, ready to code.
 
-    It is what :func:`fmpq_fx.convert` returns for the saved graph. Its CDF tables are those of the file. The
-    arguments and what is raised are as for :func:`load`, and for ``exact`` as for ``convert``; nothing is traced, so
-    that this is faster.
+    It is the codec that :func:`fmpq_fx.convert` returns for the saved graph, with the CDF tables of the file. Nothing
+    is traced, so this is faster than :func:`load`.
 
-    With the ``backend`` "onnxruntime" or "openvino" instead of "torch", that runs the transforms; the ``options`` are
-    those of :func:`fmpq_fx.onnx.codec.exported_with_sessions`: ``graphs``, ``threads``, ``providers`` of ONNX Runtime
-    and ``precision`` of OpenVINO. Bitstreams are interchangeable.
+    Args:
+        path: the file.
+        model: as for :func:`load`.
+        exact: as for :func:`fmpq_fx.convert`.
+        backend: "torch", or "onnxruntime" or "openvino" to run the transforms. Bitstreams are interchangeable.
+        options: for the other backends, ``graphs``, ``threads``, ``providers`` of ONNX Runtime and ``precision`` of
+            OpenVINO (:func:`fmpq_fx.onnx.codec.exported_with_sessions`).
+
+    Raises:
+        FmpqError, Exception: as for :func:`load`, :func:`fmpq_fx.convert` and the export.
+        ValueError: there is no such ``backend``, or an argument is out of its range.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; pass one of {', '.join(map(repr, BACKENDS))}")
@@ -151,7 +158,7 @@ def load_codec(
 
 @contextmanager
 def blaming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Name ``path`` in every error of the block. A forged file may cause an error of any type."""
+    """Name ``path`` in every error of the block, as FmpqError. A forged file may cause an error of any type."""
     try:
         yield
     except FmpqError as error:
@@ -176,7 +183,7 @@ def _checked_layers(model: nn.Module, plan: Plan) -> dict[str, QuantizedLayer]:
 
 
 def _check_precision(gm: fx.GraphModule) -> None:
-    """Refuse numbers in which an integer times a step is not what it is in the graph."""
+    """Refuse half precision, in which integers times steps would not be the weights of the graph."""
     for name, parameter in gm.named_parameters():
         if parameter.is_floating_point() and parameter.dtype.itemsize < torch.float32.itemsize:
             raise FmpqError(f"{name} is {parameter.dtype}; save a graph in float32, gm.float(), or float64")
@@ -197,14 +204,14 @@ def _coded(layer: QuantizedLayer, integers: Tensor) -> bytes:
 
 
 def _shortened(history: History | None) -> Any:
-    """Return the fields of ``history``, with its many losses to four digits."""
+    """Return the fields of ``history``, with its many losses rounded to four digits."""
     if history is None:
         return None
     return json.loads(replace(history, losses=tuple(float(f"{x:.4g}") for x in history.losses)).to_json())
 
 
 def _codec(held: container.Container, own: nn.Module | None) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the model of the file with its quantized layers, and the words of the file."""
+    """Return the model in the file with its quantized layers, and the "words" of the file."""
     words = json.loads(container.unpacked(held.data["words"]))
     plan, identity = plan_in(words), held.about["model"]
     dtype = tensor_packing.dtype_of(identity["dtype"])
@@ -232,10 +239,10 @@ def _codec(held: container.Container, own: nn.Module | None) -> tuple[nn.Module,
 
 
 def plan_in(words: dict[str, Any]) -> Plan:
-    """Return the plan among the words of a file.
+    """Return the plan in the "words" of a file.
 
     Raises:
-        FmpqError: it is none, or has impossible bits or clips.
+        FmpqError: it is no plan, or has impossible bits or clips.
     """
     plan = Plan.from_json(json.dumps(words["plan"]))
     for site, bits in (*plan.bits.items(), *plan.activation_bits.items()):

@@ -1,8 +1,8 @@
-"""The file in which commands hand on a rewritten graph: everything that training needs, without pickle.
+"""The state file, in which commands pass on a rewritten graph: everything that training needs, without pickle.
 
-It is a safetensors file. Its tensors are ``model.NAME``, the state dict of the float model (weights as trained so
-far), and ``quantizers.SITE.NAME``, the steps and zero points of every site. Its metadata have one entry, ``state``
-(several would be written in an order that changes from run to run), a JSON object of texts:
+It is a safetensors file. Its tensors are ``model.NAME``, the state dict of the float model with its present weights,
+and ``quantizers.SITE.NAME``, the steps and zero points of every site. Its metadata have one entry, ``state`` (several
+would be written in an order that changes from run to run), a JSON object of texts:
 
 - ``format``: "fmpq_fx state 1";
 - ``model``: the name by which :func:`fmpq_fx.models.zoo.load_model` makes the model ("mbt2018-mean",
@@ -39,7 +39,7 @@ def save_state(gm: fx.GraphModule, path: str | os.PathLike[str], *, model: str) 
     """Write the rewritten graph ``gm`` to ``path``.
 
     Args:
-        gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned, trained further or not.
+        gm: a graph from :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite`, trained further or not.
         path: the file.
         model: the name by which :func:`fmpq_fx.models.zoo.load_model` makes the model that ``gm`` was made from.
 
@@ -68,7 +68,7 @@ def load_state(path: str | os.PathLike[str]) -> fx.GraphModule:
     It has the dtype in which its model is made, float32 for models of the zoo.
 
     Raises:
-        FmpqError: the file holds something else, or its model cannot be made.
+        FmpqError: the file is no state file, or its model cannot be made.
     """
     with _opened(Path(path)) as (about, stored):
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no dict)
@@ -90,10 +90,10 @@ def load_state(path: str | os.PathLike[str]) -> fx.GraphModule:
 
 
 def spec_of(path: str | os.PathLike[str]) -> str:
-    """Return the name of the model in the state file ``path``, as :func:`save_state` was given it.
+    """Return the ``model`` that :func:`save_state` wrote to the state file ``path``.
 
     Raises:
-        FmpqError: the file holds something else.
+        FmpqError: the file is no state file.
     """
     with _opened(Path(path)) as (about, _):
         return about["model"]
@@ -101,7 +101,7 @@ def spec_of(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[dict[str, str], Any]]:
-    """Yield what the state file ``path`` says of itself, and the file to read tensors from."""
+    """Yield the texts in the metadata of the state file ``path``, and the opened file to read tensors from."""
     if not path.is_file():
         raise FmpqError(f"there is no file {path}; 'fmpq-fx prepare … --out {path}' writes one")
     if (kind := kind_of(path)) not in (STATE_FILE, SAFETENSORS, UNKNOWN):

@@ -1,8 +1,8 @@
-"""A codec whose transforms another runtime than torch runs.
+"""A codec whose transforms run in another runtime than torch.
 
-What decides how symbols are coded (entropy models, hyper-synthesis, context prediction, entropy parameters) stays in
-torch, so that what one backend encodes the other decodes: an analysis that rounds otherwise makes another bitstream,
-but any decoder reads it.
+The parts that decide how symbols are coded (entropy models, hyper-synthesis, context prediction, entropy parameters)
+stay in torch, so that every backend decodes the files of every other. An analysis with other rounding makes another
+bitstream, but any decoder reads it.
 """
 
 import os
@@ -26,7 +26,7 @@ from fmpq_fx.onnx.runtimes import RUNTIMES
 BACKENDS = ("torch", *RUNTIMES)
 
 TRANSFORMS = ("analysis", "hyper_analysis", "synthesis")
-"""The parts that a runtime runs: none of them decides how symbols are coded."""
+"""The parts that a runtime runs; none of them decides how symbols are coded."""
 
 
 def with_sessions(
@@ -37,22 +37,23 @@ def with_sessions(
     threads: int | None = None,
     **options: Any,
 ) -> Codec:
-    """Return ``codec`` with another runtime to run its transforms, with the graphs in ``folder``.
+    """Return ``codec`` with its transforms run by another runtime, from the graphs in ``folder``.
 
-    It shares everything with ``codec``, which is not changed. Its modules stay where they are, with their weights, and
-    so do its state and its fingerprint: other modules run in their places.
+    The result shares everything with ``codec``, which is not changed. It has the same modules, weights, state and
+    fingerprint; only other modules run in the places of its transforms.
 
     Args:
-        codec: what :func:`fmpq_fx.convert` or :func:`fmpq_fx.load_codec` returned.
-        folder: what :func:`fmpq_fx.export_onnx` wrote for the same model.
+        codec: a codec from :func:`fmpq_fx.convert` or :func:`fmpq_fx.load_codec`.
+        folder: the folder that :func:`fmpq_fx.export_onnx` wrote for the same model.
         backend: "onnxruntime" or "openvino".
-        threads: that the runtime computes with; None is as many as torch does.
-        options: of the runtime's: ``providers`` of ONNX Runtime, its own names of them, the first that can compute an
-            operation does; ``precision`` of OpenVINO, "f32" or "bf16" for what is not integer.
+        threads: the number of threads of the runtime; None is as many as torch uses.
+        options: options of the runtime. ONNX Runtime has ``providers``, a list of its names for them: the first that
+            can compute an operation does. OpenVINO has ``precision``, "f32" or "bf16", for operations that are not
+            integer.
 
     Raises:
-        FmpqError: the runtime is not installed, ``folder`` holds no export or one of another model, or none of its
-            transforms is a module of ``codec``; or ``codec`` cannot code.
+        FmpqError: the runtime is not installed, ``folder`` holds no export or one of another model, no transform is a
+            module of ``codec``, or ``codec`` cannot code.
         TypeError: the runtime has no such option.
         ValueError: ``threads`` is below 1, or ONNX Runtime has no such providers.
     """
@@ -91,18 +92,18 @@ def exported_with_sessions(
     backend: str = "onnxruntime",
     **options: Any,
 ) -> Codec:
-    """Do what :func:`with_sessions` does, with graphs that are exported if there are none yet.
+    """Return :func:`with_sessions` of ``codec``; export the graphs first if there are none yet.
 
     Args:
-        codec: what ``graph()`` is converted into.
-        graph: what makes the rewritten graph; it is called only if there is something to export.
+        codec: the codec that ``graph()`` is converted into.
+        graph: returns the rewritten graph; it is called only if there is something to export.
         file: the model file that ``codec`` is from.
-        graphs: the folder of what :func:`fmpq_fx.export_onnx` wrote, or is to write; None is a folder beside ``file``
-            with its name and ".onnx" behind (".onnxruntime" in the form that is ONNX Runtime's own), whose graphs are
-            replaced when ``file`` or the version of the runtime is another. Where that cannot be written, or holds
-            something else, the export is not kept.
+        graphs: the folder that :func:`fmpq_fx.export_onnx` wrote, or is to write. None is a folder beside ``file``: its
+            name with ".onnx" behind it (or ".onnxruntime", for ONNX Runtime's own form). Its graphs are replaced when
+            ``file`` or the version of the runtime has changed. If it cannot be written, or holds other files, the
+            export is not kept.
         backend: as for :func:`with_sessions`.
-        options: ``threads`` and what else the runtime takes.
+        options: ``threads`` and other options of the runtime.
     """
     version = RUNTIMES[backend].version()
     form = "onnxruntime" if backend == "onnxruntime" and not options.get("providers") else "portable"
@@ -131,7 +132,7 @@ def exported_with_sessions(
 
 
 def _from_entry(folder: Path, part: PartFile) -> bytes:
-    """Return the graph of ``part`` from where its module begins."""
+    """Return the graph of ``part`` from the value at which its module begins."""
     data = (folder / part.file).read_bytes()
     if part.entry in part.inputs and len(part.inputs) == 1:
         return data

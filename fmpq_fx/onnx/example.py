@@ -1,4 +1,4 @@
-"""A graph on example images, and whether runtimes compute the same from its ONNX graphs."""
+"""Run a graph on example images, and check that runtimes compute the same from its ONNX graphs."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from fmpq_fx.passes.parts import Part
 from fmpq_fx.passes.tracing.model_outputs import output_of
 
 _NOISE = 1e-3
-"""How much inputs are moved, relative to their size, to see how much outputs of a graph that rounds may differ."""
+"""Noise that is added to inputs, relative to their size, to see how far outputs of a graph that rounds may differ."""
 
 _MOST_NOISES = 3
-"""Outputs may differ by this many times what such noise does to them…"""
+"""Outputs may differ by this many times the change that such noise makes…"""
 
 _LEAST = 0.02
-"""…and by this much of their own size in any case: in a small part a single value at a tie matters."""
+"""…plus this fraction of their own size, because in a small part a single value at a tie matters."""
 
 
 SIZES = ((2, 128, 256), (1, 256, 128))
-"""Images, height and width that graphs are exported with, none of them 1 and no two equal; and others, to check on."""
+"""(B, H, W) that graphs are exported with, none of them 1 and no two equal; and another size, to check graphs on."""
 
 
 def example_images(channels: int, size: tuple[int, int, int] = SIZES[0], seed: int = 0) -> Tensor:
-    """Return noise (B, ``channels``, H, W) in 0 to 1, other noise for another ``seed``; ``size`` is (B, H, W)."""
+    """Return images of noise (B, ``channels``, H, W) in [0, 1]; ``size`` is (B, H, W)."""
     count, height, width = size
     return torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(seed))
 
@@ -38,7 +38,7 @@ class Example(fx.Interpreter):
     """A run of a graph that keeps all values.
 
     Args:
-        gm: on the CPU, in float32.
+        gm: a graph on the CPU, in float32.
         x: images (B, C, H, W).
     """
 
@@ -49,13 +49,13 @@ class Example(fx.Interpreter):
         self.values = dict(self.env)
 
     def inputs_of(self, part: Part) -> list[Any]:
-        """Return what ``part`` reads on the example."""
+        """Return copies of the values that ``part`` reads on the example."""
         values = [self.values[node] for node in part.inputs]
         return [value.clone() if isinstance(value, Tensor) else value for value in values]
 
     @torch.no_grad()
     def outputs_of(self, part: Part, inputs: Sequence[Any]) -> list[Any]:
-        """Return what ``part`` makes of ``inputs``, which stay as they are."""
+        """Return the outputs of ``part`` for ``inputs``, which are not changed."""
         self.env = self.values | dict(zip(part.inputs, inputs, strict=True))
         for node in part.nodes:
             self.env[node] = self.run_node(node)
@@ -65,25 +65,25 @@ class Example(fx.Interpreter):
 def check_runs(
     gm: fx.GraphModule, parts: Sequence[Part], channels: int, folder: Path, runtimes: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Check that runtimes load the graphs of ``parts`` and compute what the parts of the torch graph do.
+    """Check that runtimes load the graphs of ``parts`` and compute what the parts of the torch graph compute.
 
-    A value that lies between two integers may be rounded up by one and down by the other, and later layers make more of
-    that. So a graph passes if it differs by no more than the torch graph itself when its input has a little noise;
-    and it fails only if it does so on two images, since a tie is one image's and a mistake is every one's. That is so
-    for images of other sizes than that of the export as well, where ``gm`` can run on them.
+    A value halfway between two integers may be rounded up by one and down by the other, and later layers amplify that.
+    So a graph may differ as far as the torch graph itself does when its input has a little noise. It fails only if it
+    differs on two images, because a tie happens on one image and a mistake on both. If ``gm`` can run on images of
+    another size, the graph is checked on these as well.
 
     Args:
         gm: the graph that was cut into ``parts``.
-        parts: of it, whose graphs are compared.
-        channels: of its images.
-        folder: holds the graphs, by the names of the parts.
-        runtimes: that are to run them, as far as they are installed; a warning is given if none is.
+        parts: the parts whose graphs are checked.
+        channels: the channels of its images.
+        folder: the folder of the graphs, which are named like the parts.
+        runtimes: the runtimes to check; those that are not installed are left out, with a warning if none is.
 
     Returns:
-        the versions of the runtimes, and for each part by its name why a runtime cannot be used for it, if it is so.
+        the versions of the runtimes, and {part: {runtime: the reason that it cannot be used for the part}}.
 
     Raises:
-        FmpqError: a part is one that no runtime can be used for.
+        FmpqError: no runtime can be used for a part.
     """
     versions, missing = {}, []
     for name in runtimes:
@@ -119,9 +119,9 @@ def _examples(gm: fx.GraphModule, channels: int, size: tuple[int, int, int]) -> 
 def _failure(
     runtime: type[Session], model: bytes, part: Part, examples: Sequence[Sequence[Example]]
 ) -> str | None:
-    """Say why ``runtime`` cannot be used for ``model``, the graph of ``part``; None if it can.
+    """Return why ``runtime`` cannot be used for ``model``, the graph of ``part``; None if it can.
 
-    It can if it computes the same on one of the ``examples`` of each size.
+    It can if it computes the same on at least one of the ``examples`` of each size.
     """
     try:
         session = runtime(model)
@@ -136,7 +136,7 @@ def _failure(
 
 
 def _difference(session: Session, part: Part, example: Example) -> str | None:
-    """Say how the outputs of ``session`` differ from those of ``part``; None if they do not."""
+    """Return how the outputs of ``session`` differ from those of ``part``; None if they do not."""
     inputs = example.inputs_of(part)
     expected = example.outputs_of(part, inputs)
     generator = torch.Generator().manual_seed(0)
@@ -155,11 +155,11 @@ def _difference(session: Session, part: Part, example: Example) -> str | None:
         finite = theirs.isfinite() & other.isfinite()
         ours, theirs, other = ours[finite], theirs[finite], other[finite]
         allowed = _LEAST * _size(theirs) + _MOST_NOISES * _size(other - theirs)
-        if not _size(ours - theirs) <= allowed:  # one that is not a number is none of these
+        if not _size(ours - theirs) <= allowed:  # "not <=": NaN fails too
             return f"{node.name} differs by {_size(ours - theirs):.3g}, where rounding explains {allowed:.3g}"
     return None
 
 
 def _size(x: Tensor) -> float:
-    """Return the root mean square of ``x``; a tiny number for nothing and for zeros."""
+    """Return the root mean square of ``x``, but at least 1e-6."""
     return max(x.double().square().mean().sqrt().item(), 1e-6) if x.numel() else 1e-6

@@ -1,4 +1,4 @@
-"""A rewritten graph as ONNX graphs, one for each part that runs between entropy coding steps."""
+"""Export a rewritten graph as ONNX graphs, one for each part that runs between entropy coding steps."""
 
 import os
 from collections.abc import Mapping
@@ -42,24 +42,22 @@ def export_onnx(
     form: str = "portable",
     opset: int = OPSET,
 ) -> OnnxManifest:
-    """Write ``gm`` as ONNX graphs into ``folder``, with a manifest that says which is what.
+    """Write ``gm`` as ONNX graphs into ``folder``, with a manifest that describes them.
 
     Weights are stored as integers, and inputs of layers are rounded to integers of 8 or 16 bits. Transposed
     convolutions become convolutions and a pixel shuffle. Batch, height and width are dynamic. Convolutions whose input
-    and weights have up to 8 bits can run in integers; which those are, and why others are not, the manifest lists.
+    and weights have up to 8 bits can run in integers; the manifest lists them, and the reason for each of the others.
 
-    Each runtime that is installed loads each graph and runs it on images before ``folder`` is there. A graph that no
-    runtime computes as torch does is an error; which runtime cannot be used for a graph that another can, and that
-    none is installed, a warning and the manifest say.
+    Each installed runtime loads each graph and runs it on images before ``folder`` appears. It is an error if no
+    runtime computes a graph as torch does. If only some do, or none is installed, a warning and the manifest say so.
 
     Args:
-        gm: what :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite` returned, trained further or not. It is not
-            modified.
-        folder: is made; an export that is there already is replaced.
-        form: of layers: "portable", QuantizeLinear and DequantizeLinear around torch's own, which every runtime reads;
-            or "onnxruntime", with products of integer matrices, which ONNX Runtime is faster with on processors, and
-            which takes weights of up to 15 bits.
-        opset: of ONNX, at least 21.
+        gm: a graph from :func:`fmpq_fx.prepare` or :func:`fmpq_fx.rewrite`, trained further or not. It is not modified.
+        folder: the folder to make; an export in it is replaced.
+        form: the form of layers. "portable": QuantizeLinear and DequantizeLinear around ordinary layers, which every
+            runtime reads. "onnxruntime": products of integer matrices, with which ONNX Runtime is faster on CPUs, for
+            weights of up to 15 bits.
+        opset: the opset of ONNX, at least 21.
 
     Returns:
         the manifest; printed, it is a table of the layers.
@@ -76,7 +74,7 @@ def export_onnx(
     channels = 3 if plan.example is None else plan.example[0]
     x = example_images(channels)
     codec = quantized_model(gm).cpu().float()
-    # Before its entropy path is exact, which computes what the graph does up to fixed-point rounding.
+    # Modules are matched before the entropy path is made exact, since an exact path rounds differently.
     modules = modules_of_parts(codec, gm, x[:1])
     fingerprints = [fingerprint.of_codec(codec)]
     fingerprints.append(fingerprint.of_codec(with_exact_path(codec, entropy_path(gm), True)))
@@ -124,7 +122,7 @@ def _written(part: Part, model: Any, module: tuple[str, str] | None, folder: Pat
 
 
 def _layers(gm: fx.GraphModule, plan: Plan, stored: Mapping[str, str]) -> tuple[LayerRun, ...]:
-    """Return how each site runs, in the order of the plan."""
+    """Return a record of how each site runs, in the order of the plan."""
     parts = {str(node.target): part.name for part in cut(gm) for node in part.nodes}
     notes = {str(node.target): note_of(node).arithmetic for node in gm.graph.nodes}
     layers = []

@@ -1,4 +1,4 @@
-"""Parts of a graph through torch's own ONNX exporter, in one call: much of what it takes is the same for any graph."""
+"""Export parts of a graph with torch's own ONNX exporter, in one call, since each call takes long for any graph."""
 
 import math
 import warnings
@@ -21,19 +21,19 @@ class UnexportableError(FmpqError):
 
 
 def output_name(node: fx.Node) -> str:
-    """Return the name that the value of ``node`` has in a graph that computes it, as one of its outputs."""
+    """Return the name of the output that has the value of ``node``."""
     return f"{node.name}_out"
 
 
 def exportable(parts: Iterable[Part], values: Mapping[fx.Node, Any]) -> list[Part]:
-    """Return ``parts`` with tensors and sizes alone as inputs and outputs, and without those that make neither.
+    """Return ``parts`` with only tensors and sizes as inputs and outputs; parts that output neither are left out.
 
-    A part that reads something else, a shape say, computes it itself from what that comes from; dtypes and devices are
+    A part that reads another value, a shape say, computes it itself from tensors and sizes. Dtypes and devices are
     those of the example.
 
     Args:
-        parts: of one graph.
-        values: of all of its nodes on an example.
+        parts: parts of one graph.
+        values: the values of all of its nodes on an example.
     """
     found = []
     for part in parts:
@@ -77,15 +77,15 @@ def onnx_of_parts(
     are dynamic, unless the graph computes with their sizes as with fixed ones.
 
     Args:
-        root: has the modules that the nodes call, as they are to be exported.
-        parts: what :func:`exportable` returned.
-        values: of all nodes on an example whose sizes are all above 1, as torch takes a size of 1 for fixed.
-        opset: of ONNX.
-        inner: names of nodes inside of parts at whose values graphs may be cut: nothing that follows reads, for a size
-            say, what is before. The values have the names of the nodes.
+        root: the module whose submodules the nodes call, in the form that is exported.
+        parts: the parts, as :func:`exportable` returned them.
+        values: the values of all nodes on an example whose sizes are all above 1; torch takes a size of 1 for fixed.
+        opset: the opset of ONNX.
+        inner: names of nodes inside of parts at whose values the graph will be cut. Nothing behind such a node then
+            reads values before it (for a size, say), and the value has the name of the node.
 
     Raises:
-        FmpqError: an operation has no ONNX form; node, module and line are named.
+        FmpqError: an operation has no ONNX form; the message names node, module and line.
     """
     onnx = package("onnx")
     package("onnxscript")
@@ -108,13 +108,13 @@ def onnx_of_parts(
 
 
 class _Joint(nn.Module):
-    """Computes parts side by side, with one input for each value that some of them read.
+    """Computes parts side by side, with one input for each value that any of them reads.
 
     Args:
-        root: has the modules that the nodes call.
-        parts: of one graph.
-        values: of all nodes on the example.
-        inner: names of nodes whose values are outputs as well, and inputs of what follows.
+        root: the module whose submodules the nodes call.
+        parts: parts of one graph.
+        values: the values of all nodes on the example.
+        inner: names of nodes whose values become outputs, and inputs of the nodes behind them.
     """
 
     def __init__(
@@ -153,14 +153,14 @@ class _Joint(nn.Module):
         self.gm = fx.GraphModule(root, graph)
 
     def forward(self, *inputs: Any) -> Any:
-        """Return what the parts compute."""
+        """Return the outputs of the parts."""
         return _Naming(self.gm).run(*inputs)
 
     def exported(self, opset: int) -> Any:
         """Return the ONNX graph."""
         optimizer = package("onnxscript.optimizer")
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of what torch deprecates in its own code
+            warnings.simplefilter("ignore")  # torch warns of its own code
             program = torch.onnx.export(
                 self,
                 self.examples,
@@ -174,8 +174,8 @@ class _Joint(nn.Module):
                 verbose=False,
             )
         assert program is not None
-        # Not all that torch would optimize: tensors that are held once, and read by several layers, break kernels of
-        # ONNX Runtime.
+        # Not torch's whole optimizer: it merges equal tensors, and kernels of ONNX Runtime fail on a tensor that
+        # several layers read.
         optimizer.fold_constants(program.model)
         optimizer.remove_unused_nodes(program.model)
         return program.model_proto
@@ -186,20 +186,20 @@ def _found(copies: Mapping[fx.Node, fx.Node], constant: Callable[[fx.Node], Any]
 
 
 def _dynamic(value: Any) -> Any:
-    """Return what of an input's shape may be another one: all but the channels; a size may be another number."""
+    """Return the dynamic dimensions of an input: all but the channels of a tensor, or a size itself."""
     auto = torch.export.Dim.AUTO
     return {dim: auto for dim in range(value.ndim) if dim != 1} if isinstance(value, Tensor) else auto
 
 
 class _Naming(fx.Interpreter):
-    """Names the node that cannot be run on sizes that are no numbers."""
+    """Runs a graph on symbolic sizes, and names the node that fails."""
 
     def __init__(self, gm: fx.GraphModule):
         super().__init__(gm)
         self.extra_traceback = False
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is numpy_scalar and hasattr(math, args[0]):  # NumPy makes numbers of sizes
+        if target is numpy_scalar and hasattr(math, args[0]):  # NumPy would turn sizes into plain numbers
             target, args = getattr(math, args[0]), args[1:]
         return super().call_function(IN_PLACE.get(target, target), args, kwargs)
 
@@ -211,14 +211,14 @@ class _Naming(fx.Interpreter):
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield ``error`` and what it comes from, up to what this module raised itself."""
+    """Yield ``error`` and its causes, up to an error that this file raised."""
     while error is not None:
         yield error
         error = None if isinstance(error, UnexportableError) else error.__cause__
 
 
 def _culprit(root: nn.Module, parts: Sequence[Part], values: Mapping[fx.Node, Any], opset: int) -> fx.Node:
-    """Return the first node of ``parts`` with which what is before it cannot be exported."""
+    """Return the first node of ``parts`` that makes the export fail, found by bisection."""
     nodes = [node for part in parts for node in part.nodes]
     low, high = 0, len(nodes) - 1
     while low < high:
@@ -233,7 +233,7 @@ def _culprit(root: nn.Module, parts: Sequence[Part], values: Mapping[fx.Node, An
 
 
 def _up_to(parts: Iterable[Part], count: int, values: Mapping[fx.Node, Any]) -> list[Part]:
-    """Return the first ``count`` nodes of ``parts``, with all outputs that nothing of them reads."""
+    """Return the first ``count`` nodes of ``parts``; tensors that none of them reads are the outputs."""
     found = []
     for part in parts:
         nodes = part.nodes[:count]
@@ -245,7 +245,7 @@ def _up_to(parts: Iterable[Part], count: int, values: Mapping[fx.Node, Any]) -> 
 
 
 def _join(model: Any, output: str, name: str) -> None:
-    """Let ``output`` of ``model`` be what is read as ``name``, if it is one of its outputs."""
+    """Connect ``output`` of ``model``, if it has that, to the nodes that read ``name``."""
     nodes = model.graph.node
     for index, node in enumerate(nodes):
         if output in node.output:
@@ -254,7 +254,7 @@ def _join(model: Any, output: str, name: str) -> None:
 
 
 def _tidied(model: Any, name: str) -> Any:
-    """Return ``model`` without what is of the machine that it was exported on, and with names for dynamic sizes."""
+    """Return ``model`` without traces of the machine that exported it, and with names for dynamic sizes."""
     graph = model.graph
     model.producer_name, graph.name = "fmpq-fx", name
     for entry in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):

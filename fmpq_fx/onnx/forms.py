@@ -1,4 +1,4 @@
-"""The forms that layers are exported in, and which layers run in 8-bit integers in each."""
+"""The forms that layers are exported in, and the layers that run in 8-bit integers in each."""
 
 import copy
 from collections.abc import Mapping
@@ -11,34 +11,34 @@ from fmpq_fx.passes.annotation import Arithmetic, annotate, note_of
 from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedGDN, QuantizedLayer, QuantizedLinear
 
 FORMS = ("portable", "onnxruntime")
-"""QuantizeLinear and DequantizeLinear around the layers that torch has, which all runtimes read; and matrix products of
-integers in the place of convolutions, with which ONNX Runtime is faster on processors."""
+"""The form "portable" has QuantizeLinear and DequantizeLinear around ordinary layers, which all runtimes read. The form
+"onnxruntime" has matrix products of integers instead of convolutions, with which ONNX Runtime is faster on CPUs."""
 
 BITS = 8
-"""Of the integers that kernels multiply."""
+"""Bits of the integers that kernels multiply."""
 
 MOST_BITS = 15
-"""Of weights that the form of ONNX Runtime multiplies in two products, of their high and of their low part."""
+"""The most bits of weights in the form of ONNX Runtime, which multiplies their high and their low part separately."""
 
 LEAST_CHANNELS = 16
 """With fewer input channels a product of integer matrices is slower than a float convolution (measured)."""
 
-_WIDEST_SUM = 2**31 - 1  # kernels add up in int32
+_WIDEST_SUM = 2**31 - 1  # kernels sum in int32
 
 
 def note_arithmetic(gm: fx.GraphModule, form: str) -> fx.GraphModule:
-    """Note on each node of ``gm`` that calls a quantized layer what the layer computes in.
+    """Note on each node of ``gm`` that calls a quantized layer whether the layer runs in "int8" or "float32".
 
-    Inputs and weights of quantized layers are integers anyway, and sums of their products are exact: a convolution
-    whose input has up to 8 bits computes in integers what it computes in float, up to float rounding.
+    Inputs and weights of quantized layers are integers anyway, and sums of their products are exact. So a convolution
+    whose input has up to 8 bits computes the same in integers and in float, up to float rounding.
 
     Args:
         gm: a calibrated graph that :func:`subpixel` lowered; it is changed.
         form: one of :data:`FORMS`.
 
     Returns:
-        ``gm``. The norms of GDN, which run in float, see their input unrounded in it: no kernel needs it rounded,
-        and that takes time.
+        ``gm``. The norms of GDN run in float, and their input is no longer rounded: no kernel needs that, and it takes
+        time.
     """
     for node in gm.graph.nodes:
         layer = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -60,7 +60,7 @@ def note_arithmetic(gm: fx.GraphModule, form: str) -> fx.GraphModule:
 
 
 def _obstacle(layer: QuantizedLayer) -> str | None:
-    """Say why no runtime can compute ``layer`` in integers; None if one can."""
+    """Return why no runtime can compute ``layer`` in integers; None if one can."""
     quantizer = layer.input_quantizer
     if isinstance(layer, QuantizedGDN):
         return "its squares have more than 8 bits"
@@ -72,9 +72,9 @@ def _obstacle(layer: QuantizedLayer) -> str | None:
 
 
 def _obstacle_to_products(layer: QuantizedLayer) -> str | None:
-    """Say why ``layer`` cannot be a product of integer matrices, or would not be faster; None if it can."""
+    """Return why ``layer`` cannot be a product of integer matrices, or would not be faster as one; None if it can."""
     inner, quantizer = layer.layer, layer.input_quantizer
-    assert quantizer is not None  # or it would have another obstacle
+    assert quantizer is not None  # _obstacle refuses a float input
     if not isinstance(inner, nn.Conv2d):
         return f"there is no integer form of a {type(inner).__name__}"
     if layer.bits > MOST_BITS:
@@ -91,10 +91,10 @@ def _obstacle_to_products(layer: QuantizedLayer) -> str | None:
 
 
 def in_form(gm: fx.GraphModule, form: str) -> tuple[nn.Module, Mapping[str, str]]:
-    """Return a copy of ``gm`` whose layers are those that are exported, and what the integers of each are stored in.
+    """Return a copy of ``gm`` with the layers in the exported form, and the type that each stores its integers in.
 
     Args:
-        gm: what :func:`note_arithmetic` returned for ``form``.
+        gm: the result of :func:`note_arithmetic` for ``form``.
         form: one of :data:`FORMS`.
     """
     twin = copy.deepcopy(gm)

@@ -1,7 +1,7 @@
-"""How exported layers say what they are quantized to: QuantizeLinear and DequantizeLinear in the place of quantizers.
+"""Modules that export quantizers as QuantizeLinear and DequantizeLinear.
 
-The layers compute as they do in torch, with these modules instead of their fake quantizers. All runtimes read that
-form, and those that have integer kernels for a layer find it by it.
+The layers compute as in torch, with these modules instead of their fake quantizers. All runtimes read this form, and
+runtimes with integer kernels recognize by it the layers that these can run.
 """
 
 from typing import Any
@@ -12,28 +12,28 @@ from torch import Tensor, nn
 from fmpq_fx.quant import QuantizedLayer
 
 WIDEST = 16
-"""Bits of activations that ONNX can round to; more are as good as float."""
+"""The most bits of activations that ONNX can round to; with more bits, activations stay float."""
 
 _CONTAINERS = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32)
 
 
 def container(low: int, high: int) -> torch.dtype:
-    """Return the least type of integers that holds those from ``low`` to ``high``."""
+    """Return the smallest integer type that holds ``low`` … ``high``."""
     return next(t for t in _CONTAINERS if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max)
 
 
 def onnx_op(
     op: str, inputs: tuple[Tensor, ...], like: Tensor, dtype: torch.dtype, **attributes: Any
 ) -> Tensor:
-    """Return the output of an ONNX operation that has the shape of ``like``; only an export knows its values."""
+    """Return the output of an ONNX operation, in the shape of ``like``; it has no values outside of an export."""
     out: Tensor = torch.onnx.ops.symbolic(op, inputs, attributes, dtype=dtype, shape=like.shape)
     return out
 
 
 class RoundedInput(nn.Module):
-    """Puts the input of ``layer`` on the grid of its quantizer, divided by the spread of its channels where it has one.
+    """Divides the input of ``layer`` by the spread of its channels, if it has one, and rounds it to its grid.
 
-    The weights of :class:`IntegerWeight` are those for the divided input. Above 16 bits, the input is divided alone.
+    The weights of :class:`IntegerWeight` fit the divided input. Above 16 bits, the input is only divided.
     """
 
     step: Tensor
@@ -53,34 +53,34 @@ class RoundedInput(nn.Module):
         step, zero_point = quantizer.log_scale.exp(), quantizer.zero_point.round().clamp(0, quantizer.high)
         self.register_buffer("step", step.float().reshape(()))
         self.register_buffer("zero_point", zero_point.to(torch.int32).to(self.dtype).reshape(()))
-        # Floats, between which the grid lies. Where it fills 8 bits, QuantizeLinear cuts off what is outside; integers
-        # of 16 bits wrap around in OpenVINO.
+        # The ends of the grid, at which inputs are clipped first: integers of 16 bits wrap around in OpenVINO. A grid
+        # that fills 8 bits needs no clip, since QuantizeLinear saturates there.
         ends = [float((end - zero_point) * step) for end in (0, quantizer.high)]
         self.ends = None if quantizer.bits == 8 else ends
 
     def integers(self, x: Tensor) -> Tensor:
-        """Return the integers that stand for ``x``."""
+        """Return the integers of ``x``, of the same shape."""
         x = self._divided(x)
         x = x if self.ends is None else x.clamp(*self.ends)
         return onnx_op("QuantizeLinear", (x, self.step, self.zero_point), x, self.dtype)
 
     def dequantized(self, integers: Tensor) -> Tensor:
-        """Return what ``integers`` stand for."""
+        """Return the numbers of ``integers``, float32."""
         return onnx_op("DequantizeLinear", (integers, self.step, self.zero_point), integers, torch.float32)
 
     def _divided(self, x: Tensor) -> Tensor:
         return x if self.inverse is None else x * self.inverse
 
     def forward(self, x: Tensor, log_spread: None = None) -> Tensor:
-        """Return ``x`` on the grid; the layer has no spread to tell of, which is in the grid."""
+        """Return ``x`` divided by the spread, and rounded to the grid; ``log_spread`` is not used."""
         return self.dequantized(self.integers(x)) if self.rounds else self._divided(x)
 
 
 class IntegerWeight(nn.Module):
-    """Holds the integers of the weight of ``layer`` in the least container, and hands the dequantized weight out."""
+    """Holds the integers of the weight of ``layer`` in the smallest type, and returns the dequantized weight."""
 
-    log_spread = None  # the input is divided by it, see RoundedInput
-    integers: Tensor  # dimensions with a step per element come first, as one
+    log_spread = None  # RoundedInput divides the input by the spread
+    integers: Tensor  # (steps, …): the dimensions with a step per element come first, flattened
     step: Tensor
     zero_point: Tensor
 
@@ -98,7 +98,7 @@ class IntegerWeight(nn.Module):
         self.register_buffer("zero_point", torch.zeros(len(self.step), dtype=self.dtype))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the dequantized weight; the float one is not read."""
+        """Return the dequantized weight; of the float ``weight`` only the number of dimensions is used."""
         inputs = (self.integers, self.step, self.zero_point)
         found: Tensor = onnx_op("DequantizeLinear", inputs, self.integers, torch.float32, axis=0)
         if self.order == tuple(range(weight.ndim)):

@@ -1,9 +1,9 @@
-"""An integer convolution as ONNX Runtime is fast with it: gather patches, multiply matrices of 8-bit integers, scale.
+"""An integer convolution in the form that ONNX Runtime runs fast: gather patches, multiply 8-bit matrices, scale.
 
-Its integer convolution is fast only where the output is rounded to 8 bits as well, which costs quality. Its integer
-matrix product is no slower and leaves float32, so that nothing is rounded that the quantized graph does not round:
-DequantizeLinear on both sides of a MatMul, which become one kernel. Values have their channels last here, (B, H, W, C);
-those of one place of the kernel are then one block to copy.
+ONNX Runtime's integer convolution is fast only if the output is rounded to 8 bits as well, which costs quality. Its
+integer matrix product is no slower and returns float32, so that nothing else is rounded than in the quantized graph: it
+is a MatMul with DequantizeLinear on both inputs, which become one kernel. Values have their channels last,
+(B, H, W, C), so that the channels of one place are one block to copy.
 """
 
 import torch
@@ -55,7 +55,7 @@ class IntegerConvolution(nn.Module):
         return onnx_op("DequantizeLinear", inputs, inputs[0], torch.float32, axis=1)
 
     def _patches(self, x: Tensor) -> Tensor:
-        """Return what each output sees of ``x`` (B, H, W, C), (B, H', W', kH * kW * C)."""
+        """Return the patch of ``x`` (B, H, W, C) that each output sees, (B, H', W', kH * kW * C)."""
         layer = self.layer
         left, right, top, bottom = layer._reversed_padding_repeated_twice
         if any((left, right, top, bottom)):
@@ -66,11 +66,11 @@ class IntegerConvolution(nn.Module):
         rows, columns = (self._places(size, axis) for axis, size in enumerate((height, width)))
         index = rows[:, None, :, None] * width + columns[None, :, None, :]  # (H', W', kH, kW)
         seen = x.reshape(batch, height * width, channels).index_select(1, index.flatten())
-        # len() of them would be a plain number, that of the example.
+        # len() would be a plain number, which only fits the example.
         return seen.reshape(batch, rows.size(0), columns.size(0), -1)
 
     def _places(self, size: int, axis: int) -> Tensor:
-        """Return which of ``size`` places along a spatial ``axis`` each output sees, (outputs, taps)."""
+        """Return the places, of ``size`` along a spatial ``axis``, that each output sees, (outputs, taps)."""
         layer = self.layer
         stride, dilation, kernel = layer.stride[axis], layer.dilation[axis], layer.kernel_size[axis]
         starts = torch.arange(0, size - dilation * (kernel - 1), stride)

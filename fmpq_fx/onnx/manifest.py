@@ -1,4 +1,4 @@
-"""What an export holds, as ``manifest.json`` in its folder says it, and the check that the folder holds just that."""
+"""The manifest of an export, ``manifest.json`` in its folder, and the check that the folder has just its files."""
 
 import hashlib
 import os
@@ -23,41 +23,43 @@ class PartFile:
     """One ONNX graph."""
 
     name: str  # its role, as :func:`fmpq_fx.passes.parts.cut` names it
-    file: str  # in the folder
+    file: str  # name of the file in the folder
     sha256: str
     bytes: int
     inputs: dict[str, list[int | str]]  # by name; numbers are fixed sizes, texts name dynamic ones
     outputs: dict[str, list[int | str]]
-    module: str | None = None  # the module of the model that computes "entry" to the output, if there is one
-    entry: str | None = None  # value at which that module begins: an input, or one inside the graph
+    module: str | None = (
+        None  # the module of the model that computes the output from ``entry``, if there is one
+    )
+    entry: str | None = None  # the value that this module reads: an input, or a value inside the graph
     unusable: dict[str, str] = field(
         default_factory=dict
-    )  # by runtime: why it does not compute what torch does
+    )  # runtime that does not compute what torch does -> the reason
 
 
 @dataclass(frozen=True)
 class LayerRun:
-    """How a quantizable layer runs, and what its weights are stored in."""
+    """The record of one site in an export: how it runs, and how its weights are stored."""
 
     site: str
-    part: str | None  # None where torch runs it, inside of an opaque module
+    part: str | None  # None if torch runs it, inside of an opaque module
     bits: int | None  # None is float32
     runs: str  # "int8" or "float32"
     stored: str  # an integer type, "int8" say, or "float32"
-    bytes: float  # of the stored weights
-    why: str
+    bytes: float  # bytes of the stored weights
+    why: str  # the reason that it runs in this type
 
 
 @dataclass(frozen=True)
 class OnnxManifest(JsonFile):
-    """What is in the folder of an export."""
+    """The contents of the folder of an export."""
 
     version: int
-    model: dict[str, Any]  # :func:`fmpq_fx.models.identity.identity_of` it
+    model: dict[str, Any]  # the model's :func:`fmpq_fx.models.identity.identity_of`
     fingerprints: tuple[
         str, ...
-    ]  # of its codecs, with and without exact entropy path (:mod:`fmpq_fx.storage.fingerprint`)
-    form: str  # of the layers, one of :data:`fmpq_fx.onnx.forms.FORMS`
+    ]  # fingerprints of its codecs, without and with exact entropy path (:mod:`fmpq_fx.storage.fingerprint`)
+    form: str  # the form of the layers, one of :data:`fmpq_fx.onnx.forms.FORMS`
     opset: int
     parts: tuple[PartFile, ...]
     layers: tuple[LayerRun, ...]
@@ -100,10 +102,10 @@ class OnnxManifest(JsonFile):
 
     @classmethod
     def of_folder(cls, folder: str | os.PathLike[str]) -> "OnnxManifest":
-        """Return the manifest of the export in ``folder``, after checking that it holds these files and no others.
+        """Return the manifest in ``folder``, after checking that the folder has its files and no others.
 
         Raises:
-            FmpqError: there is no export, or a file is missing, altered or foreign.
+            FmpqError: ``folder`` has no export, or a file is missing, altered or foreign.
         """
         path = Path(folder)
         if not (path / NAME).is_file():
@@ -130,12 +132,12 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def replacing_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside ``folder`` that takes its place when the block ends without an error.
+    """Yield a temporary folder beside ``folder`` that replaces it when the block ends without an error.
 
     Raises:
-        FmpqError: ``folder`` exists and is neither empty nor an export, or has other files beside those of one.
-        FileNotFoundError: the folder that it is to be in does not exist.
-        OSError: the disk refuses to be written.
+        FmpqError: ``folder`` exists and is neither empty nor only an export.
+        FileNotFoundError: the parent of ``folder`` does not exist.
+        OSError: the disk cannot be written.
     """
     final = followed(Path(folder))
     if final.exists() and not (final.is_dir() and _holds_an_export_at_most(final)):
@@ -153,6 +155,6 @@ def replacing_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _holds_an_export_at_most(folder: Path) -> bool:
-    """Return whether replacing ``folder`` loses nothing but graphs that were exported."""
+    """Say whether ``folder`` has nothing but exported graphs, so that replacing it loses nothing else."""
     others = [entry for entry in folder.iterdir() if entry.name != NAME]
     return not others or ((folder / NAME).is_file() and all(entry.suffix == ".onnx" for entry in others))

@@ -1,4 +1,4 @@
-"""The optional packages, and what they can do."""
+"""Import optional packages, and check the opsets that they know."""
 
 import importlib
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from fmpq_fx.errors import FmpqError
 
 OPSET = 21
-"""The first in which integers of 16 bits are dequantized; ONNX 1.16 and ONNX Runtime 1.18 have it."""
+"""The first opset that dequantizes 16-bit integers; ONNX 1.16 and ONNX Runtime 1.18 have it."""
 
 
 def package(name: str) -> Any:
     """Return the optional package ``name``: "onnx", "onnxscript", "onnxruntime" or "openvino".
 
     Raises:
-        FmpqError: it is not installed.
+        FmpqError: the package is not installed.
     """
     try:
         return importlib.import_module(name)
@@ -28,7 +28,7 @@ def checked_opset(opset: int) -> int:
     """Return ``opset`` if the graphs can be written in it.
 
     Raises:
-        FmpqError: it is too old, or newer than the installed onnx.
+        FmpqError: the opset is too old, or newer than the installed onnx.
     """
     newest: int = package("onnx").defs.onnx_opset_version()
     if opset < OPSET:

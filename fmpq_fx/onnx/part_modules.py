@@ -1,4 +1,4 @@
-"""Which module of a codec computes which part of its graph, so that another backend can run in its place."""
+"""Find the module of a codec that computes each part of its graph, so that another backend can run in its place."""
 
 import copy
 from collections.abc import Mapping
@@ -27,18 +27,18 @@ class _Matcher(fx.Interpreter):
 
 @torch.no_grad()
 def modules_of_parts(codec: nn.Module, gm: fx.GraphModule, x: Tensor) -> dict[str, tuple[str, str]]:
-    """Return the module of ``codec`` that computes each part of ``gm``, as far as there is one, and where it begins.
+    """Return the module of ``codec`` that computes each part of ``gm``, and the value that it begins at.
 
-    A module computes a part if, on an example, its output is the part's output and its input a value in the part, bit
-    for bit. Names only say which module to look at.
+    A module computes a part if, on an example, its output is the part's output and its input is a value in the part,
+    bit for bit. Names only tell which module to try. Parts without such a module are left out.
 
     Args:
-        codec: what :func:`fmpq_fx.convert` makes of ``gm``, on the CPU, in float32.
+        codec: the converted ``gm``, on the CPU, in float32.
         gm: a rewritten graph. It is not modified.
         x: an image (1, C, H, W).
 
     Returns:
-        by the name of the part: the module's name, and the name of the node whose value is its input.
+        {part: (module, node whose value is the module's input)}, all by name.
     """
     twin = copy.deepcopy(gm).cpu().float().eval()
     parts = [part for part in cut(twin) if len(part.outputs) == 1]
@@ -63,7 +63,7 @@ def modules_of_parts(codec: nn.Module, gm: fx.GraphModule, x: Tensor) -> dict[st
     for part in parts:
         name = candidates[part.name]
         if (part.outputs[0], (name, "out")) in matcher.equal:
-            # The last one, since what is before it is not computed by the module.
+            # The last of these, since the module does not compute the nodes before it.
             entries = [
                 node
                 for node in (*part.inputs, *part.nodes)
@@ -79,7 +79,7 @@ def _inside(node: fx.Node, module: str) -> bool:
 
 
 def _module_name(part: Part) -> str:
-    """Return what the names of the modules that ``part`` calls have in common; empty where that is nothing."""
+    """Return the common beginning of the names of the modules that ``part`` calls; "" if there is none."""
     paths = [str(node.target).split(".") for node in part.nodes if node.op == "call_module"]
     common = []
     for atoms in zip(*paths, strict=False):

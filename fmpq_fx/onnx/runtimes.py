@@ -1,4 +1,4 @@
-"""ONNX graphs that a runtime runs, as modules, and what each runtime must be told to compute exactly."""
+"""Modules that run ONNX graphs in a runtime, with the settings that make each runtime's integers exact."""
 
 import functools
 import warnings
@@ -14,15 +14,15 @@ from fmpq_fx.onnx.packages import OPSET, package
 
 
 class Session(nn.Module, ABC):
-    """Runs an ONNX graph; as a module, one with one input and one output.
+    """Runs an ONNX graph; called as a module, the graph must have one input and one output.
 
     Args:
         model: the serialized graph.
-        threads: that the runtime computes with; None is as many as torch does.
+        threads: the number of threads of the runtime; None is as many as torch uses.
     """
 
-    package = ""  # of the runtime
-    title = ""  # of it, for people
+    package = ""  # the runtime's package
+    title = ""  # the runtime's name, for people
 
     def __init__(self, model: bytes, threads: int | None = None):
         super().__init__()
@@ -47,11 +47,11 @@ class Session(nn.Module, ABC):
         return self.run([x])[0].to(x)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
-        """Return itself: it has no state."""
+        """Return the session itself: it has no state."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy the graph; what runs it cannot be copied."""
+        """Pickle the graph and the options; the runtime's own session cannot be pickled."""
         return type(self), self.arguments
 
 
@@ -60,8 +60,8 @@ class OnnxRuntimeSession(Session):
 
     Args:
         model: the serialized graph.
-        threads: that ONNX Runtime computes with; None is as many as torch does.
-        providers: of ONNX Runtime, the first that can compute an operation does.
+        threads: the number of threads of ONNX Runtime; None is as many as torch uses.
+        providers: ONNX Runtime's names of its providers; the first that can compute an operation does.
     """
 
     package, title = "onnxruntime", "ONNX Runtime"
@@ -81,8 +81,8 @@ class OnnxRuntimeSession(Session):
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         if _products_overflow():
-            options.add_session_config_entry("session.x64quantprecision", "1")  # exact, and slower
-        # Threads that wait without sleeping take the processor from torch, which runs the rest.
+            options.add_session_config_entry("session.x64quantprecision", "1")  # exact, but slower
+        # Threads that wait without sleeping would take the processor from torch, which runs the other parts.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.arguments = model, threads, asked
         self.session = runtime.InferenceSession(model, options, providers=asked)
@@ -95,12 +95,13 @@ class OnnxRuntimeSession(Session):
 
 
 class OpenVinoSession(Session):
-    """Runs an ONNX graph in OpenVINO, in float32 where its integers are inexact.
+    """Runs an ONNX graph in OpenVINO, in float32 if its integers are inexact on this processor.
 
     Args:
         model: the serialized graph.
-        threads: that OpenVINO computes with; None is as many as torch does.
-        precision: of what is not integer: "f32" or "bf16", which is faster on processors that have it.
+        threads: the number of threads of OpenVINO; None is as many as torch uses.
+        precision: the type of operations that are not integer: "f32", or "bf16", which is faster on processors that
+            have it.
     """
 
     package, title = "openvino", "OpenVINO"
@@ -130,7 +131,7 @@ RUNTIMES: dict[str, type[Session]] = {cls.package: cls for cls in (OnnxRuntimeSe
 
 
 def _array(x: Any) -> Any:
-    """Return an input as an array: a tensor in float32, or a size."""
+    """Return an input, a tensor or a size, as an array; tensors become float32."""
     return x.detach().cpu().float().contiguous().numpy() if isinstance(x, Tensor) else np.array(x)
 
 
@@ -140,7 +141,7 @@ def _compiled(model: bytes, options: dict[str, Any]) -> Any:
 
 
 def _with_float_weights(model: bytes) -> bytes:
-    """Return a graph whose weights are dequantized already, so that OpenVINO does not take them for integers."""
+    """Return a graph with its weights dequantized, so that OpenVINO does not use integer kernels."""
     onnx = package("onnx")
     loaded = onnx.load_from_string(model)
     held = {entry.name: entry for entry in loaded.graph.initializer}
@@ -149,7 +150,9 @@ def _with_float_weights(model: bytes) -> bytes:
         if node.op_type != "DequantizeLinear" or node.input[0] not in held:
             nodes.append(node)
             continue
-        weight, step = (onnx.numpy_helper.to_array(held[name]) for name in node.input[:2])  # of zero point 0
+        weight, step = (
+            onnx.numpy_helper.to_array(held[name]) for name in node.input[:2]
+        )  # the zero point is 0
         axis = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
         step = step.reshape([-1 if dim == axis else 1 for dim in range(weight.ndim)])
         loaded.graph.initializer.append(
@@ -165,7 +168,7 @@ def _with_float_weights(model: bytes) -> bytes:
 def _products_overflow() -> bool:
     """Say whether ONNX Runtime multiplies 8-bit matrices inexactly here.
 
-    It does on x64 processors without VNNI instructions, which add pairs of products in 16 bits.
+    It does on x86-64 processors without VNNI instructions, which add pairs of products in 16 bits.
     """
     helper, types = package("onnx").helper, package("onnx").TensorProto
     weight = np.full((64, 16), 127, np.int8)

@@ -1,10 +1,10 @@
 """Lower transposed convolutions to convolutions followed by a pixel shuffle, with the same weights.
 
-A transposed convolution of stride S computes each of the S x S sub-positions of its output from its own part of
-the kernel: output t = S * q + r sees input q + e with tap k where S * e = r + padding - k. Those parts, padded with
-zeros to one size, are the kernels of an ordinary convolution that runs at the resolution of the input and has S * S
-times the channels; PixelShuffle puts these in their places. Integer kernels exist for convolutions, and for hardly any
-transposed one.
+A transposed convolution of stride S computes each of the S x S sub-positions of its output with a separate part of the
+kernel: output t = S * q + r sees input q + e with tap k if S * e = r + padding - k. These parts, padded with zeros to
+one size, are the kernels of an ordinary convolution that runs at the resolution of the input and has S * S times the
+channels; PixelShuffle puts its outputs in their places. Runtimes have integer kernels for convolutions, and hardly any
+for transposed ones.
 """
 
 import copy
@@ -21,21 +21,21 @@ from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedConvTranspose2d
 
 
 def subpixel(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of ``gm`` in which convolution and ``F.pixel_shuffle`` stand for transposed convolutions.
+    """Return a copy of ``gm`` in which transposed convolutions are convolutions and ``F.pixel_shuffle``.
 
     Args:
         gm: any graph, rewritten or float. Calls of :class:`QuantizedConvTranspose2d` and of ``nn.ConvTranspose2d``
-            with any kernel, padding, output padding, dilation and groups are lowered; not those whose stride differs
-            between the two dimensions, or whose output size is an argument of a call. The quantized ones keep their
-            integers (and get zeros beside them), their steps, and the quantizer of their input.
+            with any kernel, padding, output padding, dilation and groups are lowered, unless the stride differs
+            between the two dimensions, or a call has an output size. Quantized layers keep their integers (with zeros
+            beside them), their steps, and the quantizer of their input.
 
     Returns:
-        a graph that computes the same up to rounding errors of float32. It is made to run, and carries no plan. Each
-        convolution has the name and the notes of the layer that it stands for, and the geometry of that:
-        ``note_of(node).subpixel``, the two :class:`Axis`.
+        a graph that computes the same up to rounding errors of float32. It carries no plan. Each convolution has the
+        name and the notes of the layer that it replaces, and that layer's geometry: ``note_of(node).subpixel``, two
+        :class:`Axis`.
     """
     lowered = copy.deepcopy(gm)
-    lowered.meta.pop(KEY, None)  # its plan and its model are of the layers that were there
+    lowered.meta.pop(KEY, None)  # its plan and its model describe the layers before lowering
     done: dict[str, tuple[Axis, Axis]] = {}
     for node in list(lowered.graph.nodes):
         if node.op != "call_module":
@@ -70,9 +70,9 @@ def _can_be_lowered(node: fx.Node, layer: nn.Module) -> bool:
     """Say whether the call ``node`` of the transposed convolution ``layer`` can be lowered."""
     stride = _float_layer(layer).stride
     if stride[0] != stride[1]:
-        return False  # a pixel shuffle has one for both dimensions
-    # A layer that is called several times is lowered once for all of its calls. With an argument besides its input, the
-    # output size, a call pads by how large that is.
+        return False  # a pixel shuffle has one stride for both dimensions
+    # A layer that is called several times is lowered once for all calls. A second argument is the output size, which
+    # decides how much a call pads.
     calls = [other for other in node.graph.nodes if other.op == "call_module" and other.target == node.target]
     return all(len(call.args) == 1 and not call.kwargs for call in calls)
 
@@ -92,12 +92,12 @@ def _axes(layer: nn.ConvTranspose2d) -> tuple[Axis, Axis]:
 
 
 def lowered_weight(weight: Tensor, groups: int, axes: tuple[Axis, Axis]) -> Tensor:
-    """Return the convolution's weight, (out * S * S, in / groups, taps, taps), for a transposed one's.
+    """Return the weight of the convolution, (out * S * S, in / groups, taps, taps), for that of a transposed one.
 
     Args:
-        weight: (in, out / groups, kH, kW).
-        groups: of both convolutions.
-        axes: how each of the two spatial dimensions is lowered.
+        weight: the transposed convolution's weight, (in, out / groups, kH, kW).
+        groups: the groups of both convolutions.
+        axes: the geometry along rows and columns.
     """
     down, right = axes
     inputs, outputs = weight.shape[:2]
@@ -113,7 +113,7 @@ def lowered_weight(weight: Tensor, groups: int, axes: tuple[Axis, Axis]) -> Tens
 
 
 def _convolution(layer: nn.Module, axes: tuple[Axis, Axis]) -> nn.Module:
-    """Return the convolution, quantized if ``layer`` is, with as much of the padding as it can do itself."""
+    """Return the convolution, quantized if ``layer`` is, with the padding if it can pad itself."""
     transposed = _float_layer(layer)
     down, right = axes
     places = down.stride * right.stride
@@ -145,12 +145,12 @@ def _convolution(layer: nn.Module, axes: tuple[Axis, Axis]) -> nn.Module:
 
 
 def _even(axes: tuple[Axis, Axis]) -> bool:
-    """Say whether the convolution can pad its input itself: as much behind as before, and no less than nothing."""
+    """Say whether the convolution can pad its input itself: as much behind as before, and not negative."""
     return all(axis.pads[0] == axis.pads[1] >= 0 for axis in axes)
 
 
 def _replace(node: fx.Node, axes: tuple[Axis, Axis]) -> None:
-    """Put padding, convolution, shuffle and cropping in the place of ``node``, as far as each is needed."""
+    """Replace ``node`` by padding, convolution, shuffle and cropping, each only if needed."""
     down, right = axes
     graph = node.graph
     with graph.inserting_before(node):

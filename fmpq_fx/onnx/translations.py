@@ -1,4 +1,4 @@
-"""What torch's exporter cannot translate, or would compute for the sizes of the example alone."""
+"""Replacements of functions that torch's exporter cannot translate, or would only export for the example's sizes."""
 
 import math
 import operator
@@ -14,12 +14,12 @@ from fmpq_fx.onnx.packages import package
 
 
 def _attribute(value: Any, name: str, *default: Any) -> Any:
-    """Return an attribute of ``value``; that of the data of a tensor would not be in the export."""
+    """Return an attribute of ``value``; the export has no ``data`` of tensors, so they are detached instead."""
     return value.detach() if name == "data" else getattr(value, name, *default)
 
 
 def _pooled(x: Tensor, output_size: Any) -> Tensor:
-    """Return ``F.adaptive_avg_pool2d(x, output_size)``, by products of matrices, which any sizes may have."""
+    """Return ``F.adaptive_avg_pool2d(x, output_size)``, by matrix products, which work for dynamic sizes."""
     if isinstance(output_size, int) or None in output_size:
         return F.adaptive_avg_pool2d(x, output_size)
     rows, columns = (
@@ -41,18 +41,18 @@ def _means(size: Any, places: Any, like: Tensor) -> Tensor:
 IN_PLACE: dict[Any, Callable[..., Any]] = {
     getattr: _attribute,
     F.adaptive_avg_pool2d: _pooled,
-    # Python's own would make numbers of sizes, or decide by them.
+    # Python's own would turn sizes into plain numbers, or decide by them.
     int: torch.sym_int,
     float: torch.sym_float,
     min: lambda *numbers: reduce(torch.sym_min, numbers if len(numbers) > 1 else numbers[0]),
     max: lambda *numbers: reduce(torch.sym_max, numbers if len(numbers) > 1 else numbers[0]),
     math.sqrt: lambda number: number**0.5,
 }
-"""What is exported instead of functions that a graph calls."""
+"""Function that a graph calls -> the function that is exported instead."""
 
 
 def _rounded(number: Any, digits: None = None) -> Any:
-    """Return ``round(number)`` in ONNX, which torch's exporter does not know of numbers."""
+    """Return ``round(number)`` in ONNX; torch's exporter does not translate it for numbers."""
     op, integer = package("onnxscript").opset18, package("onnx").TensorProto.INT64
     return op.Cast(op.Round(number), to=integer)
 
@@ -67,4 +67,4 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     round: _rounded,
     operator.floordiv: _floor_divided,
 }
-"""What torch's exporter is to write for functions of sizes."""
+"""Function of sizes -> the ONNX operations that torch's exporter writes for it."""

@@ -1,4 +1,4 @@
-"""Reading bytes that may not be what they should."""
+"""Read fields from bytes that may be damaged."""
 
 from fmpq_fx.errors import FmpqError
 
@@ -9,7 +9,7 @@ def counted(data: bytes, width: int) -> bytes:
 
 
 class ByteReader:
-    """Takes bytes from the front of ``data``; FmpqError where there are too few."""
+    """Takes bytes from the front of ``data``; raises FmpqError if there are too few."""
 
     def __init__(self, data: bytes):
         self.data, self.position = data, 0
@@ -23,7 +23,7 @@ class ByteReader:
         return taken
 
     def take_counted(self, width: int) -> bytes:
-        """Take what :func:`counted` returned with that ``width``."""
+        """Take bytes that :func:`counted` wrote with this ``width``; return them without their length."""
         return self.take(int.from_bytes(self.take(width), "big"))
 
     def rest(self) -> bytes:

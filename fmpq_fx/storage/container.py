@@ -1,4 +1,4 @@
-"""The container of model files: safetensors, with a format, a version and a checksum over every byte of it."""
+"""The container of model files: safetensors, with a format, a version and a checksum over every byte."""
 
 import hashlib
 import json
@@ -19,18 +19,18 @@ from fmpq_fx.storage.kinds import MODEL_FILE, SAFETENSORS, UNKNOWN, kind_of
 
 FORMAT = "fmpq_fx model"
 VERSION = 3
-"""What is written and read. Up to version 2, weights were coded by CompressAI's coder."""
+"""The version that is written and read. Up to version 2, weights were coded by CompressAI's coder."""
 
-_BLANK = "0" * 64  # where the checksum will be, while it is computed
-_PACKED_LIMIT = 1 << 26  # bytes that a packed text or table may have
-_DICTIONARY = 1 << 12, 1 << 26  # bytes of the smallest that LZMA takes, and of its strongest preset
+_BLANK = "0" * 64  # stands in the place of the checksum while that is computed
+_PACKED_LIMIT = 1 << 26  # the most bytes of a packed text or table
+_DICTIONARY = 1 << 12, 1 << 26  # bytes of LZMA's smallest dictionary, and of that of its strongest preset
 
 
 @dataclass(frozen=True)
 class Container:
-    """What a model file holds."""
+    """The contents of a model file."""
 
-    about: dict[str, Any]  # what the writer says of it
+    about: dict[str, Any]  # the metadata, from its writer
     data: dict[str, bytes]  # its parts, by name
     size: int  # bytes of the file
 
@@ -41,7 +41,7 @@ class Container:
 
 
 def write(path: str | os.PathLike[str], about: dict[str, Any], data: dict[str, bytes]) -> None:
-    """Write the parts ``data``, and ``about``, which JSON can say, to ``path``, all of it or nothing.
+    """Write the parts ``data`` and the metadata ``about``, which must fit JSON, to ``path``, all of it or nothing.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -57,10 +57,10 @@ def write(path: str | os.PathLike[str], about: dict[str, Any], data: dict[str, b
 
 
 def read(path: str | os.PathLike[str]) -> Container:
-    """Return what :func:`write` wrote to ``path``.
+    """Return the contents of the file that :func:`write` wrote to ``path``.
 
     Raises:
-        FmpqError: there is no such file; it is something else, of another version, or not as it was written.
+        FmpqError: there is no such file, or it is no model file, of another version, or damaged.
     """
     file = Path(path)
     if not file.is_file():
@@ -70,7 +70,7 @@ def read(path: str | os.PathLike[str]) -> Container:
         raise FmpqError(f"{file} is {kind.what}, and no model file that fmpq_fx.save() wrote; {kind.remedy}")
     try:
         parts = {name: bytes(part["data"]) for name, part in safetensors.deserialize(data)}
-        # Only now that safetensors has checked the header is it known to be small, flat and JSON.
+        # safetensors has checked the header by now: it is small, flat and JSON.
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         about = json.loads(header.get("__metadata__", {}).get("fmpq_fx", "{}"))
         found = about.get("format"), about.get("version")
@@ -94,7 +94,7 @@ def read(path: str | os.PathLike[str]) -> Container:
 
 def packed(data: bytes) -> bytes:
     """Return ``data`` compressed by LZMA."""
-    # A dictionary longer than the data finds no more, and getting its memory takes longer than compressing small data.
+    # A dictionary longer than the data does not help, and allocating it takes longer than compressing small data.
     smallest, largest = _DICTIONARY
     dictionary = min(max(smallest, len(data)), largest)
     strongest = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": dictionary}
@@ -102,10 +102,10 @@ def packed(data: bytes) -> bytes:
 
 
 def unpacked(data: bytes, limit: int = _PACKED_LIMIT) -> bytes:
-    """Return what :func:`packed` was given.
+    """Return the bytes that :func:`packed` compressed.
 
     Raises:
-        FmpqError: ``data`` is something else, or the result would have more than ``limit`` bytes.
+        FmpqError: ``data`` is damaged, or the result would have more than ``limit`` bytes.
     """
     decompressor = lzma.LZMADecompressor(memlimit=1 << 27)
     try:

@@ -1,4 +1,4 @@
-"""Files: written so that an interruption never leaves a half-written one under the final name; JSON."""
+"""Write files so that an interruption never leaves half a file under the final name, and dataclasses as JSON."""
 
 import io
 import json
@@ -17,13 +17,13 @@ from typing import Any, BinaryIO, TypeVar
 from fmpq_fx.errors import FmpqError
 
 WRITER = "fmpq-fx"
-"""What pictures say of the program that wrote them, where their format has a place for it."""
+"""The name of the program in pictures, if their format has a place for it."""
 
 T = TypeVar("T", bound="JsonFile")
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
-    """Check that the folder that ``path`` is to be written in exists, and that ``path`` is no folder itself.
+    """Check that the folder of the file ``path`` exists, and that ``path`` is no folder.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -50,15 +50,16 @@ class _Stoppable(io.BufferedWriter):
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], stop: Event | None = None) -> Iterator[BinaryIO]:
-    """Yield a file to write into that takes the place of ``path`` when the block ends without an error.
+    """Yield a file to write into that replaces ``path`` when the block ends without an error.
 
     On any error, a full disk or an interruption included, ``path`` stays as it was and nothing else is left. A link
-    is followed: the file that it points to is replaced. A device, a pipe or a socket stays one; it is written into
-    at the end of the block. A new file has the permissions that any new file of the process has.
+    is followed: the file that it points to is replaced. A device, a pipe or a socket is not replaced, but written into
+    at the end of the block. A new file has the usual permissions of new files of the process.
 
     Args:
         path: the file.
-        stop: interrupts the block where it writes next, once it is set; Ctrl-C interrupts the main thread alone.
+        stop: once it is set, the next write in the block raises KeyboardInterrupt; for threads, since Ctrl-C only
+            interrupts the main thread.
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
@@ -88,12 +89,12 @@ def replacing(path: str | os.PathLike[str], stop: Event | None = None) -> Iterat
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say which ``path`` could not be written, and why, where the block fails because of the disk.
+    """Name ``path`` and the reason in the error if the block fails because of the disk.
 
-    Other people's writers raise errors of their own when a write fails; what the system said is behind those.
+    Writers of other packages raise their own errors when a write fails; the system's error is their cause.
 
     Raises:
-        OSError: what the system refused, of the type that it raised, with its ``errno``.
+        OSError: the system's error, of its type and with its ``errno``.
     """
     try:
         yield
@@ -111,7 +112,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def followed(path: Path) -> Path:
-    """Return what the link ``path`` points to, whether or not it is there; ``path`` itself if it is no link."""
+    """Return the target of the link ``path``, whether or not it exists; ``path`` itself if it is no link."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
@@ -125,20 +126,20 @@ class JsonFile(ABC):
     """A dataclass that saves to and loads from a JSON file."""
 
     def to_json(self) -> str:
-        """Return the table as a JSON text; its inverse is :meth:`from_json`."""
+        """Return the object as a JSON text; its inverse is :meth:`from_json`."""
         return json.dumps({"format": type(self).__name__, **asdict(self)}, indent=1)  # type: ignore[call-overload]
 
     @classmethod
     @abstractmethod
     def _from_fields(cls: type[T], fields: dict[str, Any]) -> T:
-        """Rebuild the table from the fields of its JSON."""
+        """Rebuild the object from the fields of its JSON."""
 
     @classmethod
     def from_json(cls: type[T], text: str) -> T:
-        """Rebuild the table from what :meth:`to_json` returned.
+        """Rebuild the object from the text that :meth:`to_json` returned.
 
         Raises:
-            FmpqError: ``text`` is no JSON, or not the JSON of such a table.
+            FmpqError: ``text`` is no JSON, or not that of an object of this class.
         """
         try:
             fields = json.loads(text)
@@ -157,10 +158,10 @@ class JsonFile(ABC):
 
     @classmethod
     def load(cls: type[T], path: str | os.PathLike[str]) -> T:
-        """Read what :meth:`save` wrote.
+        """Rebuild the object from the file that :meth:`save` wrote to ``path``.
 
         Raises:
-            FmpqError: there is no such file, or it holds something else.
+            FmpqError: there is no such file, or it holds no object of this class.
         """
         file = Path(path)
         if not file.is_file():

@@ -1,4 +1,4 @@
-"""Texts that tell whether two models are the same, by their values."""
+"""Digests of values, which tell whether two models, image batches or codecs are the same."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ from fmpq_fx.quant import quantized_layers
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """Return a text that changes with the names and the values of ``state``."""
+    """Return the SHA-256 of the names and the values of ``state``, in hexadecimal."""
     sha = hashlib.sha256()
     for name, value in sorted(state.items()):
         sha.update(name.encode())
@@ -21,7 +21,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def of_model(model: nn.Module) -> str:
-    """Return a digest of the weights of ``model``: of all its state but what ``update()`` sets."""
+    """Return a digest of the weights of ``model``: of its state without the tables that ``update()`` sets."""
     return digest(
         {
             name: value
@@ -37,7 +37,7 @@ def of_images(batches: Iterable[Tensor]) -> str:
 
 
 def of_entropy_models(model: nn.Module) -> str:
-    """Return a digest of what CompressAI's ``update()`` computes the CDF tables of ``model`` from."""
+    """Return a digest of the tensors from which CompressAI's ``update()`` computes the CDF tables of ``model``."""
     parts = {name: module for name, module in model.named_modules() if isinstance(module, EntropyModel)}
     return digest(
         {
@@ -54,7 +54,7 @@ def _is_computed(name: str) -> bool:
 
 
 def of_codec(codec: nn.Module) -> str:
-    """Return a digest of what ``codec`` computes with: of a quantized layer, its integers instead of its weight."""
+    """Return a digest of all tensors that ``codec`` computes with, integers in the place of quantized weights."""
     layers = quantized_layers(codec)
     weights = {id(layer.layer.get_parameter(layer.weight_name)) for layer in layers.values()}
     state = {

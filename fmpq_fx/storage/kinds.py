@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes, and what to do with it where another kind was expected."""
+"""Recognize the kind of a file by its first bytes, to tell the user what to do with it."""
 
 import os
 from collections.abc import Callable
@@ -13,7 +13,7 @@ class Kind:
     """A kind of file, in the words of a message."""
 
     what: str  # completes "the file is …"
-    remedy: str  # what to do
+    remedy: str  # what to do with the file
 
 
 EMPTY = Kind("empty", "get it, or write it, again")
@@ -62,7 +62,7 @@ _SIGNS: list[tuple[Kind, Callable[[bytes], bool]]] = [
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
-    """Return what the file ``path`` is; whether it is whole, its reader finds out."""
+    """Return the kind of the file ``path``, by its first bytes alone: the file may still be damaged."""
     with Path(path).open("rb") as file:
         head = file.read(_HEAD)
     return next((kind for kind, matches in _SIGNS if matches(head)), UNKNOWN)

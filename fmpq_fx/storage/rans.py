@@ -1,21 +1,21 @@
 """Entropy coding of whole arrays: constriction's rANS coder, under frequencies that are integers.
 
-The coder keeps a number of 64 bits, its state, and a stack of words of 32 bits. Of a symbol of frequency f, with c the
-frequencies of the symbols before it added up, both out of 2^24::
+The coder keeps a number of 64 bits, its state, and a stack of words of 32 bits. For a symbol of frequency f, with c the
+sum of the frequencies of the symbols before it, both out of 2^24::
 
-    encode, last symbol first     where state // 2^40 >= f: push state % 2^32, state = state // 2^32
+    encode, last symbol first     if state // 2^40 >= f: push state % 2^32, state = state // 2^32
                                   state = (state // f) * 2^24 + state % f + c
-    decode, first symbol first    c <= state % 2^24 < c + f says which symbol it is, then
+    decode, first symbol first    c <= state % 2^24 < c + f tells the symbol, then
                                   state = f * (state // 2^24) + state % 2^24 - c
-                                  where state < 2^32: state = state * 2^32 + the word that is popped, if there is one
+                                  if state < 2^32: state = state * 2^32 + the word that is popped, if there is one
 
-A string is the stack, then the state's low and its high word (none for a high word of 0), little-endian. The encoder
-starts with the state 2^31. So a decoder that does not find this state, and no word, behind the last symbol was given
-another string than the encoder of these symbols makes. One whose stack is empty goes on, and reads nothing else.
+A string is the stack, then the state's low and its high word (no high word if it is 0), little-endian. The encoder
+starts with the state 2^31. So the string is wrong if the decoder, after the last symbol, has another state or a word
+left on its stack. A decoder with an empty stack goes on, and reads no other memory.
 
-No float decides, although the library takes floats: of 2^24 it gives 1 to each of n symbols, and shares out 2^24 - n
-in proportion to the floats. Here they are f - 1, whose sum is 2^24 - n. Integers below 2^53 add up exactly, the factor
-of proportion is 1, and each symbol gets 1 + (f - 1), on every machine.
+Frequencies are exact, although the library takes floats. It gives 1 of 2^24 to each of n symbols, and shares out
+2^24 - n in proportion to the floats. Here these are f - 1, whose sum is 2^24 - n. Integers below 2^53 add up exactly,
+so the factor of proportion is 1, and each symbol gets 1 + (f - 1), on every machine.
 """
 
 from collections.abc import Sequence
@@ -28,22 +28,22 @@ from numpy.typing import NDArray
 from fmpq_fx.errors import FmpqError
 
 PRECISION = 24
-"""Frequencies add up to 2 to this power."""
+"""Frequencies add up to 2^PRECISION."""
 
 Symbols = NDArray[np.int32]
 Distribution = Any
-"""What :func:`distribution` returns; the library has no types."""
+"""The type that :func:`distribution` returns; the library has no types."""
 
 
 class StringError(FmpqError):
-    """A string is not what the encoder makes of symbols under such distributions."""
+    """A string is not one that the encoder makes under these distributions."""
 
 
 _START = np.array([1 << 31], np.uint32)
 
 
 def distribution(frequencies: NDArray[np.int64]) -> Distribution:
-    """Return the distribution of the symbols 0, 1 … of these ``frequencies``.
+    """Return the distribution that gives the symbols 0, 1 … these ``frequencies``.
 
     Raises:
         ValueError: there are fewer than two, one is below 1, or their sum is not 2^PRECISION.
@@ -54,7 +54,7 @@ def distribution(frequencies: NDArray[np.int64]) -> Distribution:
 
 
 def encode(runs: Sequence[tuple[Symbols, Distribution]]) -> bytes:
-    """Return the string of all symbols of ``runs``, in order, each run under a distribution of its own."""
+    """Return the string of all symbols of ``runs``, in order; a run is (symbols, their distribution)."""
     coder = constriction.stream.stack.AnsCoder(_START)
     for symbols, model in reversed(runs):
         coder.encode_reverse(symbols, model)
@@ -63,7 +63,7 @@ def encode(runs: Sequence[tuple[Symbols, Distribution]]) -> bytes:
 
 
 def decode(string: bytes, runs: Sequence[tuple[int, Distribution]]) -> Symbols:
-    """Return all symbols of ``string``, which has runs of these lengths and distributions.
+    """Return all symbols of ``string``; a run is (number of symbols, their distribution).
 
     Raises:
         StringError: the string is not the one that :func:`encode` makes of such symbols.
@@ -75,10 +75,10 @@ def decode(string: bytes, runs: Sequence[tuple[int, Distribution]]) -> Symbols:
 
 
 class StringReader:
-    """Decodes a string in several steps, for where the symbols read first say what comes next.
+    """Decodes a string in several steps, so that the first symbols can decide how the next are read.
 
     Raises:
-        StringError: no encoder makes such a string.
+        StringError: the encoder makes no such string.
     """
 
     def __init__(self, string: bytes):
@@ -95,7 +95,7 @@ class StringReader:
         """Check that the string ends here.
 
         Raises:
-            StringError: it is not the one that :func:`encode` makes of the symbols that were read.
+            StringError: the string is not the one that :func:`encode` makes of the symbols that were read.
         """
         if not np.array_equal(self._coder.get_compressed(), _START):
             raise StringError("a string does not end with its last symbol")

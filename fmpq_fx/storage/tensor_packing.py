@@ -1,4 +1,4 @@
-"""Small tensors, losslessly compressed: values of one type together, their most telling bytes side by side."""
+"""Compress small tensors losslessly: values of one type together, and bytes of equal significance side by side."""
 
 import math
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from fmpq_fx.storage.container import packed as packed_bytes
 from fmpq_fx.storage.container import unpacked as unpacked_bytes
 
 TABLE = "_quantized_cdf"
-"""How the names of CDF tables end in a state dict."""
+"""The ending of the names of CDF tables in a state dict."""
 
 Descriptions = Mapping[str, list[Any]]
-"""Per tensor, in order: the name of its dtype, and its shape."""
+"""Per tensor, in order: [name of its dtype, *shape]."""
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -26,7 +26,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """Return the dtype that :func:`name_of` named.
+    """Return the dtype of this name; the inverse of :func:`name_of`.
 
     Raises:
         FmpqError: there is no such dtype.
@@ -43,7 +43,7 @@ def described(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
 
 
 def packed(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return the values of ``tensors``; types and shapes are :func:`described` elsewhere."""
+    """Return the compressed values of ``tensors``, without their types and shapes (:func:`described`)."""
     groups: dict[torch.dtype, list[Tensor]] = {}
     for value in tensors.values():
         groups.setdefault(value.dtype, []).append(value.detach().cpu().contiguous().flatten())
@@ -52,7 +52,7 @@ def packed(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def unpacked(data: bytes, descriptions: Descriptions) -> dict[str, Tensor]:
-    """Return the tensors of which :func:`packed` returned ``data`` and :func:`described` ``descriptions``.
+    """Return the tensors that :func:`packed` made ``data`` of, and :func:`described` the ``descriptions``.
 
     Raises:
         FmpqError: the two do not belong together.
@@ -81,18 +81,18 @@ def unpacked(data: bytes, descriptions: Descriptions) -> dict[str, Tensor]:
 
 
 def packed_tables(tables: Mapping[str, Tensor]) -> bytes:
-    """Return CDF tables, int32, (rows, entries); their second differences are mostly small."""
+    """Return the compressed CDF tables, int32, (rows, entries) each, whose second differences are mostly small."""
     return packed({name: torch.from_numpy(_differences(t.cpu().numpy())) for name, t in tables.items()})
 
 
 def unpacked_tables(data: bytes, descriptions: Descriptions) -> dict[str, Tensor]:
-    """Return the tables of which :func:`packed_tables` returned ``data``."""
+    """Return the tables that :func:`packed_tables` made ``data`` of."""
     differences = unpacked(data, descriptions)
     return {name: torch.from_numpy(_sums(value.numpy())) for name, value in differences.items()}
 
 
 def check_tables(state: Mapping[str, Tensor]) -> None:
-    """Check that the CDF tables in a state dict are such as CompressAI's coder can follow, which it does blindly.
+    """Check the CDF tables in a state dict, since CompressAI's coder would use impossible ones without any check.
 
     Raises:
         FmpqError: a table does not rise from 0 to 2^16.
@@ -116,7 +116,7 @@ def check_tables(state: Mapping[str, Tensor]) -> None:
 
 
 def _differences(table: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return second differences along the rows, folded so that small ones of either sign are small."""
+    """Return second differences along the rows, with the sign in the lowest bit, so that small ones stay small."""
     if table.size:
         for _ in range(2):
             table = np.diff(table, axis=1, prepend=np.int32(0))
@@ -125,7 +125,7 @@ def _differences(table: NDArray[np.int32]) -> NDArray[np.int32]:
 
 
 def _sums(folded: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return the table that :func:`_differences` was given."""
+    """Return the table of these differences; the inverse of :func:`_differences`."""
     table = (folded >> 1 & 0x7FFFFFFF) ^ -(folded & 1)
     if table.size:
         for _ in range(2):

@@ -2,8 +2,8 @@
 
 The spread of a weight is roughly a product of three factors: of its output channel, of its input channel and of its
 place in the kernel. So every channel and place gets a factor (a byte, in eighths of an octave), and weights are sorted
-into classes by the sum of their three. Each class has a distribution of its own: a discretized logistic one out of a
-bank (one byte), or counted frequencies (one byte per symbol) where these are smaller. Classes of several widths, and a
+into classes by the sum of their three factors. Each class has its own distribution: a discretized logistic one from a
+bank (one byte), or counted frequencies (one byte per symbol) if these take less. Classes of several widths, and a
 single class, are tried; the smallest form is taken, side information included.
 
 The coded form, in this order:
@@ -12,16 +12,16 @@ The coded form, in this order:
 1 byte                ``step``, the width of a class in eighths of an octave; 0 is a single class
 (out + in + places)   factors, int8, if ``step`` is not 0
 per class             one byte: a number in the bank, or 255 and then one byte per symbol
-ceil(size * raw / 8)  the ``raw`` lowest bits of every integer, where they have more than 10
-the rest              the coder's string, of what is above those
+ceil(size * raw / 8)  the ``raw`` lowest bits of every integer, if integers have more than 10 bits
+the rest              the coder's string, of the bits above these
 ====================  ============================================================================================
 
-The string goes place by place. Within a place it goes through the pairs of an output and an input channel by the sum
+The string goes place by place. Within a place, the pairs of an output and an input channel come in the order of the sum
 of their factors, so that the weights of a class are a run.
 
 Decoding is the same on every machine: frequencies come from integers and from additions, multiplications and
-divisions of float64 in a fixed order, which IEEE 754 rounds alike everywhere. What the encoder chooses rests on
-logarithms, which may differ in the last bit; any choice decodes.
+divisions of float64 in a fixed order, which IEEE 754 rounds alike everywhere. The encoder chooses by logarithms, which
+may differ in the last bit; but any choice decodes.
 """
 
 import math
@@ -37,11 +37,13 @@ from fmpq_fx.storage.byte_reader import ByteReader
 
 Integers = NDArray[np.int64]
 
-MODELED_BITS = 10  # highest bits of an integer, which get a model; more would be noise, and slow
+MODELED_BITS = (
+    10  # highest bits of an integer, which are modeled; lower bits are noise, and modeling them is slow
+)
 STEPS = (2, 4, 8)  # widths of a class that are tried, eighths of an octave
 FACTOR = 8.0  # steps of a factor in an octave
-LEAST = 128  # frequency of a symbol, of 2^24; outliers, which are more than a logistic distribution has, stay cheap
-COUNTED = 255  # stands for a table of frequencies where a number in the bank is expected
+LEAST = 128  # least frequency of a symbol, of 2^24; it keeps outliers cheap, which a logistic distribution does not
+COUNTED = 255  # says that a table of frequencies follows, in the place of a number in the bank
 _FITS = 3  # rounds of fitting the factors; the third changes little
 
 
@@ -49,7 +51,7 @@ _FITS = 3  # rounds of fitting the factors; the third changes little
 class Coded:
     """Integer weights in their coded form."""
 
-    side: bytes  # what the model of the symbols takes
+    side: bytes  # the model of the symbols
     raw: bytes  # the lowest bits of integers of many bits
     symbols: bytes  # the coder's string
 
@@ -77,12 +79,12 @@ def encode(weights: Integers, low: int, high: int) -> Coded:
 
 
 def coded_bytes(weights: Integers, low: int, high: int) -> int:
-    """Return how many bytes :func:`encode` takes for ``weights``."""
+    """Return the number of bytes that :func:`encode` makes of ``weights``."""
     return len(bytes(encode(weights, low, high)))
 
 
 def decode(data: bytes, shape: tuple[int, ...], low: int, high: int) -> NDArray[np.int32]:
-    """Return the weights that :func:`encode` was given, (out, in, places).
+    """Return the weights that :func:`encode` made ``data`` of, (out, in, places).
 
     Raises:
         FmpqError: ``data`` is not the coded form of weights of that shape and range.
@@ -102,7 +104,7 @@ def decode(data: bytes, shape: tuple[int, ...], low: int, high: int) -> NDArray[
 
 
 def side_bytes(data: bytes, shape: tuple[int, ...], low: int, high: int) -> int:
-    """Return how many of the bytes that :func:`decode` takes tell it the model of the symbols."""
+    """Return how many bytes of ``data`` are the model of the symbols."""
     reader = ByteReader(data)
     _read_model(reader, shape, (high - low >> _raw_bits(low, high)) + 1)
     return reader.position
@@ -110,9 +112,9 @@ def side_bytes(data: bytes, shape: tuple[int, ...], low: int, high: int) -> int:
 
 @dataclass(frozen=True)
 class _Runs:
-    """The order in which weights are coded, in which those of a class follow one another."""
+    """The order in which weights are coded, in which the weights of a class are runs."""
 
-    pairs: Integers  # numbers of the pairs (output, input channel), in the order in which they come in each place
+    pairs: Integers  # numbers of the pairs (output, input channel), in their order in each place
     classes: Integers  # the class of every run
     counts: Integers  # weights in every run
 
@@ -127,7 +129,7 @@ class _Runs:
         return rows[self.pairs].T.astype(np.int32).ravel()
 
     def unsorted(self, symbols: rans.Symbols, shape: tuple[int, ...]) -> rans.Symbols:
-        """Return the weights of which :meth:`sorted` returned ``symbols``."""
+        """Return the weights in their own order, of this ``shape``; the inverse of :meth:`sorted`."""
         weights = np.empty((len(self.pairs), shape[2]), np.int32)
         weights[self.pairs] = symbols.reshape(shape[2], -1).T
         return weights.reshape(shape)
@@ -135,16 +137,16 @@ class _Runs:
 
 @dataclass(frozen=True)
 class _Model:
-    """A way to code an array of symbols."""
+    """A model for coding an array of symbols."""
 
     runs: _Runs
-    frequencies: list[Integers]  # of the symbols in each class
-    side: bytes  # what tells a decoder all of this
-    bits: float  # that the symbols and `side` take
+    frequencies: list[Integers]  # frequencies of the symbols in each class
+    side: bytes  # the model itself, coded for the decoder
+    bits: float  # bits of the symbols and of ``side`` together
 
 
 def _fitted(symbols: Integers, size: int, step: int, factors: list[NDArray[np.int8]]) -> _Model:
-    """Sort ``symbols`` into classes, and give each the distribution that codes its symbols in the fewest bits."""
+    """Return the model that sorts ``symbols`` into classes, each with the distribution of the fewest bits."""
     runs = _runs(symbols.shape, step, factors)
     header = bytes([step]) + (b"".join(f.tobytes() for f in factors) if step else b"")
     number = int(runs.classes.max()) + 1
@@ -165,7 +167,7 @@ def _fitted(symbols: Integers, size: int, step: int, factors: list[NDArray[np.in
 
 
 def _costs(frequencies: Integers) -> NDArray[np.float64]:
-    """Return the bits that a symbol of each of ``frequencies`` takes."""
+    """Return the bits of a symbol of each of ``frequencies``."""
     bits: NDArray[np.float64] = -np.log2(frequencies / 2**rans.PRECISION)
     return bits
 
@@ -186,9 +188,9 @@ def _factors(deviations: NDArray[np.float64]) -> list[NDArray[np.int8]]:
 
 
 def _runs(shape: tuple[int, ...], step: int, factors: list[NDArray[np.int8]]) -> _Runs:
-    """Return the runs of a layer: the class of a weight is the step on which the sum of its factors lies.
+    """Return the runs of a layer: the class of a weight is the sum of its factors, divided by ``step``.
 
-    Steps on which none lies are left out. Where ``step`` is 0, there is one class, whatever the factors.
+    Empty classes are left out. If ``step`` is 0, there is one class.
     """
     if not step:
         return _Runs(np.arange(shape[0] * shape[1]), np.zeros(1, np.int64), np.array([math.prod(shape)]))
@@ -196,7 +198,9 @@ def _runs(shape: tuple[int, ...], step: int, factors: list[NDArray[np.int8]]) ->
     sums = (outputs[:, None] + inputs).ravel()
     pairs = sums.argsort(kind="stable")
     least, most = ((end(sums) + end(places)) // step for end in (np.min, np.max))
-    bounds = np.arange(least, most + 2) * step - places[:, None]  # of a sum, for each step in each place
+    bounds = (
+        np.arange(least, most + 2) * step - places[:, None]
+    )  # of the pairs' sums, for each class in each place
     counts = np.diff(np.searchsorted(sums[pairs], bounds), axis=1)
     classes = np.cumsum(counts.any(0)) - 1
     place, level = counts.nonzero()
@@ -205,11 +209,11 @@ def _runs(shape: tuple[int, ...], step: int, factors: list[NDArray[np.int8]]) ->
 
 @lru_cache
 def _bank(size: int) -> Integers:
-    """Return frequencies of logistic distributions about the middle of ``size`` symbols, one in a row.
+    """Return frequencies of logistic distributions about the middle of ``size`` symbols, one per row.
 
-    Their scale doubles up to 1, from where on it grows by about a quarter from row to row. With r = exp(-1 / (2 s)),
-    the probability of a distance of at most k + 1/2 from the middle follows from 1 / (1 + r^(2k + 1)). A middle at the
-    first symbol, for integers that are never negative, comes as a second half of the bank.
+    Their scale s doubles up to 1, and then grows by about a quarter from row to row. With r = exp(-1 / (2 s)), the
+    probability of a distance of at most k + 1/2 from the middle follows from 1 / (1 + r^(2k + 1)). The second half of
+    the bank has its middle at the first symbol, for integers that are never negative.
     """
     scales = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
     while (scale := scales[-1] + max(1, scales[-1] // 4)) < 8 * size:
@@ -223,7 +227,7 @@ def _bank(size: int) -> Integers:
 
 
 def _levels(counts: Integers) -> NDArray[np.uint8]:
-    """Return rows of counts as logarithms, in eighths of an octave below the largest; 255 is never."""
+    """Return rows of counts as logarithms, in eighths of an octave below the row's largest; 255 is a count of 0."""
     with np.errstate(divide="ignore"):
         below = FACTOR * np.log2(counts.max(1, keepdims=True) / counts)
     return np.where(counts > 0, np.rint(np.minimum(below, 254)), 255).astype(np.uint8)
@@ -236,7 +240,7 @@ def _from_levels(levels: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def _frequencies(weights: NDArray[np.float64]) -> Integers:
-    """Return rows of integers, at least LEAST each, in proportion to ``weights`` and with the coder's sum."""
+    """Return rows of integers, at least LEAST each, in proportion to ``weights``, with the sum 2^PRECISION."""
     total = np.add.accumulate(weights, axis=1)[:, -1:]  # in this order, unlike sum()
     if not (total > 0).all():
         raise FmpqError("a class in which no symbol ever occurs")
@@ -276,7 +280,7 @@ def _raw_bits(low: int, high: int) -> int:
 
 
 def _split(weights: Integers, low: int, high: int) -> tuple[int, Integers]:
-    """Return how many of the lowest bits get no model, and what is above them, from 0 up."""
+    """Return the number of lowest bits without a model, and the integers above these bits, from 0 up."""
     if weights.ndim != 3 or weights.min() < low or weights.max() > high:
         raise ValueError(f"weights {weights.shape} are not (out, in, places) or not in [{low}, {high}]")
     raw = _raw_bits(low, high)

@@ -1,4 +1,4 @@
-"""Train the transforms in bfloat16, and all that decides on rates in float32."""
+"""Train the transforms in bfloat16, and the modules that decide on rates in float32."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,10 +19,9 @@ def transforms_in_bfloat16(model: nn.Module, device: torch.device) -> Iterator[N
 
     A likelihood is a small difference of two cumulative probabilities, which the 8 bits of bfloat16's mantissa do
     not hold, and a latent above 256 that was rounded in bfloat16 is not even an integer. So entropy models, the
-    rounding of latents, and latent codecs as a whole, which round in their own way, get float32 and run outside of
-    autocast.
+    rounding of latents, and whole latent codecs, which round in their own way, get float32 and run without autocast.
     """
-    outside: list[torch.autocast] = []  # entered by the modules that run at the moment, each for itself
+    outside: list[torch.autocast] = []  # one for each of the modules that are running
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
         outside.append(torch.autocast(device.type, enabled=False))

@@ -1,4 +1,4 @@
-"""Images for training: random crops, read ahead in worker processes, and the photographs held out to validate on."""
+"""Images for training: random crops, read ahead in worker processes, and photographs held out for validation."""
 
 import os
 import warnings
@@ -14,14 +14,14 @@ from fmpq_fx.images.reading import Source, evenly_spaced, in_short
 from fmpq_fx.ranks import ALONE, Ranks
 
 HELD_OUT = 8
-"""At most so many images are held out where no validation images are given; a tenth of fewer than 80."""
+"""The most images that are held out without validation images; of fewer than 80 images, a tenth is."""
 
 
 def large_enough(images: Sequence[Source], size: int) -> list[Source]:
     """Return the images that a crop of ``size`` x ``size`` fits into; the others are skipped with a warning.
 
     Raises:
-        FmpqError: there are none.
+        FmpqError: no image is large enough.
     """
     usable: list[Source] = []
     complaints: list[str] = []
@@ -47,10 +47,10 @@ def large_enough(images: Sequence[Source], size: int) -> list[Source]:
 
 
 def hold_out(images: Sequence[Source]) -> tuple[list[Source], list[Source]]:
-    """Return (images to train on, images to validate on): evenly spaced ones are held out.
+    """Return (images to train on, images to validate on): evenly spaced images are held out.
 
     Raises:
-        FmpqError: there is only one.
+        FmpqError: there is only one image.
     """
     if len(images) < 2:
         raise FmpqError(
@@ -69,12 +69,12 @@ class RandomCrops(Dataset[Tensor]):
     """Endless random crops of photographs, half of them mirrored.
 
     Crop number ``i`` is a function of the seed and ``i`` alone, so that training can go on anywhere. Every image
-    comes once before one comes again. An image that cannot be read is replaced by the next, with a warning.
+    is used once before any is used again. An image that cannot be read is replaced by the next, with a warning.
 
     Args:
-        images: of at least ``size`` x ``size`` pixels each.
+        images: images of at least ``size`` x ``size`` pixels each.
         size: side of a crop in pixels.
-        seed: of the choice.
+        seed: seed of the choice.
     """
 
     def __init__(self, images: Sequence[Source], size: int, seed: int):
@@ -111,17 +111,17 @@ def batches(
     """Return the batches of ``steps``, (batch_size / ranks, 3, size, size) each, read ahead by ``workers`` processes.
 
     Args:
-        crops: what they consist of: batch ``i`` holds crops ``i * batch_size`` and on, or this rank's share of them.
+        crops: the crops; batch ``i`` has crops ``i * batch_size`` and on, or this rank's share of them.
         batch_size: crops in a batch of all ranks together.
         steps: numbers of the batches.
-        ranks: among whom the crops are divided.
-        workers: processes that read for this rank; 0 reads in this one, None chooses.
-        pin_memory: for a faster way to a GPU.
+        ranks: the processes that share the crops of a batch.
+        workers: processes that read for this rank; 0 reads in this process, None chooses.
+        pin_memory: whether to pin memory, for faster copies to a GPU.
     """
     if workers is None:
         workers = min(4, max(1, (os.cpu_count() or 1) // (2 * ranks.count)))
     numbers = [list(ranks.share(range(step * batch_size, (step + 1) * batch_size))) for step in steps]
-    # The workers' own seed, which nothing here uses, is not to be drawn from the caller's random numbers.
+    # Without a generator, the workers' seed, which nothing here uses, would be drawn from the caller's random numbers.
     generator = torch.Generator().manual_seed(crops.seed)
     return DataLoader(
         crops, batch_sampler=numbers, num_workers=workers, pin_memory=pin_memory, generator=generator

@@ -1,12 +1,12 @@
-"""The training loop, of quantized graphs and of float models alike: RD loss, validation, the best state kept.
+"""The training loop, for quantized graphs and for float models: RD loss, validation, the best state kept.
 
-Crops and noise of a step are functions of the seed and the step's number alone, so that a run that was
-interrupted goes on from its checkpoint to the result of an uninterrupted one: bit for bit on a CPU with as many
-threads; a GPU's own arithmetic is not that repeatable.
+Crops and noise of a step are functions of the seed and the step's number alone. So an interrupted run goes on from its
+checkpoint to the result of an uninterrupted one, bit for bit on a CPU with the same number of threads; a GPU's
+arithmetic is not that repeatable.
 
-Within :func:`fmpq_fx.ranks.joined` each rank takes its share of a step's crops. They are the crops that one process
-would take; the noise is each rank's own, and sums are rounded otherwise. So a run is repeatable for a number of
-ranks, and a checkpoint goes on with any number of them, on the same crops.
+Within :func:`fmpq_fx.ranks.joined` each rank takes its share of a step's crops. Together these are the crops that one
+process would take, but each rank has its own noise, and sums are rounded differently. So a run is repeatable for the
+same number of ranks, and a checkpoint goes on with any number of ranks, on the same crops.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ Images = str | os.PathLike[str] | Iterable[Tensor | Source]
 """An image folder, or (3, H, W) or (B, 3, H, W) float tensors in [0, 1]."""
 
 
-@torch.inference_mode(False)  # and with gradients, wherever the caller stands
+@torch.inference_mode(False)  # training needs gradients, even if the caller is in inference mode
 def train(
     model: nn.Module,
     images: Images,
@@ -48,26 +48,26 @@ def train(
     workers: int | None = None,
     progress: bool | None = None,
 ) -> History:
-    """Train ``model``, in place, and leave it in the best state that was seen, without gradients.
+    """Train ``model`` in place, and leave it in the state of the best validation, without gradients.
 
     Args:
         model: a rewritten graph, or any model whose forward returns CompressAI's dict. Its training mode is
             restored.
-        images: to train on.
-        settings: how.
-        distortion: what ``settings.distortion`` names.
-        validation: images to validate on, by crops of 256 x 256 from the centre of each (or eight, where there are
-            fewer images); None holds out a tenth of ``images``, at least one and at most eight.
-        identity: what the model is, besides its weights; a checkpoint of another is refused.
-        checkpoint: a file that is written at every validation. Where it is there, training goes on from it; the
-            model must be as it was at the start, or as it was left. A finished run is not repeated.
-        workers: processes that read images ahead; 0 reads in this one, None chooses.
+        images: the images to train on.
+        settings: the options of training.
+        distortion: the distortion that ``settings.distortion`` names.
+        validation: images to validate on, by one crop of 256 x 256 from the centre of each (of fewer than eight images,
+            eight crops); None holds out a tenth of ``images``, at least one and at most eight.
+        identity: a text that identifies the model besides its weights; a checkpoint with another text is refused.
+        checkpoint: a file that is written at every validation. If it exists, training goes on from it; the model must
+            have the weights of the start or of the end of that run. A finished run is not repeated.
+        workers: processes that read images ahead; 0 reads in this process, None chooses.
         progress: False shows nothing; see :func:`fmpq_fx.progress.reported`.
 
     Raises:
-        ValueError: ``settings.batch_size`` is no multiple of the number of ranks, ``workers`` is negative, or the
-            size is weighed of a model without quantized layers.
-        FmpqError: the images or the checkpoint cannot be used, or ranks have others.
+        ValueError: ``settings.batch_size`` is no multiple of the number of ranks, ``workers`` is negative, or
+            ``settings.size_weight`` is given for a model without quantized layers.
+        FmpqError: the images or the checkpoint cannot be used, or the ranks have different ones.
         KeyboardInterrupt: an interruption, after the best state so far was restored.
     """
     parameter = next(model.parameters())
@@ -139,7 +139,7 @@ def train(
 
 
 def _check(model: nn.Module, settings: Settings, ranks: Ranks, workers: int | None) -> None:
-    """Refuse what would fail, or train badly, after the long work has begun."""
+    """Refuse now what would fail, or train badly, after the long work has begun."""
     if workers is not None and workers < 0:
         raise ValueError(f"workers must not be negative, got {workers}; 0 reads images in this process")
     if settings.batch_size % ranks.count:

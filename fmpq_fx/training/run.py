@@ -1,4 +1,4 @@
-"""One run of training: the model, its optimizers, what was seen so far, and the checkpoint of all of it."""
+"""One run of training: the model, its optimizers, the losses and validations so far, and the checkpoint of all."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -31,18 +31,18 @@ FORMAT = "fmpq_fx training, version 2"
 class TrainingRun:
     """The state of training ``model``, which it changes.
 
-    Weights and quantization parameters are in groups of their own; the quantiles of entropy bottlenecks have an
-    optimizer and a loss of their own, as CompressAI trains them.
+    Weights and quantization parameters are separate parameter groups. The quantiles of entropy bottlenecks have a
+    separate optimizer and loss, as CompressAI trains them.
 
-    Of several ranks each has a copy of the model and takes its share of a step's images. Gradients and figures are
-    means over all of them, so that every rank takes the same steps and the same decisions.
+    With several ranks, each has a copy of the model and takes its share of a step's images. Gradients and figures are
+    means over all ranks, so that every rank takes the same steps and the same decisions.
 
     Args:
-        model: to train.
-        batches: (B, 3, H, W) images each, to validate on.
-        settings: how to train.
-        distortion: of the RD loss.
-        ranks: that train it together, once each of them called :meth:`join`.
+        model: the model to train.
+        batches: images (B, C, H, W) each, to validate on.
+        settings: the options of training.
+        distortion: the distortion in the RD loss.
+        ranks: the processes that train together, once each of them has called :meth:`join`.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TrainingRun:
         self.scheduler = LambdaLR(self.optimizer, settings.schedule)
         quantiles = [m.quantiles for m in self.bottlenecks if m.quantiles.requires_grad]
         self.aux_optimizer = torch.optim.Adam(quantiles, settings.aux_lr) if quantiles else None
-        self.losses: list[float] = []  # of the steps done
+        self.losses: list[float] = []  # the losses of the steps done
         self.validation: list[Validation] = []
         self.diverged = False
         self.best = _copied(model.state_dict())
@@ -73,7 +73,7 @@ class TrainingRun:
         """Train together with the other ranks from now on.
 
         Raises:
-            FmpqError: they have other weights.
+            FmpqError: the ranks have different weights.
         """
         self.ranks.require_same({"the model": f"{type(self.model).__name__}, weights {self.start[:12]}"})
         self.objective = self.ranks.replicate(self.objective)
@@ -84,7 +84,7 @@ class TrainingRun:
         return len(self.losses) % self.settings.validate_every == 0 or len(self.losses) == self.settings.steps
 
     def step(self, x: Tensor) -> dict[str, str]:
-        """Train on the images ``x``, those of this rank, and return figures to show; sets :attr:`diverged`."""
+        """Train on ``x``, this rank's images (B, C, H, W); return figures to show. May set :attr:`diverged`."""
         settings = self.settings
         self._seed(x.device)
         self.model.train()
@@ -110,7 +110,7 @@ class TrainingRun:
         return {"loss": f"{self.losses[-1]:.3f}", "bpp": f"{bpp:.3f}", **quality, **cr}
 
     def _seed(self, device: torch.device) -> None:
-        """Make the noise of this step a function of seed, step's number and rank, on ``device`` alone."""
+        """Make the noise of this step a function of the seed, the step's number and the rank, on ``device`` only."""
         source = np.random.SeedSequence([self.settings.seed, len(self.losses), self.ranks.rank])
         (seed,) = source.generate_state(1).tolist()
         torch.default_generator.manual_seed(seed)
@@ -119,7 +119,7 @@ class TrainingRun:
                 torch.cuda.manual_seed(seed)
 
     def _train_quantiles(self) -> None:
-        # Their loss depends on parameters alone, and so is the same on every rank.
+        # Their loss depends only on parameters, so it is the same on every rank.
         if self.aux_optimizer is not None:
             self.aux_optimizer.zero_grad()
             torch.stack([m.loss() for m in self.bottlenecks]).sum().backward()
@@ -127,9 +127,9 @@ class TrainingRun:
 
     @torch.no_grad()
     def validate(self) -> None:
-        """Measure the model as it is, in evaluation mode and full precision, and keep it if it is the best."""
+        """Measure the present model, in evaluation mode and full precision, and keep it if it is the best."""
         self.model.eval()
-        own: list[tuple[RDSums, RDSums]] = []  # with the distortion, and with MSE
+        own: list[tuple[RDSums, RDSums]] = []  # sums with the distortion, and with MSE
         for x in self.ranks.share(self.batches):
             output = self.model(x)
             own.append((rd_sums(output, x, self.distortion), rd_sums(output, x, MSE)))
@@ -143,7 +143,7 @@ class TrainingRun:
 
     @property
     def remarks(self) -> str:
-        """What the user should know of how it went, and what to try."""
+        """The things that the user should know about the training, with a remedy; "" if there are none."""
         first, last = (v.loss(self.settings) for v in (self.validation[0], self.validation[-1]))
         name = "RD loss" if self.settings.loss == "rd" else "MSE"
         name += f" + {self.settings.size_weight:g} * CR" if self.settings.size_weight else ""
@@ -161,7 +161,7 @@ class TrainingRun:
         return ""
 
     def save(self, path: Path, about: Mapping[str, str]) -> None:
-        """Write all that :meth:`load` needs to ``path``; the file that is there stays whole if that fails."""
+        """Write everything that :meth:`load` needs to ``path``; if that fails, the present file stays whole."""
         with replacing(path) as file:
             torch.save({"format": FORMAT, "about": dict(about), **self._state()}, file)
 
@@ -178,11 +178,11 @@ class TrainingRun:
         }
 
     def load(self, path: Path, about: Mapping[str, str]) -> None:
-        """Go on from what :meth:`save` wrote to ``path``.
+        """Restore the state that :meth:`save` wrote to ``path``.
 
         Raises:
-            FmpqError: it is no checkpoint, or one of another run than that which ``about`` describes, or of other
-                weights: the model must be as it was before the first step, or as that run left it.
+            FmpqError: the file is no checkpoint, of another run than ``about`` describes, or of other weights: the
+                model must have the weights of before the first step, or those that the run left it with.
         """
         state = _read(path)
         remedy = "remove the file to begin anew, or name another"
@@ -198,7 +198,7 @@ class TrainingRun:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.aux_optimizer is not None:
                 self.aux_optimizer.load_state_dict(state["aux_optimizer"])
-        except ValueError as error:  # parameters were frozen or freed meanwhile
+        except ValueError as error:  # parameters were frozen or unfrozen meanwhile
             raise FmpqError(
                 f"the checkpoint {path} is of another run: other parameters were trained; {remedy}"
             ) from error
@@ -213,9 +213,9 @@ class TrainingRun:
 
 
 class _Objective(nn.Module):
-    """The parts of the loss that ``model`` reaches on images: rate and distortion, and the size where that is trained.
+    """The parts of the loss of ``model`` on images: rate, distortion, and the size if that is trained.
 
-    Where the rate is not trained, it is detached.
+    A rate that is not trained is detached.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, distortion: Distortion):
@@ -233,10 +233,10 @@ class _Objective(nn.Module):
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """Return the parameters of ``model``, without the quantiles of entropy bottlenecks, by learning rate.
+    """Return the parameters of ``model``, without the quantiles of entropy bottlenecks, in groups by learning rate.
 
-    A zero point counts in integers of its range, a step in its logarithm: zero points get the steps' learning
-    rate times their last integer, so that both move by the same part of the range.
+    A zero point is in units of integers, a step is a logarithm. So zero points get the steps' learning rate times
+    their largest integer, and both move by the same fraction of the range.
 
     Raises:
         FmpqError: all parameters are frozen.
