@@ -1,4 +1,4 @@
-"""Arguments that several commands have, and what they name."""
+"""Arguments that several commands share."""
 
 import argparse
 from collections.abc import Callable
@@ -23,23 +23,23 @@ def add_model(command: argparse.ArgumentParser, others: str = "") -> None:
         metavar="MODEL",
         help=f"{others}'sample', a name of CompressAI's zoo, or package.module:callable",
     )
-    add("--quality", type=int, metavar="Q", help="of CompressAI's pretrained weights, 1 to 8")
-    add("--metric", choices=sorted(DISTORTIONS), help="what those were trained for; default mse")
+    add("--quality", type=int, metavar="Q", help="quality of CompressAI's pretrained weights, 1 to 8")
+    add("--metric", choices=sorted(DISTORTIONS), help="distortion that these were trained for; default mse")
     add("--checkpoint", type=Path, metavar="F", help="trained weights of the model")
 
 
 def distortion(text: str | None) -> Given | None:
-    """Return the distortion that ``--distortion`` names: one of ours, or "package.module:function"."""
+    """Return the distortion that ``--distortion`` names: a built-in one, or "package.module:function"."""
     return imported(text, "a distortion") if text is not None and ":" in text else text
 
 
 def add_device(command: argparse.ArgumentParser) -> None:
-    """Add the argument that says where to compute."""
+    """Add the argument that names the device to compute on."""
     command.add_argument(
         "--device",
         default="cpu",
         metavar="cpu|cuda",
-        help="what to compute on; default cpu; cuda:1 is the second GPU",
+        help="device to compute on; default cpu; cuda:1 is the second GPU",
     )
 
 
@@ -48,64 +48,64 @@ def add_memory(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--memory",
         metavar="SIZE",
-        help="that coding may take, as 2GB or 500MB, by tiles if need be; default: a quarter of the machine's",
+        help="memory that coding may take, as 2GB or 500MB, in tiles if needed; default: a quarter of the machine's",
     )
 
 
 def add_robust(command: argparse.ArgumentParser) -> None:
-    """Add the argument that says how what is coded survives another machine."""
+    """Add the argument that says how coded images survive another machine."""
     command.add_argument(
         "--robust",
         type=lambda text: None if text == "none" else text,
         choices=["auto", "exact", "guarded", None],
         default="auto",
         metavar="{auto,exact,guarded,none}",
-        help="how it decodes on another machine: in exact arithmetic, or with its CDFs guarded where the model has "
-        "none (auto)",
+        help="how images decode on another machine: in exact arithmetic, or with guarded CDFs if the model has no "
+        "exact form (auto)",
     )
 
 
 def add_class(command: argparse.ArgumentParser) -> None:
-    """Add the argument that makes a model of a class of the user's own."""
+    """Add the argument that names a callable which makes a model of the user's own class."""
     command.add_argument(
         "--class",
         dest="cls",
         metavar="package.module:callable",
-        help="what makes the model of a .fmpq file, where it is not of CompressAI's zoo",
+        help="callable that makes the model of a .fmpq file, if it is not of CompressAI's zoo",
     )
 
 
 def made_by(args: argparse.Namespace) -> Callable[[], nn.Module] | None:
-    """Return what makes the model of a .fmpq file, where the command line says that."""
+    """Return the callable that makes the model of a .fmpq file; None if the command line names none."""
     return None if args.cls is None else model_factory(args.cls)
 
 
 def add_backend(command: argparse.ArgumentParser) -> None:
-    """Add the arguments that say what runs the transforms of a model file."""
+    """Add the arguments that select the runtime for the transforms of a model file."""
     add = command.add_argument
-    add("--backend", choices=BACKENDS, default="torch", help="what runs the transforms of a .fmpq file")
+    add("--backend", choices=BACKENDS, default="torch", help="runtime for the transforms of a .fmpq file")
     add(
         "--graphs",
         type=Path,
         metavar="DIR",
-        help="what 'export onnx' wrote, or where to; default: beside the file",
+        help="folder that 'export onnx' wrote, or to write graphs to; default: beside the file",
     )
     add(
         "--threads",
         type=int,
         metavar="N",
-        help="of torch and of what runs the transforms; default: their own choice",
+        help="threads of torch and of the runtime; default: their own choice",
     )
     add(
         "--providers",
         nargs="+",
         metavar="NAME",
-        help="of ONNX Runtime, CUDAExecutionProvider say; the first that can compute an operation does",
+        help="providers of ONNX Runtime, CUDAExecutionProvider say; the first that can compute an operation does",
     )
 
 
 def refuse_unused(args: argparse.Namespace, *options: str, because: str) -> None:
-    """Raise a ValueError where one of ``options`` is given, which would change nothing."""
+    """Raise a ValueError if one of ``options`` is given, which would change nothing."""
     for option in options:
         if getattr(args, option) is not None:
             name = {"cls": "class"}.get(option, option)
@@ -113,7 +113,7 @@ def refuse_unused(args: argparse.Namespace, *options: str, because: str) -> None
 
 
 def refuse_metric_of_own(args: argparse.Namespace) -> None:
-    """Raise a ValueError where --metric is given, and the weights are not those of CompressAI that it is for."""
+    """Raise a ValueError if --metric is given, but the weights are not CompressAI's pretrained ones."""
     if args.checkpoint is not None or ":" in args.model:
         own = args.checkpoint or args.model
         because = f"it chooses among CompressAI's pretrained weights, and those of {own} are wanted"
@@ -121,7 +121,7 @@ def refuse_metric_of_own(args: argparse.Namespace) -> None:
 
 
 def set_threads(args: argparse.Namespace) -> None:
-    """Let torch compute with as many threads as the command line says."""
+    """Set the number of torch's threads that the command line gives."""
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads is {args.threads}; pass 1 or more, or leave it out")

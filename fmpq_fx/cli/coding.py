@@ -64,7 +64,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _model(args: argparse.Namespace) -> nn.Module:
-    """Return the model or what is in the file that the command names."""
+    """Return the model, the graph or the codec that the command names."""
     if args.backend != "torch" and Path(args.model).suffix != MODEL:
         raise ValueError(f"--backend {args.backend} runs model files (*{MODEL}); got {args.model}")
     if Path(args.model).suffix != MODEL:
@@ -103,7 +103,7 @@ def add_encode(command: argparse.ArgumentParser) -> None:
         "--margin",
         type=float,
         metavar="M",
-        help="guard against scales that differ by this part; default: measured",
+        help="guard against scales that differ by this fraction; default: measured",
     )
     command.set_defaults(run=_encode)
 
@@ -186,7 +186,7 @@ def _make_folder(args: argparse.Namespace) -> None:
 
 
 def _print_done(args: argparse.Namespace, count: int, start: float, *facts: str) -> None:
-    """Print how many images were coded, ``facts`` about them, how fast a folder went since ``start``, and where."""
+    """Print the number of images, ``facts`` about them, the speed since ``start`` (for folders), and the output."""
     if args.source.is_dir():
         facts = *facts, f"{count / (time.monotonic() - start):.3g} images per second"
     parts = [f"{count} image{'s' * (count != 1)}", ", ".join(facts), str(args.out)]
@@ -194,7 +194,7 @@ def _print_done(args: argparse.Namespace, count: int, start: float, *facts: str)
 
 
 def _raise_any(failures: Iterable[str], count: int, verb: str) -> None:
-    """Raise an error that lists what failed of ``count`` images, if something did."""
+    """Raise an error that lists the ``failures`` among ``count`` images, if there are any."""
     failures = list(failures)
     if count == 1 and failures:
         raise FmpqError(failures[0])
@@ -208,7 +208,7 @@ def _to_encode(args: argparse.Namespace) -> dict[Path, Path]:
 
 def _check_coded(path: Path) -> None:
     check_folder(path)
-    # A device or a pipe has its own name, and /dev/stdout is a link to whatever the shell opened.
+    # A device or a pipe has its own name, and /dev/stdout is a link to the file that the shell opened.
     special = path.exists() and (path.is_symlink() or not path.is_file())
     if path.suffix != CODED and not special:
         raise ValueError(f"a coded image is named *{CODED}; got {path}")
@@ -235,11 +235,11 @@ def _jobs(
     suffix: str,
     check: Callable[[Path], object],
 ) -> dict[Path, Path]:
-    """Return the file to write for each source, after checking that it can be one; nothing is made.
+    """Return the file to write for each source, after checking that it can be written; nothing is created.
 
     Raises:
         FmpqError: there is no source, or two of them would be written to one file.
-        OSError: the output is a folder and must be a file, or the other way round, or is in no folder.
+        OSError: the output is a folder and must be a file, or the other way round, or its folder does not exist.
     """
     if not args.source.exists():
         raise FmpqError(f"there is no file and no folder {args.source}")

@@ -1,4 +1,4 @@
-"""The main job on the embedded sample: quantize a trained model, see what that costs on other images, and use it."""
+"""The main job on the sample model: quantize it, measure the cost on other images, and code an image with it."""
 
 import argparse
 from pathlib import Path
@@ -23,10 +23,10 @@ from fmpq_fx.report.table import bit_table, factor, short_bits
 from fmpq_fx.storage.files import replacing
 
 TARGET_CR = 0.1875
-"""6 of 32 bits: the size of uniform 6 bits."""
+"""6 of 32 bits, the size of a model with 6 bits everywhere."""
 
 LMBDA = 0.013
-"""What the sample model was trained with."""
+"""The lambda that the sample model was trained with."""
 
 _PICTURE, _MODEL, _CODED, _DECODED = "plan.png", "model.fmpq", "motorcycle.fmi", "motorcycle.png"
 
@@ -81,7 +81,7 @@ def demo(out: Path) -> None:
 
 
 def _code(gm: fx.GraphModule, photo: Tensor, out: Path) -> None:
-    """Write the model file of ``gm``, and ``photo`` coded with what was read from it."""
+    """Write the model file of ``gm``, and ``photo`` coded with the codec in that file."""
     model_path, coded_path = out / _MODEL, out / _CODED
     save(gm, model_path)
     report = file_report(model_path)

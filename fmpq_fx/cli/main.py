@@ -32,14 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    """Return what ``error`` says, without the number that the system has for it."""
+    """Return the text of ``error``, without the system's error number."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line: a command each for what the package does."""
+    """Return the parser of the command line, with a subparser for each command."""
     parser = argparse.ArgumentParser(
         prog="fmpq-fx",
         description="Mixed-precision quantization of learned image compression models, as a torch.fx pass.",

@@ -1,7 +1,7 @@
-"""What a command reads and writes: declared beside its arguments, and checked before any work.
+"""The inputs and outputs of commands: declared beside the arguments, and checked before any work.
 
-What would be lost is not written over: a file that the command reads, by whatever name or link, and a file that this
-program did not write. Earlier results of a command make way for new ones, as they do when it is repeated.
+Two kinds of files are not written over: inputs of the command, under any name or link, and files that this program did
+not write. Earlier results of a command are replaced by new ones.
 """
 
 import argparse
@@ -26,9 +26,11 @@ _ENDS = 4096  # bytes at the beginning and at the end of a file, where a mark is
 class Output:
     """A kind of file that commands write."""
 
-    mark: bytes | None  # that the first or last bytes have of each that we wrote; None where they have none
-    check: Callable[[Path], object] = check_folder  # raises an error where a path is impossible
-    # The files that the value of the argument leads to; the argument itself by default.
+    mark: (
+        bytes | None
+    )  # is found in the first or last bytes of each file of this kind; None: there is no such mark
+    check: Callable[[Path], object] = check_folder  # raises an error for an impossible path
+    # The files that are written for the value of the argument; by default that path itself.
     files: Callable[[argparse.Namespace, Path], Iterable[Path]] = lambda args, path: [path]
 
 
@@ -46,7 +48,7 @@ GRAPHS = Output(None, files=lambda args, path: [])  # export_onnx() replaces a f
 
 
 def training_checkpoint(out: Path) -> Path:
-    """Return where ``finetune`` keeps its training until the state ``out`` is written."""
+    """Return the path of the training checkpoint of ``finetune``, which exists until the state ``out`` is written."""
     return out.with_name(out.name + ".training")
 
 
@@ -60,17 +62,17 @@ def declare(
             "--overwrite",
             action="store_true",
             help="write over inputs and files that are there as well"
-            + ("; what fmpq-fx wrote before is replaced without this" if known else ""),
+            + ("; files that fmpq-fx wrote are replaced without this" if known else ""),
         )
     command.set_defaults(reads=tuple(reads), writes=tuple(writes))
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Check that nothing is lost by writing what the command of ``args`` writes.
+    """Check that the outputs of the command of ``args`` overwrite nothing of value.
 
     Raises:
-        ValueError: an output is an input, another output, or a file that is there and not ours.
-        OSError: an output is in no folder, or is one.
+        ValueError: an output is an input, another output, or an existing file that this program did not write.
+        OSError: the folder of an output does not exist, or an output is a folder.
     """
     given = [(getattr(args, name), output) for name, output in args.writes]
     outputs = [
@@ -80,7 +82,7 @@ def check_outputs(args: argparse.Namespace) -> None:
         output.check(path)
     names: dict[object, Path] = {}
     for path, _ in outputs:
-        if not path.exists() or path.is_file():  # a device takes more than one
+        if not path.exists() or path.is_file():  # a device takes several outputs
             first = names.setdefault(_identity(path), path)
             if first is not path:
                 raise ValueError(f"{first} and {path} would be written to one file; name two")
@@ -97,7 +99,7 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 def _identity(path: Path) -> object:
-    """Return what is equal for two names of one file."""
+    """Return a value that is equal for two names of one file."""
     if path.exists():
         found = path.stat()
         return found.st_dev, found.st_ino
@@ -105,7 +107,7 @@ def _identity(path: Path) -> object:
 
 
 def _inputs(args: argparse.Namespace) -> Iterator[Path]:
-    """Yield the files that the command is to read, those of folders among them."""
+    """Yield the files that the command reads, and the files in folders that it reads."""
     for name in args.reads:
         path = Path(getattr(args, name) or os.devnull)
         yield from filter(Path.is_file, path.iterdir() if path.is_dir() else [path])

@@ -1,4 +1,4 @@
-"""Many images, one after the other: while one is coded, the next is read and the last is written."""
+"""Code many images: while one is coded, the next is read and the last is written."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +13,8 @@ from fmpq_fx.progress import reported
 S = TypeVar("S")
 T = TypeVar("T")
 
-# What one image may fail with, while others do not: damage, a size, the memory that it takes.
+
+# Errors of a single image, after which others can still be coded: damage, its size, its memory.
 _FAILURES = (FmpqError, ValueError, OSError, MemoryError, RuntimeError)
 
 
@@ -24,7 +25,7 @@ def each(
     code: Callable[[S], T],
     write: Callable[[T, Path, Event], None],
 ) -> list[str]:
-    """Read each source, code it and write the result, in the order of ``jobs``; return what went wrong, by source.
+    """Read each source, code it and write the result, in the order of ``jobs``; return the errors of failed sources.
 
     One thread reads, one writes, and this one codes::
 
@@ -32,17 +33,17 @@ def each(
         code          1   2   3   4
         write             1   2   3   4
 
-    So three images are in memory at most.
+    So at most three images are in memory.
 
     Args:
         jobs: the file to write for each source.
-        verb: what is done, to tell how far it has come.
-        read: returns what is in a source. Where this or ``code`` fails, the others are done.
-        code: returns the result for what was read.
-        write: writes a result into a file, unless the event is set meanwhile, which is an interruption.
+        verb: the name of the work, for the progress bar.
+        read: returns the content of a source. If this or ``code`` fails, the other sources are still done.
+        code: returns the result for a content.
+        write: writes a result into a file, and stops if the event is set meanwhile (an interruption).
 
     Raises:
-        OSError: a file cannot be written. The others could not either, so they are not tried.
+        OSError: a file cannot be written. Others could not be either, so they are not tried.
     """
     failures: list[str] = []
     coming: Future[S] | None = None
@@ -60,9 +61,7 @@ def each(
                     coded = code(ready.result())
                 except _FAILURES as error:
                     failure = str(error) if str(source) in str(error) else f"{source}: {error}"
-                if (
-                    writing is not None
-                ):  # before this failure is told: it would not have come so far otherwise
+                if writing is not None:  # an error of writing comes first: it ends the loop
                     writing.result()
                 if failure:
                     failures.append(failure)

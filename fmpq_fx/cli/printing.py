@@ -1,4 +1,4 @@
-"""Printing that never fails a job: what cannot be printed is replaced, or left out."""
+"""Print without ever failing a job: text that cannot be printed is replaced, or left out."""
 
 import os
 import sys
@@ -10,10 +10,10 @@ from typing import Any, TextIO
 
 @contextmanager
 def forgiving() -> Iterator[None]:
-    """Within the block, let nothing that is printed raise an error: not the program's own lines, nor anyone else's.
+    """Within the block, printing raises no error, neither for this program's lines nor for those of libraries.
 
-    A character that the encoding of a stream lacks is printed as "?". A reader that closed its pipe has seen enough.
-    A warning for the user is printed as a sentence, without the line of the program that gave it.
+    A character that the encoding of a stream lacks is printed as "?". If the reader closed its pipe, nothing more is
+    printed. A warning for the user is printed as a sentence, without the line of the program that gave it.
     """
     with ExitStack() as stack:
         stack.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
@@ -27,7 +27,7 @@ def forgiving() -> Iterator[None]:
 
 
 def _sentence(otherwise: Callable[..., str]) -> Callable[..., str]:
-    """Return what writes a warning for users as a sentence, and one for programmers as ``otherwise`` does."""
+    """Return a formatter that makes a sentence of a warning for users, and passes others to ``otherwise``."""
 
     def write(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
         if issubclass(category, UserWarning):
@@ -38,7 +38,7 @@ def _sentence(otherwise: Callable[..., str]) -> Callable[..., str]:
 
 
 class _Forgiving:
-    """A text stream like the one that it is made of, except that it raises no error."""
+    """A text stream that writes to another one, and raises no error."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -63,7 +63,7 @@ class _Forgiving:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        """Let what is still to be printed vanish; Python would complain of it when it ends."""
+        """Drop the text that is still to be printed; otherwise Python would complain of it at its end."""
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         if not isinstance(error, BrokenPipeError) and self is not sys.stderr:

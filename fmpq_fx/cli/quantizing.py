@@ -23,7 +23,7 @@ from fmpq_fx.report.picture import plot_plan
 from fmpq_fx.report.table import bit_table
 from fmpq_fx.training.finetuning import finetune
 
-_BY_THE_PLAN = ("lmbda", "lr")  # options of training that the plan decides on where they are left out
+_BY_THE_PLAN = ("lmbda", "lr")  # options of training whose default is the plan's
 
 
 def add_prepare(command: argparse.ArgumentParser) -> None:
@@ -42,14 +42,14 @@ def add_prepare(command: argparse.ArgumentParser) -> None:
     add(
         "--distortion",
         metavar="mse|ms-ssim",
-        help="what the model was trained for, or package.module:function; default: that of --metric",
+        help="distortion that the model was trained for, or package.module:function; default: that of --metric",
     )
     add("--planner", choices=list(PLANNERS), default="adaptive")
     add(
         "--size",
         choices=SIZES,
         default="nominal",
-        help="what --target-cr counts: nominal bytes, or bytes as the model file codes them",
+        help="bytes that --target-cr counts: nominal, or coded as in the model file",
     )
     add("--bits", type=_bits, metavar="2-10", help="candidate bit-widths, as 2-10 or 4,6,8; default 2-10")
     add(
@@ -59,14 +59,14 @@ def add_prepare(command: argparse.ArgumentParser) -> None:
         default=[],
         metavar="mixed|8|none|SITE=BITS",
         help="bits of the layers' inputs; default mixed: 16 where it pays, else 8; none keeps them float. "
-        "Repeated with SITE=BITS, single sites get theirs",
+        "SITE=BITS, which may be repeated, sets single sites",
     )
     add(
         "--activation-budget",
         type=float,
         default=0.1,
         metavar="X",
-        help="how many more integer products inputs of 16 bits may take, as a fraction; default 0.1",
+        help="integer products that inputs of 16 bits may add, as a fraction; default 0.1",
     )
     add(
         "--fixed",
@@ -74,20 +74,23 @@ def add_prepare(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SITE=BITS",
-        help="give a site, or all that a glob matches, these bits, or 'none' for float; may be repeated",
+        help="give a site, or all sites that a glob matches, these bits, or 'none' for float; may be repeated",
     )
     add(
         "--sensitivity",
         type=Path,
         metavar="F",
-        help="table to reuse (JSON); what it lacks is measured and written, as it goes",
+        help="table to reuse (JSON); values that it lacks are measured and written to it",
     )
-    add(
-        "--memory", metavar="2GB", help="what activations may be kept in; default: a quarter of the machine's"
-    )
+    add("--memory", metavar="2GB", help="memory for kept activations; default: a quarter of the machine's")
     add("--plot", type=Path, metavar="F", help="draw bits and zeta per site (png, svg or pdf)")
     add("--plan-out", type=Path, metavar="F", help="write the plan (JSON)")
-    add("--out", type=Path, metavar="STATE", help="write the quantized model, for 'finetune' and the others")
+    add(
+        "--out",
+        type=Path,
+        metavar="STATE",
+        help="write the quantized model, for 'finetune' and other commands",
+    )
     add_device(command)
     outputs = {"plot": PICTURE, "plan_out": PLAN, "sensitivity": TABLE, "out": STATE}
     declare(command, reads=["model", "checkpoint", "images"], writes=list(outputs.items()))
@@ -95,7 +98,7 @@ def add_prepare(command: argparse.ArgumentParser) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    if args.distortion is not None:  # otherwise --metric says what it is
+    if args.distortion is not None:  # otherwise --metric names the distortion
         refuse_metric_of_own(args)
     table = Sensitivity.load(args.sensitivity) if args.sensitivity and args.sensitivity.exists() else None
     reuse = table is not None and table.complete
@@ -140,7 +143,7 @@ def _write_prepared(gm: fx.GraphModule, args: argparse.Namespace) -> None:
 def add_finetune(command: argparse.ArgumentParser) -> None:
     """Add the arguments of ``finetune``."""
     add = command.add_argument
-    add("state", type=Path, metavar="STATE", help="what 'prepare --out' or 'finetune --out' wrote")
+    add("state", type=Path, metavar="STATE", help="file that 'prepare --out' or 'finetune --out' wrote")
     add("images", type=Path, metavar="DIR", help="folder of images to train on")
     add("--out", type=Path, required=True, metavar="STATE", help="write the trained model")
     add("--validation", type=Path, metavar="DIR", help="images to validate on; default: a tenth of DIR")
@@ -158,7 +161,7 @@ def add_finetune(command: argparse.ArgumentParser) -> None:
 
 
 def _add_option(command: argparse.ArgumentParser, option: "Field[Any]") -> None:
-    """Add an option of training, as :class:`Settings` has it."""
+    """Add an option of training, a field of :class:`Settings`."""
     name, text = f"--{option.name.replace('_', '-')}", option.metadata["help"]
     if isinstance(option.default, bool):
         command.add_argument(name, action="store_true", help=text)

@@ -1,4 +1,4 @@
-"""The commands that write a quantized model for others, and look into such a file: export, inspect."""
+"""The commands that write a quantized model for other programs, and look into a model file: export, inspect."""
 
 import argparse
 from pathlib import Path
@@ -25,19 +25,19 @@ def add_export(command: argparse.ArgumentParser) -> None:
         (checkpoint, "the checkpoint (.pth.tar)", CHECKPOINT, _export_checkpoint),
         (model, "the model file (.fmpq)", Output(MODEL_MARK, _check_model), _export_model),
     ):
-        kind.add_argument("state", type=Path, metavar="STATE", help="what 'prepare' or 'finetune' wrote")
+        kind.add_argument("state", type=Path, metavar="STATE", help="file that 'prepare' or 'finetune' wrote")
         kind.add_argument("--out", type=Path, required=True, metavar="F", help=form)
         declare(kind, reads=["state"], writes=[("out", output)])
         kind.set_defaults(run=run)
     onnx = kinds.add_parser("onnx", help="ONNX graphs with integer weights, one for each part of the model")
     add = onnx.add_argument
-    add("state", type=Path, metavar="STATE", help="what 'prepare' or 'finetune' wrote, or a .fmpq file")
+    add("state", type=Path, metavar="STATE", help="file that 'prepare' or 'finetune' wrote, or a .fmpq file")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the graphs and their manifest")
     add(
         "--form",
         choices=FORMS,
         default=FORMS[0],
-        help="of layers: what every runtime reads, or what ONNX Runtime is faster with on processors",
+        help="form of layers: portable for every runtime, onnxruntime for speed in ONNX Runtime on CPUs",
     )
     add_class(onnx)
     declare(onnx, reads=["state"], writes=[("out", GRAPHS)])

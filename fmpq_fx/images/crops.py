@@ -1,4 +1,4 @@
-"""Calibration images: cutting crops out of photographs, and checking what is given as calibration."""
+"""Calibration images: cut crops out of photographs, and check tensors that are given as calibration."""
 
 import os
 import warnings
@@ -15,11 +15,11 @@ from fmpq_fx import samples
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images.reading import Source, check_channels, checked, evenly_spaced, in_short, sources
 
-# What `prepare` and `analyze` take as calibration; see `batches`.
+# The argument `calibration` of `prepare` and `analyze`; see `batches`.
 Calibration: TypeAlias = str | os.PathLike[str] | Tensor | Iterable[Tensor] | None
 
 MORE = 56
-"""How many crops of a folder activations are seen on besides those that losses are measured on."""
+"""Crops of a folder that activations are observed on, besides the crops that losses are measured on."""
 
 
 def cut(
@@ -46,8 +46,8 @@ def cut(
             [0, 1], or `reading.sources`.
         size: side of a crop in pixels, a multiple of ``multiple``.
         count: number of crops wanted, at least 1.
-        seed: of the random choice; None for the fixed one.
-        multiple: what the model needs image sides to be a multiple of; 64 serves all of CompressAI's.
+        seed: seed of the random choice; None for the fixed one.
+        multiple: sides of crops are multiples of this, as the model needs; 64 serves all of CompressAI's models.
 
     Returns:
         Batches (B, C, h, w), float32 in [0, 1], one for each size of crop: normally one batch of ``count``.
@@ -79,14 +79,14 @@ def cut(
 
 @dataclass(frozen=True)
 class _Usable:
-    """An image that crops can be cut from. It is loaded anew to cut, so that memory holds one at a time."""
+    """An image that crops can be cut from. It is loaded again to cut, so that memory holds one image at a time."""
 
     load: Callable[[], Tensor]
     box: tuple[int, int]  # height and width of its crops, pixels
     room: tuple[int, int]  # how far a crop can move down and to the right, pixels
 
     def capacity(self, random: bool) -> int:
-        """Return how many different crops there are, at all or on the line that `cut` spreads them along."""
+        """Return the number of different crops: all if ``random``, else those on the line that `cut` uses."""
         down, right = self.room
         return (down + 1) * (right + 1) if random else max(self.room) + 1
 
@@ -114,7 +114,7 @@ class _Usable:
 
 
 def _survey(images: list[Source], count: int, size: int, multiple: int) -> tuple[list[_Usable], list[str]]:
-    """Return up to ``count`` usable ones of ``images``, evenly spaced, and why others it tried are not."""
+    """Return up to ``count`` usable ``images``, evenly spaced, and why others that were tried are not usable."""
     total, wanted = len(images), min(count, len(images))
     chosen = evenly_spaced(total, wanted)
     spares = sorted(set(range(total)).difference(chosen))
@@ -128,13 +128,13 @@ def _survey(images: list[Source], count: int, size: int, multiple: int) -> tuple
                 usable.append(_fit(image, size, multiple))
             except FmpqError as error:
                 complaints.append(str(error))
-                if spares:  # the next one after the place, around the end if need be
+                if spares:  # the next spare after the place, or the first one
                     candidates = [spares.pop(bisect(spares, place) % len(spares))]
     return usable, complaints
 
 
 def _fit(image: Source, size: int, multiple: int) -> _Usable:
-    """Return how crops fit into ``image``; FmpqError where they do not, or where it cannot be read."""
+    """Return the crops that fit into ``image``; FmpqError if none does, or the image cannot be read."""
     height, width = image.load().shape[1:]
     if min(height, width) < multiple:
         raise FmpqError(f"{image.name} is {width} x {height}, needed is at least {multiple} x {multiple}")
@@ -143,7 +143,7 @@ def _fit(image: Source, size: int, multiple: int) -> _Usable:
 
 
 def _shares(capacities: Sequence[int], count: int) -> list[int]:
-    """Deal ``count`` crops to images in turn, to none more than its capacity."""
+    """Deal ``count`` crops to images in turn, to none more than its capacity; return the number of each."""
     shares = [0] * len(capacities)
     left = min(count, sum(capacities))
     while left:
@@ -165,8 +165,8 @@ def batches(calibration: Calibration) -> list[Tensor]:
 
     Raises:
         FmpqError: the folder has no usable image.
-        TypeError: not one of these, or not floats.
-        ValueError: wrong shape, values outside [0, 1], NaN, no tensors at all, or different numbers of channels.
+        TypeError: ``calibration`` is none of these, or not float.
+        ValueError: a wrong shape, values outside [0, 1], NaN, no tensors at all, or different numbers of channels.
     """
     if (photographs := _photographs(calibration)) is not None:
         return cut(photographs)
@@ -183,9 +183,9 @@ def batches(calibration: Calibration) -> list[Tensor]:
 
 
 def more(calibration: Calibration, count: int = MORE) -> list[Tensor]:
-    """Return ``count`` further crops where ``calibration`` is a folder, or None: else nothing, since all was given.
+    """Return ``count`` further crops if ``calibration`` is a folder or None, else nothing: all images were given.
 
-    What is wrong with images, :func:`batches` has said.
+    Warnings about images are not repeated; :func:`batches` has given them.
     """
     photographs = _photographs(calibration)
     if photographs is None:
@@ -196,14 +196,14 @@ def more(calibration: Calibration, count: int = MORE) -> list[Tensor]:
 
 
 def _photographs(calibration: Calibration) -> str | os.PathLike[str] | Iterable[Tensor] | None:
-    """Return what ``calibration`` has crops cut out of; None where it is the images themselves."""
+    """Return the photographs to cut crops out of; None if ``calibration`` is the images themselves."""
     if calibration is None:
         return samples.photos().values()
     return calibration if isinstance(calibration, str | os.PathLike) else None
 
 
 def describe(batches: Iterable[Tensor]) -> str:
-    """Return how many images ``batches`` hold, by width x height: "8 crops of 256 x 256, 1 of 192 x 128"."""
+    """Return the number of images in ``batches`` by width x height: "8 crops of 256 x 256, 1 of 192 x 128"."""
     counts: Counter[tuple[int, int]] = Counter()
     for batch in batches:
         counts[batch.size(-1), batch.size(-2)] += len(batch)

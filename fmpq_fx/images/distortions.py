@@ -12,8 +12,7 @@ from fmpq_fx.rd import MSE, Distortion
 Given = str | Callable[[Tensor, Tensor], Tensor]
 """A name of :data:`DISTORTIONS`, or a function of decoded and original images, (B, C, H, W) in [0, 1].
 
-The function returns a differentiable scalar, the mean over the images, that is lower for better ones and that lambda
-is to weigh."""
+The function returns a differentiable scalar, which lambda weighs: a mean over the images, lower for better ones."""
 
 
 def _dissimilarity(x_hat: Tensor, x: Tensor) -> Tensor:
@@ -32,11 +31,11 @@ DISTORTIONS = {distortion.name: distortion for distortion in (MSE, MS_SSIM)}
 
 
 def find_distortion(given: Given | None, recorded: str = MSE.name) -> Distortion:
-    """Return the distortion ``given``, or for None the one that was ``recorded`` with a plan or a table, by its name.
+    """Return the distortion ``given``; for None, the one whose name was ``recorded`` with a plan or a table.
 
     Raises:
-        ValueError: there is no such distortion, or the recorded one is a function, which has to be given again.
-        TypeError: it is neither a name nor a function.
+        ValueError: there is no such distortion, or the recorded one is a function, which must be given again.
+        TypeError: ``given`` is neither a name nor a function.
     """
     if given is None and recorded not in DISTORTIONS:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""MS-SSIM in strips, so that images of any size take little memory: as a whole, each pixel would take 250 bytes."""
+"""MS-SSIM in strips, so that images of any size take little memory; in one piece, each pixel would take 250 bytes."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-"""Of the scales, from full size down by factors of two (Wang et al. 2003)."""
+"""Weights of the scales, from full size down by factors of two (Wang et al. 2003)."""
 
 _WINDOW, _SIGMA = 11, 1.5  # taps and standard deviation of the Gaussian, pixels
 _K1, _K2 = 0.01, 0.03
@@ -15,7 +15,7 @@ _K1, _K2 = 0.01, 0.03
 LEAST_SIDE = (_WINDOW - 1) * 2 ** (len(WEIGHTS) - 1) + 1
 """The shortest side that has all scales."""
 
-_STRIP = 2**16  # pixels of a channel that are compared at once: what a processor's caches hold
+_STRIP = 2**16  # pixels of a channel that are compared at once; they fit into a processor's caches
 
 
 def ms_ssim(x: Tensor, y: Tensor, peak: float) -> Tensor:
@@ -23,8 +23,8 @@ def ms_ssim(x: Tensor, y: Tensor, peak: float) -> Tensor:
 
     Args:
         x: (B, C, H, W), sides at least :data:`LEAST_SIDE`.
-        y: the other ones, of the same shape.
-        peak: the largest value that there may be, 255 for 8-bit images.
+        y: the images to compare with, of the same shape.
+        peak: the largest possible value, 255 for 8-bit images.
     """
     images, channels = x.shape[:2]
     x, y = x.flatten(0, 1), y.flatten(0, 1)
@@ -39,13 +39,13 @@ def ms_ssim(x: Tensor, y: Tensor, peak: float) -> Tensor:
 
 
 def _power(similarity: Tensor, weight: float) -> Tensor:
-    """Return ``similarity ** weight``, and 0 where that is not positive, with 0 as the gradient, not infinity."""
+    """Return ``similarity ** weight``; where ``similarity`` is not positive, 0 with the gradient 0, not infinity."""
     positive = similarity > 0
     return torch.where(positive, similarity, 1.0) ** weight * positive
 
 
 def _means(x: Tensor, y: Tensor, peak: float) -> tuple[Tensor, Tensor]:
-    """Return the means over all places, by channel of (channels, H, W), of SSIM and of its second factor."""
+    """Return the means of SSIM and of its second factor over all places of (channels, H, W), (channels,) each."""
     sums = x.new_zeros(2, len(x), dtype=torch.float64)
     for rows in _strips(x):
         sums = sums + torch.stack(_ssim(x[:, rows], y[:, rows], peak)).sum((2, 3), dtype=torch.float64)
@@ -55,7 +55,7 @@ def _means(x: Tensor, y: Tensor, peak: float) -> tuple[Tensor, Tensor]:
 
 
 def _strips(x: Tensor) -> Iterator[slice]:
-    """Yield rows of ``x`` that together have every window once."""
+    """Yield slices of the rows of ``x``, which overlap so that every window lies in exactly one."""
     last = x.size(1) - _WINDOW + 1
     step = max(1, _STRIP // x.size(2))
     for first in range(0, last, step):

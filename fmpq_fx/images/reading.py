@@ -1,4 +1,4 @@
-"""Images as tensors: reading files of every kind, and checking tensors that are given as images."""
+"""Images as tensors: read and write files of every kind, and check tensors that are given as images."""
 
 import hashlib
 import math
@@ -23,7 +23,7 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.storage.files import WRITER, replacing
 
 WRITTEN = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-LOSSY = (".jpeg", ".jpg")  # of these: formats that cannot keep every pixel
+LOSSY = (".jpeg", ".jpg")  # suffixes of formats that cannot keep every pixel
 SUFFIXES = (
     *WRITTEN,
     *(".avif", ".gif", ".jfif", ".j2k", ".jp2", ".jpe", ".pbm", ".pgm", ".pnm", ".tga"),
@@ -31,9 +31,9 @@ SUFFIXES = (
 )  # of the images in a folder
 
 CHANNELS = range(1, 5)
-"""How many channels images may have; those of image files have 3."""
+"""Numbers of channels that images may have; image files have 3."""
 
-# Resizing in float arithmetic ends this far outside [0, 1] without anything being wrong.
+# Values may lie this far outside [0, 1]: resizing in float arithmetic makes such values.
 _ROUNDING = 1e-4
 
 
@@ -62,7 +62,7 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     """Return ``path`` if :func:`write` knows the format that its suffix names.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it does not know it.
     """
     if Path(path).suffix.lower() not in WRITTEN:
         raise ValueError(f"cannot write {path}: expected one of {', '.join(WRITTEN)} at its end")
@@ -72,8 +72,8 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 def write(image: Tensor, path: str | os.PathLike[str], stop: Event | None = None) -> None:
     """Write ``image``, (3, H, W) in [0, 1], to ``path`` with 8 bits per value, all of it or nothing.
 
-    Every pixel is kept where the format can do that; a JPEG (:data:`LOSSY`) is written at its best quality.
-    ``stop`` is that of :func:`fmpq_fx.storage.files.replacing`.
+    Every pixel is kept if the format can do that; a JPEG (:data:`LOSSY`) is written at its best quality.
+    ``stop`` is as for :func:`fmpq_fx.storage.files.replacing`.
 
     Raises:
         ValueError: the suffix names no format of images.
@@ -87,7 +87,7 @@ def write(image: Tensor, path: str | os.PathLike[str], stop: Event | None = None
 
 
 def _options(form: str) -> dict[str, Any]:
-    """Return what lets Pillow keep every pixel, or most of them, and say who wrote the file."""
+    """Return Pillow's options to keep every pixel, or as much as it can, and to name the writer of the file."""
     exif = Image.Exif()
     exif[ExifTags.Base.Software] = WRITER
     text = PngInfo()
@@ -103,26 +103,26 @@ def _options(form: str) -> dict[str, Any]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong in the block into an FmpqError that says why ``path`` cannot be read."""
+    """Turn every error of the block into an FmpqError that says why ``path`` cannot be read."""
     try:
         yield
     except UnidentifiedImageError as error:
         raise FmpqError(f"cannot read {path}: not an image, or not in a format that Pillow reads") from error
-    # Pillow's readers let nearly anything out of a damaged file: SyntaxError, struct.error, IndexError ...
+    # Pillow's readers raise nearly any error for a damaged file: SyntaxError, struct.error, IndexError ...
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise FmpqError(f"cannot read {path}: {reason}") from error
 
 
 def _check_single(image: Image.Image) -> None:
-    """Raise a ValueError where ``image`` is one of several in its file, all but the first of which would be lost."""
+    """Raise a ValueError if the file has several images, since all but the first would be lost."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # a camera's JPEG, with previews or a second view of the same
         raise ValueError(f"it holds {frames} images, as an animation or pages; save the wanted one alone")
 
 
 def _rgb(image: Image.Image) -> NDArray[np.float32]:
-    """Return the pixels of ``image``, (H, W, 3), in [0, 1]; ValueError where their range is not known."""
+    """Return the pixels of ``image``, (H, W, 3), in [0, 1]; ValueError if their range is not known."""
     if image.mode == "F":
         raise ValueError("its pixels are floats of unknown range; save it with 8 or 16 bits per value")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -136,12 +136,12 @@ def _rgb(image: Image.Image) -> NDArray[np.float32]:
 def _levels(image: Image.Image) -> tuple[int, int]:
     """Return the values of black and of white in ``image``, which is gray and has more than 8 bits.
 
-    The depth that the file states decides, never the values of this one image.
+    They follow from the depth that the file states, never from the values of this one image.
 
     Raises:
-        ValueError: the file does not say what is white.
+        ValueError: the file does not state the value of white.
     """
-    if image.format in ("PNG", "PPM", "JPEG2000"):  # Pillow scales what has fewer bits
+    if image.format in ("PNG", "PPM", "JPEG2000"):  # Pillow scales values of fewer bits
         return 0, 65535
     tags = getattr(image, "tag_v2", None)
     if tags is None:
@@ -179,7 +179,7 @@ def find(folder: str | os.PathLike[str]) -> list[Path]:
         raise FmpqError(f"no such image folder: {folder}")
     if not folder.is_dir():
         raise FmpqError(f"{folder} is a file where a folder of images was expected; give its folder")
-    # A name that starts with a dot is an editor's or an operating system's, whatever its suffix says.
+    # Files whose names start with a dot belong to an editor or an operating system, whatever their suffix.
     found = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file()]
     if not found:
         looked_for = ", ".join(SUFFIXES)
@@ -189,12 +189,12 @@ def find(folder: str | os.PathLike[str]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Source:
-    """An image that may turn out unusable. It is loaded when it is needed, so that memory holds one at a time."""
+    """An image that may turn out unusable. It is loaded when needed, so that memory holds one image at a time."""
 
     name: str  # for messages
-    load: Callable[[], Tensor]  # returns (C, H, W); raises FmpqError where it cannot
-    size: Callable[[], tuple[int, int]]  # returns height and width, pixels; raises FmpqError where it cannot
-    version: str  # changes with the content, as far as that can be told without reading a file
+    load: Callable[[], Tensor]  # returns (C, H, W); raises FmpqError if the image cannot be read
+    size: Callable[[], tuple[int, int]]  # returns height and width, pixels; raises FmpqError as well
+    version: str  # changes with the content, as far as can be told without reading a file
 
 
 def sources(images: str | os.PathLike[str] | Iterable[Tensor | Source]) -> list[Source]:
@@ -226,7 +226,7 @@ def sources(images: str | os.PathLike[str] | Iterable[Tensor | Source]) -> list[
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
-    """Return ``count`` of the numbers below ``total``, as far from each other and from the ends as can be."""
+    """Return ``count`` of the numbers below ``total``, evenly spaced between both ends."""
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
@@ -237,14 +237,14 @@ def in_short(complaints: Sequence[str]) -> str:
 
 
 def fingerprint(images: Iterable[Source]) -> str:
-    """Return how many images there are, and a text that changes with them."""
+    """Return the number of images, and a digest of their versions, as a text."""
     versions = [image.version for image in images]
     digest = hashlib.sha256("\n".join(versions).encode()).hexdigest()
     return f"{len(versions)} images, {digest[:12]}"
 
 
 def _in_memory(image: Tensor, name: str) -> Source:
-    image = image.cpu()  # where worker processes and pinned memory can have it
+    image = image.cpu()  # worker processes and pinned memory need it there
     version = f"{tuple(image.shape)} of sum {image.sum(dtype=torch.float64).item()!r}"
     return Source(name, image.detach, partial(_sides, image), version)
 
@@ -270,7 +270,7 @@ def checked(value: object, name: str) -> Tensor:
     """Return ``value`` as (B, C, H, W) float32 if it holds images in [0, 1] of 1 to 4 channels.
 
     Raises:
-        TypeError, ValueError: it does not.
+        TypeError, ValueError: it holds no such images; the message names ``name``.
     """
     if not isinstance(value, Tensor):
         hint = "; of (images, labels) pairs pass the images" if isinstance(value, list | tuple) else ""
@@ -285,7 +285,7 @@ def checked(value: object, name: str) -> Tensor:
     if value.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, which holds no pixels")
     low, high = (float(extreme) for extreme in value.detach().aminmax())
-    if math.isnan(low):  # aminmax hands it on
+    if math.isnan(low):  # aminmax passes NaN on
         raise ValueError(f"{name} contains NaN")
     if low < -_ROUNDING or high > 1 + _ROUNDING:
         remedy = "divide by 255" if low >= 0 and high > 2 else "undo the normalization, or clamp"
@@ -297,7 +297,7 @@ def check_channels(images: Iterable[Tensor]) -> None:
     """Check that batches (B, C, H, W) have the same number of channels.
 
     Raises:
-        ValueError: they have not.
+        ValueError: the numbers differ.
     """
     found = sorted({x.size(1) for x in images})
     if len(found) > 1:

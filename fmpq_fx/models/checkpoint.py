@@ -1,4 +1,4 @@
-"""Trained weights as people have them: found in their file, under the names of the model, and loaded into it."""
+"""Checkpoints as people have them: find the weights in the file, give them the model's names, and load them."""
 
 import pickle
 import re
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.storage.kinds import CHECKPOINT, SAFETENSORS, kind_of
 
-# Where training scripts keep the weights, the first that is there. Averages come last: they are a second model.
+# The keys under which training scripts keep the weights; the first that exists is taken. Averages come last: they are a
+# second model.
 _PLACES = (
     *(
         "state_dict",
@@ -31,21 +32,21 @@ _PLACES = (
     ),
     *("params_ema", "ema_state_dict", "model_ema", "ema"),
 )
-_WRAPPERS = {"module", "_orig_mod"}  # of DataParallel and torch.compile, anywhere in a name
+_WRAPPERS = {"module", "_orig_mod"}  # parts of names from DataParallel and torch.compile
 
 # CompressAI's earlier names: parameters of entropy bottlenecks, and a branch of residual blocks.
 _OLD = re.compile(r"(?<![^.])_(matri|bias|factor)(?:x|ces\.|es\.|s\.)?(\d+)$")
 _CURRENT = {"matri": "matrices", "bias": "biases", "factor": "factors"}
 
-_TABLES = ("_quantized_cdf", "_offset", "_cdf_length")  # made of the parameters by update()
-_SHOWN = 3  # names of each side in a message
+_TABLES = ("_quantized_cdf", "_offset", "_cdf_length")  # update() makes them of the parameters
+_SHOWN = 3  # names of each side that a message lists
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Return the state dict that is in the file ``path``, with the names that it has there.
+    """Return the state dict in the file ``path``, with the names in the file.
 
     Raises:
-        FmpqError: there is no such file, or it is something else; the message says what.
+        FmpqError: there is no such file, or it is no checkpoint; the message says what it is.
     """
     if not path.exists():
         raise FmpqError(f"there is no checkpoint {path}")
@@ -71,15 +72,15 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> Any:
-    """Return what ``torch.save`` wrote to ``path``, on the CPU: tensors and plain values alone, no pickled code.
+    """Return the content that ``torch.save`` wrote to ``path``, on the CPU: only tensors and plain values, no code.
 
     Raises:
-        FmpqError: it holds something else, or is damaged; the message says what, and names ``path``.
+        FmpqError: the file holds other objects, or is damaged; the message names ``path``.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch names the class, and how to run its code all the same.
+        # torch's message names the class, and a way to run its code all the same.
         named = re.search(r"(?:GLOBAL|type|class) [`']?([A-Za-z_]\w*(?:\.\w+)+)", str(error))
         what = f"objects of {named[1]}" if named else "objects"
         raise FmpqError(
@@ -93,7 +94,7 @@ def read_tensors(path: Path) -> Any:
 
 
 def _state_dict(content: Any, depth: int = 3) -> dict[str, Tensor]:
-    """Return the tensors that are most likely a model's in ``content``, or none."""
+    """Return the tensors in ``content`` that are most likely a model's state dict, or none."""
     if not isinstance(content, Mapping) or depth == 0:
         return {}
     for place in _PLACES:
@@ -103,10 +104,10 @@ def _state_dict(content: Any, depth: int = 3) -> dict[str, Tensor]:
 
 
 def renamed(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """Return those of the tensors ``state`` that are one model's, under the names that the model ``expected``.
+    """Return the tensors of ``state`` that belong to one model, under the names that are ``expected``.
 
-    Wrappers and a prefix that all names have (``module.``, ``model.``) are taken away, and names of earlier versions
-    of CompressAI replaced, where that makes names fit. What lies beside the prefix, as a loss does, is left out.
+    Wrappers and a common prefix (``module.``, ``model.``) are removed, and names of earlier versions of CompressAI
+    replaced, if that makes names fit. Tensors without the prefix, those of a loss for instance, are left out.
     """
     wanted = set(expected)
     plain = {_plain(name, wanted): value for name, value in state.items()}
@@ -123,7 +124,7 @@ def renamed(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[str,
 
 
 def _plain(name: str, wanted: set[str]) -> str:
-    """Return ``name`` without wrappers and with CompressAI's names of today, as far as the model has none of them."""
+    """Return ``name`` without wrappers and with CompressAI's present names, unless the model has ``name`` itself."""
     if name in wanted:
         return name
     kept = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
@@ -132,18 +133,18 @@ def _plain(name: str, wanted: set[str]) -> str:
 
 
 def load(model: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:
-    """Load ``state`` into ``model``, of which it has the names; return ``model``.
+    """Load ``state`` into ``model``, and return ``model``.
 
-    CDF tables may have any size. Those that the state lacks are emptied, since they are of other weights; update()
-    makes them again. Other buffers of CompressAI's own layers are constants, and may be missing.
+    CDF tables may have any size. Tables that the state lacks are emptied, since the present ones are of other weights;
+    update() makes them again. Other buffers of CompressAI's own layers are constants, and may be missing.
 
     Args:
-        model: whose weights have the right shapes.
-        state: its parameters and buffers, see :func:`renamed`.
-        what: the model in the words of a message.
+        model: a model whose weights have the right shapes.
+        state: its parameters and buffers under its own names, see :func:`renamed`.
+        what: the name of the model in messages.
 
     Raises:
-        FmpqError: names or shapes are others; the message has a few of each side.
+        FmpqError: names or shapes differ; the message lists a few of each side.
     """
     stored, names = dict(state), model.state_dict().keys()
     for prefix, module in model.named_modules():
@@ -161,7 +162,7 @@ def load(model: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:
 
 
 def misfit(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """Return which names or shapes keep the state ``stored`` out of a model whose own state is ``own``; "" if none."""
+    """Return why the state ``stored`` does not fit a model with the state ``own``, by name or shape; "" if it fits."""
     complaint = differences(stored, own)
     others = [name for name in own if name in stored and own[name].shape != stored[name].shape]
     if complaint or not others:
@@ -172,7 +173,7 @@ def misfit(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
 
 
 def _make_room(module: nn.Module, prefix: str, stored: dict[str, Tensor]) -> None:
-    """Give the tables of an entropy model the sizes of those that are ``stored``, or empty them if some are missing."""
+    """Give the tables of an entropy model the sizes of the ``stored`` ones, or empty them if some are missing."""
     whole = all(prefix + key in stored for key in _TABLES)
     for key, value in dict(module.named_buffers(recurse=False)).items():
         if key in _TABLES and not whole:
@@ -182,7 +183,7 @@ def _make_room(module: nn.Module, prefix: str, stored: dict[str, Tensor]) -> Non
 
 
 def differences(names: Collection[str], expected: Collection[str]) -> str:
-    """Return a few of the ``expected`` names that are not there and a few that are not expected; "" if none."""
+    """Return a text with a few ``expected`` names that are missing and a few that are not expected; "" if none."""
     has, lacks = set(names) - set(expected), set(expected) - set(names)
     sides = [f"it lacks {_some(name for name in expected if name in lacks)}"] if lacks else []
     sides += (
@@ -192,7 +193,7 @@ def differences(names: Collection[str], expected: Collection[str]) -> str:
 
 
 def _some(names: Iterable[str]) -> str:
-    """Return the first of ``names``, and how many more there are."""
+    """Return the first of ``names``, and the number of others, as a text."""
     names = list(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

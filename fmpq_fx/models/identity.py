@@ -1,4 +1,4 @@
-"""What a file says of a model, so that the model can be made again without pickle."""
+"""The identity of a model in a file, from which the model can be made again without pickle."""
 
 import copy
 import os
@@ -20,11 +20,11 @@ Model = nn.Module | Callable[[], nn.Module]
 
 
 def identity_of(model: nn.Module) -> dict[str, Any]:
-    """Return what :func:`made` needs, besides the state dict, to make ``model`` again, as JSON can hold it."""
+    """Return the facts, for JSON, from which :func:`made` makes ``model`` again, together with its state dict."""
     state = model.state_dict()
     name = zoo_name(model)
     if name is not None and _blank(name, state) is None:
-        name = None  # the shapes of the weights do not tell all that its constructor was given
+        name = None  # the shapes of the weights do not determine all arguments of its constructor
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     cls = type(model)
     made = {"class": f"{cls.__module__}.{cls.__qualname__}", "zoo": name}
@@ -36,9 +36,9 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 class _Valueless(TorchFunctionMode):
-    """Within the block, what a constructor does to tensors without values is left out as far as only values change.
+    """Within the block, operations of constructors that only change values are skipped for tensors without values.
 
-    Others may meet those that it makes from a list of numbers.
+    Other operations may get tensors without values and tensors with values (made from lists) together.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,32 +54,33 @@ class _Valueless(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# Of what constructors call, these take the most time where there are no values.
+# These functions take most of the time of constructors on tensors without values.
 _ELEMENTWISE = {nn.init.kaiming_uniform_, nn.init.uniform_, Tensor.add, Tensor.mul, torch.max, torch.sqrt}
 
 
 def _blank(name: str, state: dict[str, Tensor]) -> nn.Module | None:
-    """Return a model ``name`` of the zoo that has the names and shapes of ``state``, and no values yet.
+    """Return a model ``name`` of the zoo with the names and shapes of ``state``, and no values yet.
 
-    It takes no memory, whatever the shapes. It is None where the zoo cannot make such a model.
+    It takes no memory, whatever the shapes. None: the zoo cannot make such a model.
     """
     try:
         with torch.device("meta"), torch.no_grad(), _Valueless():
             model = sized(name, {key: value.to("meta") for key, value in state.items()})
-    except (RuntimeError, KeyError, IndexError):  # ELIC's class asks for values, which there are none of
+    except (RuntimeError, KeyError, IndexError):  # ELIC's class, for one, reads values
         return None
     _make_room(model, state)
     return model if _shapes(model.state_dict(keep_vars=True)) == _shapes(state) else None
 
 
 def given(model: Model | None, path: str | os.PathLike[str]) -> nn.Module | None:
-    """Return a copy of the ``model`` that the user passed for the file ``path``, or what it makes; None for None.
+    """Return a copy of the ``model`` that the user passed for the file ``path``, or call it; None for None.
+
+    This runs the user's code, whose errors are no fault of the file. They pass through unchanged, with a note that says
+    where the code was called (from Python 3.11 on, which has notes).
 
     Raises:
-        TypeError: ``model`` is neither a model nor what could make one.
-
-    This runs the user's code: what that raises is no fault of the file. It comes through, with a note that says where
-    the code was called (from Python 3.11 on, which has notes).
+        TypeError: ``model`` is neither a model nor callable.
+        Exception: any error of the user's code.
     """
     if not (model is None or callable(model)):  # a module can be called, too
         raise TypeError(f"model= is a {type(model).__name__}; pass a model, or what makes one")
@@ -94,11 +95,11 @@ def given(model: Model | None, path: str | os.PathLike[str]) -> nn.Module | None
 
 
 def made(identity: dict[str, Any], state: dict[str, Tensor], own: nn.Module | None) -> nn.Module:
-    """Return a model with the values of ``state``, whose tensors become those of a model of the zoo.
+    """Return the model of this identity with the values of ``state``. A model of the zoo shares the tensors.
 
     Args:
-        identity: what :func:`identity_of` returned.
-        state: its state dict; it decides on the sizes of a model of the zoo.
+        identity: the result of :func:`identity_of`.
+        state: the state dict; it decides the sizes of a model of the zoo.
         own: the user's model (:func:`given`), which is used instead of one of the zoo.
 
     Raises:
@@ -110,7 +111,7 @@ def made(identity: dict[str, Any], state: dict[str, Tensor], own: nn.Module | No
             raise FmpqError(f"model= made a {type(own).__name__}; pass a model, or what makes one")
         return _loaded(own, state)
     name = identity["zoo"]
-    if name is not None and name not in model_names():  # what else a name may mean is not for a file to say
+    if name is not None and name not in model_names():  # a file must not name a callable to import
         raise FmpqError(f"it names the model {name!r}, which CompressAI's zoo does not have")
     if name is None:
         raise FmpqError(
@@ -125,7 +126,7 @@ def made(identity: dict[str, Any], state: dict[str, Tensor], own: nn.Module | No
 
 
 def _loaded(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """Load ``state`` into ``model``, whose numbers may have other types before, and return it."""
+    """Load ``state`` into ``model``, which gets the dtypes of ``state``, and return it."""
     _make_room(model, state)
     if complaint := misfit(state, model.state_dict()):
         raise FmpqError(
@@ -139,7 +140,7 @@ def _loaded(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 
 
 def _make_room(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give the buffers of entropy models, CDF tables above all, the sizes that they have in ``state``."""
+    """Give the buffers of entropy models, CDF tables above all, their sizes in ``state``."""
     for name, module in model.named_modules():
         if isinstance(module, EntropyModel):
             for key in dict(module.named_buffers(recurse=False)):

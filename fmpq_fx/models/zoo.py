@@ -1,4 +1,4 @@
-"""Find a model by the name that the command line was given."""
+"""Find a model by its name on the command line."""
 
 import functools
 import importlib
@@ -38,16 +38,16 @@ def load_model(
     Args:
         spec: "sample", the trained model of this package; a name of CompressAI's zoo ("mbt2018-mean"); or
             "package.module:callable", which is called without arguments and returns a model.
-        quality: of CompressAI's pretrained weights, 1 … 8 (1 … 6 for cheng2020). Downloaded once by CompressAI.
-        metric: what those were trained for, "mse" or "ms-ssim"; None is "mse".
+        quality: quality of CompressAI's pretrained weights, 1 … 8 (1 … 6 for cheng2020), which it downloads once.
+        metric: distortion that these were trained for, "mse" or "ms-ssim"; None is "mse".
         checkpoint: a file of trained weights to load instead: a state dict, or a dict that holds one under
             "state_dict", as CompressAI's training script saves it, or as other programs do
             (:mod:`fmpq_fx.models.checkpoint`).
 
     Raises:
-        ValueError: no such model, or neither quality nor checkpoint for one of the zoo, or a quality for a model
-            that does not get CompressAI's weights.
-        FmpqError: the module, the download or the checkpoint fails.
+        ValueError: there is no such model, or neither quality nor checkpoint for a model of the zoo, or a quality for a
+            model that does not get CompressAI's weights.
+        FmpqError: importing the module, the download or the checkpoint fails.
     """
     state = None if checkpoint is None else weights.read(Path(checkpoint))
     if spec == "sample":
@@ -72,8 +72,8 @@ def model_of_state(spec: str, state: dict[str, Any]) -> nn.Module:
     """Return the model that ``spec`` names (see :func:`load_model`) with the weights ``state``, in evaluation mode.
 
     Raises:
-        ValueError: no such model.
-        FmpqError: the module fails, or ``state`` is of another model.
+        ValueError: there is no such model.
+        FmpqError: importing the module fails, or ``state`` is of another model.
     """
     if spec == "sample":
         return _loaded(samples.model(), state, spec)
@@ -83,7 +83,7 @@ def model_of_state(spec: str, state: dict[str, Any]) -> nn.Module:
 
 
 def zoo_name(model: nn.Module) -> str | None:
-    """Return a name under which :func:`model_of_state` makes a model of the class of ``model``, or None."""
+    """Return a name by which :func:`model_of_state` makes a model of the class of ``model``, or None."""
     return next((name for name in model_names() if MODELS.get(name) is type(model)), None)
 
 
@@ -98,11 +98,11 @@ def _known(spec: str) -> str:
 
 
 def imported(spec: str, what: str) -> Callable[..., Any]:
-    """Return the callable that "package.module:callable" names, of which ``what`` is wanted.
+    """Return the callable that "package.module:callable" names; ``what`` it is for is said in errors.
 
     Raises:
         ValueError: ``spec`` has another form.
-        FmpqError: there is no such thing.
+        FmpqError: it cannot be imported.
     """
     module_name, colon, name = spec.partition(":")
     if not colon:
@@ -115,11 +115,11 @@ def imported(spec: str, what: str) -> Callable[..., Any]:
 
 
 def model_factory(spec: str) -> Callable[[], nn.Module]:
-    """Return what calls the callable that "package.module:callable" names, and returns its model.
+    """Return a function that makes a model by the callable that "package.module:callable" names.
 
     Raises:
         ValueError: ``spec`` has another form.
-        FmpqError: there is no such thing; when it is called: it fails, or what it returns is no model.
+        FmpqError: it cannot be imported; when called, it fails or returns no model.
     """
     make = imported(spec, "a model")
 
@@ -145,7 +145,7 @@ def _pretrained(spec: str, quality: int | None, metric: str | None) -> nn.Module
     metric = metric or "mse"
     try:
         model: nn.Module = image_models[spec](quality=quality, metric=metric, pretrained=True, progress=True)
-    except OSError as error:  # URLError among them
+    except OSError as error:  # URLError is one
         raise FmpqError(
             f"CompressAI's weights for {spec}, quality {quality}, metric {metric}, cannot be downloaded ({error}); "
             "pass --checkpoint with a file that you have"
@@ -154,10 +154,10 @@ def _pretrained(spec: str, quality: int | None, metric: str | None) -> nn.Module
 
 
 def sized(name: str, state: dict[str, Any]) -> nn.Module:
-    """Return a model of the zoo of the sizes that the tensors ``state`` have, with whatever weights.
+    """Return a model of the zoo with the sizes of the tensors ``state``, and initial weights.
 
-    Its class reads the sizes off them in ``from_state_dict``, which also loads them, and fails where CDF tables are
-    missing. So that gets something to call that makes the model and leaves the loading out.
+    The ``from_state_dict`` of its class reads the sizes from ``state``, but also loads it, and fails without CDF
+    tables. So it is called with a stand-in for the class that makes the model and does not load.
     """
 
     class Unloaded:
@@ -173,8 +173,8 @@ def sized(name: str, state: dict[str, Any]) -> nn.Module:
 
 @functools.cache
 def _names(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Return the names in the state dict of a class of the zoo, which are those of any size."""
-    sizes = {"N": 8, "M": 320}  # little to make; ELIC divides its 320 latent channels unevenly
+    """Return the names in the state dict of a class of the zoo, which are the same for all sizes."""
+    sizes = {"N": 8, "M": 320}  # small sizes; ELIC needs 320 latent channels, which it divides unevenly
     taken = inspect.signature(cls).parameters
     return tuple(cls(**{key: size for key, size in sizes.items() if key in taken}).state_dict())
 

@@ -1,4 +1,4 @@
-"""A table of the layers that compute in integers. It shows their arithmetic, and why that is exact."""
+"""A table of the layers that compute in integers, with the ranges that make their sums exact."""
 
 import torch
 from tabulate import tabulate
@@ -8,16 +8,16 @@ from fmpq_fx.exact import ExactLayer
 
 
 def exact_table(codec: nn.Module) -> str:
-    """Return what each layer on the way to the CDFs of ``codec`` computes with, as a text.
+    """Return a table of the arithmetic of each exact layer on the entropy path of ``codec``.
 
     Args:
-        codec: what :func:`fmpq_fx.convert` or :func:`fmpq_fx.load_codec` returned.
+        codec: a codec from :func:`fmpq_fx.convert` or :func:`fmpq_fx.load_codec`.
 
     Returns:
-        per layer the range of its input integers, and a bound of its sums: no input and no order of adding up exceeds
-        it. Sums below 2^24 are taken in float32, which holds them exactly, if also no factor is above 2^8; the others
-        in float64, which holds integers below 2^53, while sums stay below 2^48. If all CDFs are fixed, or none is
-        exact, a sentence says that no layer computes so.
+        for each layer the range of its input integers, and a bound of its sums, which no input and no order of
+        additions exceeds. Sums below 2^24 with no factor above 2^8 are computed in float32, which holds them exactly;
+        others in float64, which holds integers below 2^53 (sums stay below 2^48). Without such a layer, a sentence
+        says so.
     """
     rows = [
         (

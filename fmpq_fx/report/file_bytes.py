@@ -1,4 +1,4 @@
-"""A table of what the bytes of a model file hold."""
+"""A table of the bytes of a model file, by their purpose."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from fmpq_fx.storage import container, weight_coder
 
 @dataclass(frozen=True)
 class SiteBytes:
-    """What one site takes in a model file."""
+    """The bytes of one site in a model file."""
 
     site: str
     kind: str  # class of the float module
     bits: int
     nominal: float  # parameters * bits / 8
     coded: int  # bytes of its integers
-    side: int  # bytes that tell how they are coded
+    side: int  # bytes of the model that they are coded with
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class FileReport:
 
     path: str
     model: str  # class, and name in CompressAI's zoo
-    sites: tuple[SiteBytes, ...]  # those that are quantized, in the order of the plan
-    float_bytes: float  # of the weights of all sites in float32
-    quantizers: int  # steps of weights and activations, and zero points
-    words: int  # plan, history, names and shapes
-    remainder: int  # what stays float: biases, GDN's betas, entropy models
-    tables: int  # CDF tables
-    container: int  # header of the file
-    size: int  # of the file
+    sites: tuple[SiteBytes, ...]  # the quantized sites, in the order of the plan
+    float_bytes: float  # bytes of their weights in float32
+    quantizers: int  # bytes of steps of weights and activations, and of zero points
+    words: int  # bytes of plan, history, names and shapes
+    remainder: int  # bytes of float tensors: biases, GDN's betas, entropy models
+    tables: int  # bytes of CDF tables
+    container: int  # bytes of the file's header
+    size: int  # bytes of the file
 
     @property
     def coded(self) -> int:
@@ -52,12 +52,12 @@ class FileReport:
 
     @property
     def side(self) -> int:
-        """Bytes that tell how the integers are coded."""
+        """Bytes of the models that the integers are coded with."""
         return sum(site.side for site in self.sites)
 
     @property
     def parts(self) -> dict[str, int]:
-        """Every byte of the file, once."""
+        """All bytes of the file, by purpose, each counted once."""
         return {
             "coded weights": self.coded,
             "side information of their coding": self.side,
@@ -70,12 +70,12 @@ class FileReport:
 
     @property
     def overhead(self) -> float:
-        """Part of the file that is neither coded weights nor float parameters and tables."""
+        """Fraction of the file that is neither coded weights nor float parameters nor tables."""
         return 1 - (self.coded + self.remainder + self.tables) / self.size
 
     @property
     def coded_cr(self) -> float:
-        """Bytes of the coded weights, with their side information, / float32 bytes; of quantized sites only."""
+        """Bytes of the coded weights, side information included, / their float32 bytes; quantized sites only."""
         return (self.coded + self.side) / self.float_bytes
 
     def __str__(self) -> str:
@@ -110,10 +110,10 @@ def _row(site: str, kind: str, bits: str, nominal: float, coded: int, side: int)
 
 
 def file_report(path: str | os.PathLike[str]) -> FileReport:
-    """Return where the bytes of the model file ``path`` are; they add up to its size exactly.
+    """Return a report of the bytes of the model file ``path``; they add up to its size exactly.
 
     Raises:
-        FmpqError: it is no model file, or damaged.
+        FmpqError: the file is no model file, or damaged.
     """
     held = container.read(path)
     with blaming(path):

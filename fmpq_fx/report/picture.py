@@ -21,7 +21,7 @@ from fmpq_fx.passes.plan.tables import Plan
 from fmpq_fx.report.table import factor, percent, short_bits, sizes
 from fmpq_fx.storage.files import WRITER, check_folder, replacing
 
-PICTURE_FORMATS = ("png", "svg", "pdf")  # what plot_plan writes, by the suffix of the file
+PICTURE_FORMATS = ("png", "svg", "pdf")  # formats of plot_plan, which the suffix of the file selects
 ZETA_SHOWN = (1e-3, 1e2)  # in %: the ends of the colour scale, the same for all models
 
 
@@ -45,10 +45,10 @@ def plot_plan(gm: fx.GraphModule, path: str | os.PathLike[str]) -> None:
 
 
 def check_plot_path(path: str | os.PathLike[str]) -> str:
-    """Return the format that the suffix of ``path`` names; for callers that draw at the end of a long run.
+    """Return the format that the suffix of ``path`` names; for a check before a long run that ends with a picture.
 
     Raises:
-        ValueError: it names none of those that :func:`plot_plan` writes.
+        ValueError: :func:`plot_plan` does not write that format.
         FileNotFoundError: the folder of ``path`` does not exist.
     """
     suffix = Path(path).suffix.lower().lstrip(".")
@@ -60,7 +60,7 @@ def check_plot_path(path: str | os.PathLike[str]) -> str:
 
 
 def _draw(plan: Plan, model: str) -> Figure:
-    """Return the picture, as wide as it takes to give each site's name a column of its own."""
+    """Return the picture, wide enough for a column for each site's name."""
     names = [site.name for site in plan.sites]
     width = min(max(9.0, 3.5 + 0.36 * len(names)), 26.0)  # inches, 3.5 of them for labels
     font = min(9.0, 72 * 0.7 * (width - 3.5) / len(names))  # points: a column, less some air
@@ -82,7 +82,7 @@ def _draw(plan: Plan, model: str) -> Figure:
 
 
 def _colors(plan: Plan) -> dict[str, tuple[str, Any]]:
-    """Return {site name: (transform, its colour)}; the transform is the first part in which names differ."""
+    """Return {site: (transform, its colour)}; the transform is the first part of the name in which names differ."""
     parts = [site.name.split(".") for site in plan.sites]
     part = 0
     while len({p[part] for p in parts}) == 1 and min(map(len, parts)) > part + 2:
@@ -93,7 +93,7 @@ def _colors(plan: Plan) -> dict[str, tuple[str, Any]]:
 
 
 def _draw_bits(axes: Axes, shares: Axes, plan: Plan, font: float) -> None:
-    """Draw two bars per site, coloured by transform; what stays float reaches, hatched, to the top."""
+    """Draw two bars per site, coloured by transform; the bars of float sites are hatched and reach to the top."""
     colors = _colors(plan)
     top = 1.15 * max([plan.average_bits, *(b for b in plan.bits.values() if b is not None)])
     for i, site in enumerate(plan.sites):
@@ -116,7 +116,7 @@ def _draw_bits(axes: Axes, shares: Axes, plan: Plan, font: float) -> None:
 
 
 def _draw_zeta(figure: Figure, axes: Axes, plan: Plan) -> None:
-    """Draw zeta as colours over sites and widths, with a row for float where it occurs; frame the choice."""
+    """Draw zeta as colours over sites and widths, with a row for float if a site is float; frame the chosen bits."""
     chosen = [plan.bits[site.name] for site in plan.sites]
     rows: list[int | None] = [*sorted({*plan.sensitivity.bits, *(b for b in chosen if b is not None)})]
     rows += [None] * (None in chosen)

@@ -13,18 +13,18 @@ from fmpq_fx.passes.plan.tables import FLOAT_BITS, Plan
 from fmpq_fx.passes.plan.widths import NARROW
 from fmpq_fx.rd import MSE
 
-WIDTH = 96  # columns that the lines below the table are wrapped to
+WIDTH = 96  # columns; lines below the table are wrapped to it
 GROUPS = 4  # kinds of float parameters that are listed; the others are added up
 
 
 def bit_table(gm: fx.GraphModule) -> str:
-    """Return the bits of every site of ``gm`` as a table, with what the plan aimed at and what it costs.
+    """Return the bits of every site of ``gm`` as a table, with the target and the cost of the plan below it.
 
-    A row is a site, in the order of the graph. Bits are those of its weights, input those of its input. Zeta is
-    monotone and in % of the float model's RD loss, "-" where it is not known, "~" before what is interpolated; bytes
-    are nominal, parameters * bits / 8, or coded, as the plan counts them; share is in % of all sites' bytes.
-    Below: size, what stays float, the search, and the RD loss, rate + lambda * distortion in bits per pixel
-    (255^2 * MSE, where no other is named).
+    A row is a site, in the order of the graph. "bits" is the width of its weights, "input" that of its input. Zeta is
+    monotone and in % of the float model's RD loss, "-" if not known, with "~" before it if interpolated. Bytes are
+    nominal, parameters * bits / 8, or coded, as the plan counts them; share is in % of all sites' bytes. Below are the
+    size, the float parameters, the search, and the RD loss, rate + lambda * distortion in bits per pixel (255^2 * MSE
+    if no other distortion is named).
 
     Raises:
         FmpqError: ``gm`` is not the result of ``prepare`` or ``rewrite``.
@@ -57,14 +57,14 @@ def _numbers(plan: Plan, params: int, widths: tuple[str, str], zeta: str, size: 
 
 
 def _opaque_modules(gm: fx.GraphModule, plan: Plan) -> dict[str, str]:
-    """Return, of the sites inside a module that the graph runs as a whole, {site name: module name}."""
+    """Return {site: module} for the sites inside a module that the graph runs as a whole."""
     targets = {node.name: str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
     holder = {site.name: targets.get(site.node, site.name) for site in plan.sites}
     return {site: module for site, module in holder.items() if module != site}
 
 
 def _footer(gm: fx.GraphModule, plan: Plan) -> str:
-    """Return the lines below the table, about the plan as a whole: a name and a text each, aligned."""
+    """Return the lines below the table about the whole plan: a name and a text each, aligned."""
     search = plan.planner
     if plan.beta is not None:
         search += f", beta {plan.beta:.3g} (zeta < {100 * plan.beta:.3g} %)"
@@ -94,7 +94,7 @@ def _footer(gm: fx.GraphModule, plan: Plan) -> str:
 
 
 def _float_remainder(gm: fx.GraphModule, plan: Plan) -> str:
-    """Say how many parameters belong to no site, and of what kind they are."""
+    """Return the number of parameters that belong to no site, and their kinds, as a text."""
     kinds: Counter[str] = Counter()
     for name, count in plan.float_remainder.items():
         kinds[_kind_of(name, gm, plan)] += count
@@ -108,7 +108,7 @@ def _float_remainder(gm: fx.GraphModule, plan: Plan) -> str:
 
 
 def _kind_of(parameter: str, gm: fx.GraphModule, plan: Plan) -> str:
-    """Name a parameter by what it is to its site ("bias"), else by the class that holds it, else as it is."""
+    """Return the kind of a parameter: its role in a site ("bias"), else the class that holds it, else its name."""
     owner, _, name = parameter.rpartition(".")
     if owner in plan.bits:
         return name
@@ -144,7 +144,7 @@ def _rd_loss(plan: Plan) -> str:
 
 
 def _fine_tuned(gm: fx.GraphModule) -> str:
-    """Say what fine-tuning changed; the RD losses above are from before it."""
+    """Return the changes by fine-tuning as a text; the RD losses above it are from before fine-tuning."""
     history = graph_note(gm).history
     if history is None:
         return ""
@@ -159,7 +159,7 @@ def _fine_tuned(gm: fx.GraphModule) -> str:
 
 
 def _images(plan: Plan) -> str:
-    """Say what zeta was measured on, and whether the RD loss was measured on something else."""
+    """Return the images that zeta was measured on, and whether the RD loss was measured on others, as a text."""
     words, seen = plan.sensitivity.images or "not recorded", plan.sensitivity.float_rd
     if plan.measured is None or math.isclose(plan.measured.float_rd, seen, rel_tol=1e-3):
         return words
@@ -167,13 +167,13 @@ def _images(plan: Plan) -> str:
 
 
 def short_bits(plan: Plan) -> str:
-    """Return the average bits in the usual short form: W6.1A8.3, W8A8 where averages are whole, A32 for float."""
+    """Return the average bits in the usual short form: W6.1A8.3, W8A8 if averages are whole, A32 for float."""
     averages = ("W", plan.average_bits), ("A", plan.average_activation_bits)
     return "".join(f"{name}{bits:.1f}".removesuffix(".0") for name, bits in averages)
 
 
 def _operations(plan: Plan) -> str:
-    """Say how many products of integers the plan takes, where they were counted."""
+    """Return the number of integer products of the plan as a text; "" if they were not counted."""
     if not plan.macs or not plan.rounded_inputs:
         return ""
     count, least = plan.products(), plan.products(NARROW)
@@ -182,12 +182,12 @@ def _operations(plan: Plan) -> str:
 
 
 def factor(cr: float) -> str:
-    """Say a CR as a factor."""
+    """Return a CR as a factor: "4.0x smaller" for 0.25."""
     return f"{1 / cr:.1f}x smaller"
 
 
 def sizes(plan: Plan) -> str:
-    """Say the size that the plan counts, and that in float32 for comparison."""
+    """Return the size that the plan counts, with the float32 size, as a text."""
     size, full = (_size(count, plan.size_bytes) for count in (plan.size_bytes, plan.float_bytes))
     if plan.coded is None:
         return f"{size} instead of {full} (float32)"
@@ -196,7 +196,7 @@ def sizes(plan: Plan) -> str:
 
 
 def _size(count: float, beside: float = math.inf) -> str:
-    """Return ``count`` bytes to three digits, in the unit of ``beside`` if that is less (1 kB is 1000 B)."""
+    """Return ``count`` bytes to three digits, in the unit of the smaller of ``count`` and ``beside`` (kB is 1000 B)."""
     least = min(count, beside)
     unit, scale = ("MB", 1e6) if least >= 1e6 else ("kB", 1e3) if least >= 1e3 else ("B", 1)
     value = count / scale
