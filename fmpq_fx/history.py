@@ -1,4 +1,4 @@
-"""What training did: its settings, its losses, and how good the model was along the way."""
+"""The history of training: its settings, its losses, and the validations along the way."""
 
 import math
 from collections.abc import Sequence
@@ -31,9 +31,9 @@ class Settings:
     steps: int = _option(300, "number of steps")
     distortion: str = _option(
         MSE.name,
-        "what the model was trained for: mse, ms-ssim, or package.module:function; default: by the plan",
+        "distortion that the model was trained for: mse, ms-ssim, or package.module:function; default: by the plan",
     )
-    loss: str = _option("rd", "rd is rate + lmbda * distortion, mse the distortion alone, where that is mse")
+    loss: str = _option("rd", "rd is rate + lmbda * distortion; mse is the distortion alone, if that is mse")
     size_weight: float = _option(
         0.0,
         "weight of the coded CR, which is added to the RD loss: with 1, the RD loss may rise by 0.01 for each 0.01 by "
@@ -105,9 +105,9 @@ class Validation:
 
     step: int
     bpp: float  # bits per pixel, from the likelihoods
-    mse: float  # of images in [0, 1], not rounded to 8 bits
+    mse: float  # mean squared error of images in [0, 1], not rounded to 8 bits
     rd_loss: float  # bpp + lmbda * distortion
-    cr: float | None = None  # of the quantized weights as the model file codes them; None: not weighed
+    cr: float | None = None  # CR of the quantized weights as the model file codes them; None: not in the loss
 
     @property
     def psnr(self) -> float:
@@ -128,12 +128,12 @@ def best_of(validation: Sequence[Validation], settings: Settings) -> Validation:
 
 @dataclass(frozen=True)
 class History(JsonFile):
-    """What training did. The model is left as it was at :attr:`best`."""
+    """The history of a training, which left the model in its state of :attr:`best`."""
 
     settings: Settings
     trained_on: str  # the images, in words
     validated_on: str  # the held-out images, in words
-    losses: tuple[float, ...]  # of every step
+    losses: tuple[float, ...]  # the loss of every step
     validation: tuple[Validation, ...]  # the first is the model as it came, after 0 steps
     remarks: str = ""  # things that the user should know about the training
 
@@ -144,7 +144,7 @@ class History(JsonFile):
 
     @property
     def gain(self) -> float:
-        """Part of the first validation's RD loss that training took away; negative where it rose."""
+        """Fraction by which training lowered the first validation's RD loss; negative if it rose."""
         return 1 - self.best.rd_loss / self.validation[0].rd_loss
 
     def __str__(self) -> str:

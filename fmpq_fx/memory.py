@@ -11,15 +11,15 @@ _CPU = torch.device("cpu")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
-_UNKNOWN = 8 * 2**30  # bytes, where the system does not say what it has
+_UNKNOWN = 8 * 2**30  # bytes that are assumed if the system does not tell its memory
 
 
 def bytes_of(memory: int | str | None, device: torch.device = _CPU) -> int:
     """Return ``memory`` in bytes.
 
     Args:
-        memory: bytes; or a text like "500 MB", "2GB" (10^9) or "1.5 GiB" (2^30); or None for a quarter of what the
-            machine, or the container that this runs in, or the GPU has.
+        memory: bytes; or a text like "500 MB", "2GB" (10^9) or "1.5 GiB" (2^30); or None for a quarter of all memory
+            of the machine, of the container that this runs in, or of the GPU.
         device: the device whose memory is meant.
 
     Raises:

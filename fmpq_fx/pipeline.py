@@ -95,7 +95,7 @@ def prepare(
         (:func:`plan_of`).
 
     Raises:
-        ValueError: an argument is out of its range; for an unreachable target the message names what is.
+        ValueError: an argument is out of its range; for an unreachable target the message names the reachable interval.
         FmpqError: the model cannot be traced or run on the images, there are no usable images, the RD loss of
             the quantized model is not finite, the table is of another model, the checkpoint or a table that is to be
             completed is of other weights or images, or the ranks were given different things.
@@ -185,12 +185,12 @@ def analyze(
 ) -> Sensitivity:
     """Measure how much each candidate bit-width of each site raises the RD loss of ``model``.
 
-    The arguments are those of :func:`prepare`, which takes the table for any number of targets. An interrupted
+    The arguments are as for :func:`prepare`, which can use the table for any number of targets. An interrupted
     measurement goes on from its ``checkpoint``, to the same values; ``lmbda`` and ``bits`` must then be left out, or
     equal those of the file.
 
     Raises:
-        ValueError: an argument is out of its range, or ``lmbda`` or ``bits`` is not that of the checkpoint.
+        ValueError: an argument is out of its range, or ``lmbda`` or ``bits`` differs from the checkpoint.
         FmpqError: the model cannot be traced or run on the images, there are no usable images, or the checkpoint is of
             another model, other weights or other images.
     """

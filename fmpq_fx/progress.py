@@ -76,7 +76,7 @@ class Lines(Generic[T]):
         pass
 
     def update(self, count: int = 1) -> None:
-        """Count ``count`` more as done, and print a line where one is due."""
+        """Count ``count`` more items as done, and print a line if one is due."""
         before = self._part()
         self.done += count
         # A single item prints nothing: its line would come when the work is over.

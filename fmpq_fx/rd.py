@@ -1,4 +1,4 @@
-"""The RD loss, rate + lmbda * distortion, and the sums it is made of.
+"""The RD loss, rate + lmbda * distortion, and the sums it is computed from.
 
 Rate and lambda follow CompressAI: rate is in bits per pixel from the model's likelihoods; distortion is the mean
 squared error of images in [0, 1], brought to the 0 … 255 scale by 255^2, for models that were trained with it, and
@@ -81,7 +81,7 @@ def rd_sums(output: Mapping[str, Any], x: Tensor, distortion: Distortion = MSE) 
 
 
 def psnr(mse: float, peak: float = 1.0) -> float:
-    """Return 10 * log10(peak^2 / mse) in dB, infinite where there is no error."""
+    """Return 10 * log10(peak^2 / mse) in dB, infinite for an ``mse`` of 0."""
     return 10 * math.log10(peak**2 / mse) if mse else math.inf
 
 
@@ -91,7 +91,7 @@ def rate_and_distortion(
     """Return the two parts of the RD loss of a model's ``output`` for the images ``x``.
 
     Args:
-        output: what a CompressAI model returns: ``x_hat`` and the dict ``likelihoods``.
+        output: the dict of a CompressAI model, with ``x_hat`` and the dict ``likelihoods``.
         x: (B, C, H, W) images in [0, 1].
         lmbda: weight of the distortion.
         distortion: the distortion that lmbda weighs.

@@ -39,7 +39,7 @@ def model(lmbda: float = 0.013) -> ScaleHyperprior:
         about = json.loads(stored.metadata()["model"])
         weights = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118 (no dict)
     codec = ScaleHyperprior(about["N"], about["M"])
-    # The file has parameters only; constants and still empty tables are those of a new model.
+    # The file only has parameters; constants and empty tables come from the new model.
     codec.load_state_dict({**dict(codec.named_buffers()), **weights})
     codec.update()
     return codec.eval()

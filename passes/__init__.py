@@ -7,10 +7,10 @@ pass                takes and returns                            what it does
 ==================  ===========================================  =====================================
 ``trace``           model, image -> GraphModule                  records the model as a graph
 ``check_trace``     model, GraphModule, images                   holds that both compute the same
-``sites``           GraphModule -> sites                         finds what can be quantized, and marks its nodes
-``sensitivity``     GraphModule, images -> Sensitivity           measures what each bit-width costs
+``sites``           GraphModule -> sites                         finds the layers to quantize, and marks their nodes
+``sensitivity``     GraphModule, images -> Sensitivity           measures the RD loss of each bit-width
 ``plan``            Sensitivity, target -> Plan                  assigns bits to every site (``planners``)
-``lazy``            task, GraphModule, images -> Plan            measures only what the plan rests on
+``lazy``            task, GraphModule, images -> Plan            measures only what the plan depends on
 ``rewrite``         GraphModule, Plan -> GraphModule             swaps in quantized layers
 ``scales``          GraphModule, images -> GraphModule           chooses where weights are clipped
 ``calibrate``       GraphModule, images -> GraphModule           sets the ranges of activations

@@ -1,6 +1,6 @@
-"""What the passes write on a graph and on its nodes: one record each, under one key of torch.fx's ``meta``.
+"""The notes of the passes on a graph and on its nodes: one record each, under one key of torch.fx's ``meta``.
 
-Records are immutable, since a deep copy of a graph shares what its nodes' ``meta`` holds with the original.
+Records are immutable, since a deep copy of a graph shares the contents of its nodes' ``meta`` with the original.
 """
 
 from collections.abc import Mapping
@@ -20,24 +20,26 @@ KEY = "fmpq"
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What an exported layer computes in."""
+    """The arithmetic of an exported layer."""
 
     kind: str  # "int8" or "float32"
-    why: str
+    why: str  # the reason for this kind
 
 
 @dataclass(frozen=True)
 class NodeNote:
-    """What the passes found out about a node.
+    """The notes of the passes on a node.
 
     Raises:
-        ValueError: a site stands there twice, or the bits or zeta are of other sites.
+        ValueError: a site is listed twice, or the bits or zeta are of other sites.
         TypeError: a value of a lowered graph is of another type.
     """
 
     sites: tuple[str, ...] = ()  # the sites that the node runs
-    bits: Mapping[str, int | None] = field(default_factory=dict)  # by site, once they are planned
-    zeta: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # by site and bits, once measured
+    bits: Mapping[str, int | None] = field(default_factory=dict)  # bits by site, once planned
+    zeta: Mapping[str, Mapping[int, float]] = field(
+        default_factory=dict
+    )  # zeta by site and bits, once measured
     arithmetic: Arithmetic | None = None  # the arithmetic of an exported layer
     subpixel: tuple[Axis, Axis] | None = (
         None  # the transposed convolution that it stands for, along rows and columns
@@ -56,15 +58,15 @@ class NodeNote:
 
 @dataclass(frozen=True)
 class GraphNote:
-    """What a graph carries besides its operations.
+    """The notes of the passes on a graph.
 
     Raises:
         TypeError: a value is of another type.
     """
 
-    model: nn.Module  # whose modules the graph runs: the way back to the model's own class
-    plan: Plan | None = None  # of a quantized graph
-    history: History | None = None  # of a graph that was fine-tuned
+    model: nn.Module  # the model whose modules the graph runs: the way back to the model's own class
+    plan: Plan | None = None  # the plan of a quantized graph
+    history: History | None = None  # the history of a fine-tuned graph
     tables_of: str | None = None  # fingerprint of the entropy models that CDF tables of a file belong to
     frozen: Mapping[str, str] = field(
         default_factory=dict
@@ -81,7 +83,7 @@ def _check_type(name: str, value: Any, kind: type) -> None:
 
 
 def note_of(node: fx.Node) -> NodeNote:
-    """Return what is noted on ``node``; an empty note where nothing is."""
+    """Return the note on ``node``; an empty one if there is none."""
     note: NodeNote = node.meta.get(KEY, NodeNote())
     return note
 
@@ -99,10 +101,10 @@ def annotate_sites(gm: fx.GraphModule, **tables: Mapping[str, Any]) -> None:
 
 
 def graph_note(gm: nn.Module) -> GraphNote:
-    """Return what ``gm`` carries.
+    """Return the note on ``gm``.
 
     Raises:
-        FmpqError: it carries nothing, because :func:`fmpq_fx.passes.trace.trace` did not make it.
+        FmpqError: there is none, because :func:`fmpq_fx.passes.trace.trace` did not make ``gm``.
     """
     note = getattr(gm, "meta", {}).get(KEY)
     if not isinstance(note, GraphNote):

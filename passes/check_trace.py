@@ -1,4 +1,4 @@
-"""Check that the graph of a model computes what the model computes."""
+"""Check that the graph of a model computes the same as the model."""
 
 import warnings
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def check_trace(model: nn.Module, gm: fx.GraphModule, x: Tensor) -> None:
 
     Raises:
         FmpqError: the outputs differ, are not CompressAI's, or not of the size of ``x``; the model is random, or
-            cannot run on images of that size; it decides otherwise on ``x`` than where it was traced.
+            cannot run on images of that size; it takes other decisions on ``x`` than on the traced example.
     """
     model = unwrapped(model)
     expected = _flat(run_copy(model, x))
@@ -74,8 +74,8 @@ def _compare(gm: fx.GraphModule, x: Tensor, expected: list[Tensor]) -> None:
     causes = f"\nThese are as they were when it was traced, which may be why:{frozen}" if frozen else ""
     raise FmpqError(
         f"the traced graph does not compute what the model computes on images {tuple(x.shape)}.{reason}\nIts forward "
-        "does something that tracing froze, as a value that is stored between calls, a number of NumPy's, or a size "
-        f"that is made into text: use operations of torch, and buffers, instead{causes}"
+        "uses something that tracing froze, such as a value that is stored between calls, a NumPy number, or a size "
+        f"that is turned into text: use operations of torch, and buffers, instead{causes}"
     )
 
 

@@ -57,7 +57,7 @@ def cut(gm: fx.GraphModule) -> tuple[Part, ...]:
 
     taken: Counter[str] = Counter()
     parts = []
-    # A part reads what earlier ones computed; its last node comes after all of that.
+    # A part only reads values of earlier parts; so its last node comes after these.
     for nodes in sorted(members.values(), key=lambda nodes: flow.order[nodes[-1]]):
         inside = set(nodes)
         reads = [read for node in nodes for read in node.all_input_nodes]

@@ -25,7 +25,7 @@ def find_sites(gm: fx.GraphModule) -> tuple[Site, ...]:
             layer has hooks.
     """
     if quantized_layers(gm):
-        raise FmpqError("the graph is quantized already; pass one that trace() made of the float model")
+        raise FmpqError("the graph is quantized already; pass the graph that trace() made of the float model")
     sites: dict[str, Site] = {}
     names: dict[int, str] = {}  # by layer: one that is registered or called several times is one site
     owners: dict[int, str] = {}  # by parameter

@@ -44,7 +44,7 @@ def substituted(root: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[N
 
 
 def with_replaced(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Return ``root`` with other modules in the places of some, and leave ``root`` as it is.
+    """Return a copy of ``root`` with some modules replaced; ``root`` itself is not changed.
 
     The module that is returned and the modules on the way to the new ones are shallow copies. All others, and all
     parameters and buffers, are those of ``root``. Where nothing changes, ``root`` itself is returned.
@@ -79,7 +79,7 @@ def with_replaced(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Mod
 def shallow_copy(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> nn.Module:
     """Return a module of the class ``cls`` with everything that ``module`` has, and ``attributes`` set besides."""
     twin = object.__new__(cls)
-    # Not by copy.copy(): some classes refuse to be copied, though nothing is wrong with sharing what they have.
+    # Not by copy.copy(), which some classes refuse, although sharing their attributes is harmless.
     twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules), **attributes}
     return twin
 

@@ -1,9 +1,9 @@
 """Trace a learned image compression model into a torch.fx graph.
 
-The model runs on an example, and every operation is recorded beside its value: Python sees real tensors and sizes, so
-that it may loop, ask and assert as it likes. What a forward decides on sizes or values is kept with the graph, which
-checks it whenever it runs. Layers that can be quantized, entropy models and latent codecs stay whole; all other
-modules, a user's own included, are traced into.
+The model runs on an example, and every operation is recorded beside its value. Python sees real tensors and sizes, so
+that the forward may loop, ask and assert. Decisions on sizes or values become guards, which the graph checks whenever
+it runs. Layers that can be quantized, entropy models and latent codecs stay whole; all other modules, a user's own
+included, are traced into.
 """
 
 import warnings
@@ -22,14 +22,14 @@ from fmpq_fx.passes.tracing.wrappers import copied, unwrapped
 def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     """Return the graph of ``model``'s evaluation, on a copy of it that shares nothing with the original.
 
-    No operation of the graph changes what it is given. Where the forward does something else in training, the graph
-    has that beside it, and does it in training.
+    No operation of the graph changes its inputs. If the forward does something else in training, the result has a
+    second graph for that.
 
     Args:
         model: its forward takes images (B, C, H, W) and returns a dict with ``x_hat`` and ``likelihoods``, as
             CompressAI's models do. Further arguments keep their defaults.
-        example: such images, of which the first is taken. None takes a synthetic one, of 256 x 256 pixels where the
-            model can run on that. Graphs serve images of other sizes as well, unless the forward decides otherwise.
+        example: images (B, C, H, W); the first is used. None makes a synthetic one, of 256 x 256 pixels if the model
+            can run on that. Graphs serve images of other sizes as well, unless a guard refuses them.
 
     Returns:
         a GraphModule in evaluation mode, on the device and in the dtype of ``model``. Its modules are those of
@@ -56,7 +56,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
 
 
 def _in_training(root: nn.Module, image: Tensor, evaluation: Recorded) -> Recorded | None:
-    """Return what the forward of ``root`` does in training; None where it does what it does in evaluation."""
+    """Record the forward of ``root`` in training; None if it does the same as in evaluation."""
     if not evaluation.asks_mode:
         return None
     try:

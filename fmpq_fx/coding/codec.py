@@ -174,7 +174,7 @@ def _coding(codec: Codec) -> Codec:
 
 
 def _as(kind: type[nn.Module], module: nn.Module, **attributes: Any) -> nn.Module:
-    """Return a twin of ``module`` whose class is a subclass of ``kind`` and of its own."""
+    """Return a twin of ``module`` whose class inherits from ``kind`` and from the class of ``module``."""
     cls = type(module)
     return shallow_copy(module, subclass(cls, kind, cls), **attributes)
 

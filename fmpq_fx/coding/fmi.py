@@ -162,7 +162,7 @@ def decode(codec: nn.Module, data: bytes, *, memory: int | str | None = None) ->
 
 
 def _strings_to_bytes(strings: Any) -> tuple[int, bytes]:
-    """Return the version that holds ``strings``, and what stands there for them."""
+    """Return the version of the format that can hold ``strings``, and the bytes of them."""
     all_strings, form = flat(strings), form_of(strings)
     if form == [[None]] * len(all_strings) and len(all_strings) < 256:
         version, start = 2, bytes([len(all_strings)])
@@ -172,7 +172,7 @@ def _strings_to_bytes(strings: Any) -> tuple[int, bytes]:
 
 
 def _strings(reader: ByteReader, version: int, symbols: int) -> Any:
-    """Take what :func:`_strings_to_bytes` returned, and return the strings, of at most ``symbols`` each."""
+    """Take the bytes of :func:`_strings_to_bytes`; return the nest of strings, padded for ``symbols`` symbols each."""
     strings = (padded(reader.take_counted(4), symbols) for _ in itertools.count())
     if version < 3:
         return [[next(strings)] for _ in range(reader.take(1)[0])]
@@ -196,7 +196,7 @@ def _in_float32(codec: Codec) -> str:
 def _guard(reader: ByteReader) -> tuple[Kind, bytes]:
     kind, guard = reader.take(1)[0], reader.take_counted(4)
     if kind not in set(Kind):
-        raise FmpqError(f"it is damaged: it survives another machine in the way {kind}, which there is not")
+        raise FmpqError(f"it is damaged: there is no way {kind} to survive another machine")
     return Kind(kind), guard
 
 

@@ -1,7 +1,7 @@
-"""What ``compress()`` calls its strings: bytes, in lists or dicts that each class nests in its own way.
+"""The strings that ``compress()`` returns: bytes, nested in lists and dicts in a different way by each class.
 
 CompressAI's models return a list for each latent, with a string for each image. Other codecs return bare bytes, or a
-list for each group of channels. The form is what is left of the nest when each string in it is replaced by None.
+list for each group of channels. The form of a nest is the nest with None in the place of each string.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ def flat(strings: Any) -> list[bytes]:
     """Return all strings of a nest, in order.
 
     Raises:
-        FmpqError: something in it is neither bytes nor a list, tuple or dict.
+        FmpqError: a value in it is neither bytes nor a list, tuple or dict.
     """
     if isinstance(strings, bytes):
         return [strings]
@@ -28,7 +28,7 @@ def flat(strings: Any) -> list[bytes]:
 
 
 def form_of(strings: Any) -> Any:
-    """Return the form of a nest as JSON has it: None for a string, and lists and dicts of forms."""
+    """Return the form of a nest, for JSON: None for a string, and lists and dicts of forms."""
     if isinstance(strings, bytes):
         return None
     if isinstance(strings, dict):
@@ -37,10 +37,10 @@ def form_of(strings: Any) -> Any:
 
 
 def in_form(form: Any, strings: Iterator[bytes]) -> Any:
-    """Return the nest of that ``form``, with the next of ``strings`` for each None in it.
+    """Return the nest of this ``form``, with the next of ``strings`` for each None in it.
 
     Raises:
-        FmpqError: there is something else in the form.
+        FmpqError: the form has other values.
     """
     if form is None:
         return next(strings)

@@ -99,7 +99,7 @@ def load(path: str | os.PathLike[str], *, model: Model | None = None) -> fx.Grap
 
     Raises:
         FmpqError: the file is damaged, of another version or no model file, or its model cannot be made.
-        Exception: whatever ``model`` raises when it is called.
+        Exception: any error that ``model`` raises when it is called.
     """
     held = container.read(path)
     own = given(model, path)

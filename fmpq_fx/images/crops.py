@@ -160,7 +160,7 @@ def batches(calibration: Calibration) -> list[Tensor]:
     Image files and photographs have 3 channels; for a model that takes 1 or 4, pass tensors.
 
     Args:
-        calibration: an image folder, of which `crops` are taken; a tensor (B, C, H, W) or (C, H, W), float in
+        calibration: an image folder, from which crops are cut; a tensor (B, C, H, W) or (C, H, W), float in
             [0, 1]; an iterable of such tensors, read to its end; or None for the crops of `samples.photos`.
 
     Raises:

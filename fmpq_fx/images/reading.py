@@ -27,8 +27,12 @@ LOSSY = (".jpeg", ".jpg")  # suffixes of formats that cannot keep every pixel
 SUFFIXES = (
     *WRITTEN,
     *(".avif", ".gif", ".jfif", ".j2k", ".jp2", ".jpe", ".pbm", ".pgm", ".pnm", ".tga"),
-    *(".heic", ".heif", ".jxl"),  # which Pillow does not read without a plugin: better said than passed over
-)  # of the images in a folder
+    *(
+        ".heic",
+        ".heif",
+        ".jxl",
+    ),  # Pillow needs a plugin for these; without it, they are errors and not left out
+)  # suffixes of the images in a folder
 
 CHANNELS = range(1, 5)
 """Numbers of channels that images may have; image files have 3."""
@@ -191,7 +195,7 @@ def find(folder: str | os.PathLike[str]) -> list[Path]:
 class Source:
     """An image that may turn out unusable. It is loaded when needed, so that memory holds one image at a time."""
 
-    name: str  # for messages
+    name: str  # the image's name in messages
     load: Callable[[], Tensor]  # returns (C, H, W); raises FmpqError if the image cannot be read
     size: Callable[[], tuple[int, int]]  # returns height and width, pixels; raises FmpqError as well
     version: str  # changes with the content, as far as can be told without reading a file

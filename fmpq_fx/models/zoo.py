@@ -98,7 +98,7 @@ def _known(spec: str) -> str:
 
 
 def imported(spec: str, what: str) -> Callable[..., Any]:
-    """Return the callable that "package.module:callable" names; ``what`` it is for is said in errors.
+    """Return the callable that "package.module:callable" names; ``what`` it makes is said in errors.
 
     Raises:
         ValueError: ``spec`` has another form.

@@ -130,7 +130,7 @@ def _failure(
             first = next(differences)
             if first is not None and None not in differences:
                 return f"{runtime.title} {runtime.version()} makes something else of an image: {first}"
-    except Exception as error:  # of several types, which no runtime documents
+    except Exception as error:  # no runtime documents the types of its errors
         return f"{runtime.title} {runtime.version()} does not run it: {error}"
     return None
 

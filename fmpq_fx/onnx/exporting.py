@@ -91,7 +91,7 @@ def onnx_of_parts(
     package("onnxscript")
     try:
         model = _Joint(root, parts, values, inner).exported(opset)
-    except Exception as error:  # of several types, which torch does not document
+    except Exception as error:  # torch does not document the types of its errors
         *_, cause = _causes(error)
         if isinstance(cause, UnexportableError):
             raise cause from cause.__cause__

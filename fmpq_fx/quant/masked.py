@@ -17,7 +17,7 @@ _KNOWN: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 def mask_name(layer: nn.Module) -> str | None:
     """Return the name of the buffer that the weight of ``layer`` is multiplied with; None if nothing masks it.
 
-    A convolution with a forward of its own is tried out on random weights and inputs, once.
+    A convolution that overrides forward is run once on random weights and inputs to find out.
     """
     if not isinstance(layer, nn.Conv2d):
         return None

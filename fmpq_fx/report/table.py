@@ -115,7 +115,7 @@ def _kind_of(parameter: str, gm: fx.GraphModule, plan: Plan) -> str:
     modules: dict[str, Any] = dict(gm.named_modules())
     while isinstance(modules.get(owner), nn.ParameterList | nn.ParameterDict):
         owner, _, name = owner.rpartition(".")
-    # Where fx traced into a module, a plain Module stands there, and the GraphModule stands for the model itself.
+    # In the place of a module that was traced into, a graph has a plain Module; the root is the GraphModule.
     holder = type(modules.get(owner, gm))
     return name if holder in (type(gm), nn.Module) else holder.__name__
 

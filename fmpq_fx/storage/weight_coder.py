@@ -241,7 +241,7 @@ def _from_levels(levels: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 def _frequencies(weights: NDArray[np.float64]) -> Integers:
     """Return rows of integers, at least LEAST each, in proportion to ``weights``, with the sum 2^PRECISION."""
-    total = np.add.accumulate(weights, axis=1)[:, -1:]  # in this order, unlike sum()
+    total = np.add.accumulate(weights, axis=1)[:, -1:]  # adds in this order; sum() may not
     if not (total > 0).all():
         raise FmpqError("a class in which no symbol ever occurs")
     whole = 1 << rans.PRECISION

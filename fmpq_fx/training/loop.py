@@ -139,7 +139,7 @@ def train(
 
 
 def _check(model: nn.Module, settings: Settings, ranks: Ranks, workers: int | None) -> None:
-    """Refuse now what would fail, or train badly, after the long work has begun."""
+    """Refuse now the models and options that would fail, or train badly, after the long work has begun."""
     if workers is not None and workers < 0:
         raise ValueError(f"workers must not be negative, got {workers}; 0 reads images in this process")
     if settings.batch_size % ranks.count:

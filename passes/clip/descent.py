@@ -86,7 +86,7 @@ def choose(
 
 
 def _likely(errors: Sequence[float]) -> int:
-    """Return the number of the setting that a site tries first, by the output error at each; 0 where none is tried."""
+    """Return the number of the setting that a site tries first, by the output error at each; 0 if it tries none."""
     worth = [
         number
         for number, error in enumerate(errors)
@@ -166,7 +166,7 @@ class _Descent:
             self.chosen[site] = number
 
     def _change(self, group: Group) -> float:
-        """Return the relative rise of the RD loss now that ``group`` is changed; 0 where it is negligible."""
+        """Return the relative rise of the RD loss now that ``group`` is changed; 0 if it is negligible."""
         own = ((piece.sums, piece.measure(group, remember=True)) for piece in self.pieces)
         before = after = RDSums()
         # One process runs pieces only until the verdict is clear; several ranks run all of theirs at the same time.

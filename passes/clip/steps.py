@@ -54,7 +54,7 @@ def fit_sizes(
         widest: the size that covers all values seen, in eighths of an octave.
         sides: how far the range of size 0 reaches below and above 0.
         levels: the number of steps in a range.
-        powers: those of :data:`POWERS` that are tried.
+        powers: the :data:`POWERS` that are tried.
     """
     sizes = range(widest, widest - LARGEST - NARROWER, -1)
     weight, quantizer, spread = _weights(layer), layer.weight_quantizer, layer.spread_shape() is not None

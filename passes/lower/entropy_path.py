@@ -106,7 +106,7 @@ def entropy_path(gm: fx.GraphModule) -> EntropyPath:
 
 
 def _parameters(node: fx.Node, module: nn.Module) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Return what an entropy model reads besides latents: the scales, and the others, which may be added to symbols."""
+    """Return the inputs of an entropy model besides latents: scales, and others, which may be added to symbols."""
     given = arguments_of(node, module)
     nodes = {name: value for name, value in given.items() if isinstance(value, fx.Node) and name != "inputs"}
     return [n for name, n in nodes.items() if name == "scales"], [

@@ -104,7 +104,7 @@ class Extents:
         return self._known[node]
 
     def needs(self, node: fx.Node) -> float:
-        """Return the n that the sum or product ``node`` needs; infinite where no n is enough."""
+        """Return the n that the sum or product ``node`` needs; infinite if no n is enough."""
         if self._known[node].size == math.inf:
             # Float32 holds latents below 4096 exactly and rounds larger ones; float64 does not. A product with 0 or
             # with a power of two from 1 on moves no rounded latent below 4096, and beyond, the next layer saturates.

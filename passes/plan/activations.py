@@ -9,7 +9,7 @@ from fmpq_fx.passes.plan.widths import NARROW, WIDE
 def wide_inputs(zeta: Mapping[str, float], products: Mapping[str, float], budget: float) -> tuple[str, ...]:
     """Choose the sites whose inputs get 16 bits instead of 8.
 
-    An input of 16 bits takes two products of 8-bit integers where one of 8 bits takes one (see
+    An input of 16 bits takes two products of 8-bit integers, and one of 8 bits takes one (see
     :func:`fmpq_fx.passes.plan.inputs.products_at`). The choice lowers the sum of zeta the most (a knapsack, solved
     exactly).
 

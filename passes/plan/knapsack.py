@@ -25,7 +25,7 @@ def least_zeta(
 ) -> tuple[dict[str, int] | None, bool]:
     """Minimize the sum of zeta over the plans that take ``floor`` to ``budget`` bytes.
 
-    Every width of every site is a variable x, 1 where the site takes that width and 0 where it does not. For two
+    Every width of every site is a variable x, 1 if the site takes that width and 0 if it does not. For two
     sites, g_a.0 of 2, 4 or 8 bits and h_s.2 of 2 or 4 bits, HiGHS is given::
 
                      g_a.0            h_s.2
@@ -42,7 +42,7 @@ def least_zeta(
     like these that have no solution (see also scipy #24141).
 
     Returns:
-        The bits of each site, or None where no plan was found; and whether it is proven that no plan is better, or
+        The bits of each site, or None if no plan was found; and whether it is proven that no plan is better, or
         that there is none.
     """
     least = {site: min(values.values()) for site, values in zeta.items()}

@@ -260,7 +260,7 @@ class Plan(JsonFile):
         )
 
     def zeta_of(self, site: str) -> float:
-        """Monotone zeta of ``site`` at its bits: 0 where it stays float, NaN where it is not known."""
+        """Return monotone zeta of ``site`` at its bits: 0 if it stays float, NaN if it is not known."""
         bits = self.bits[site]
         return 0.0 if bits is None else self.sensitivity.zeta[site].get(bits, math.nan)
 
@@ -272,7 +272,7 @@ class Plan(JsonFile):
 
     @property
     def predicted(self) -> float:
-        """The RD-loss increase if those of the sites simply added up: the sum of the known zetas; NaN if none is."""
+        """The rise of the RD loss if the rises of single sites added up: the sum of the known zetas; NaN if none is."""
         zeta = [self.zeta_of(site.name) for site in self.sites]
         known = [z for z in zeta if not math.isnan(z)]
         return math.fsum(known) if known else math.nan

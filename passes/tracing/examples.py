@@ -16,7 +16,7 @@ CHANNELS = (3, 1, 4)
 """Numbers of channels that images may have, the likeliest first."""
 
 _SHAPES: tuple[Shape, ...] = tuple((channels, side, side) for channels in CHANNELS for side in (256, 512, 64))
-_STEPS = (64, 128, 32, 16, 256)  # what a side may have to be a multiple of, the likeliest first
+_STEPS = (64, 128, 32, 16, 256)  # sides may have to be multiples of these, the likeliest first
 
 
 def synthetic(model: nn.Module, shape: Shape | None = None) -> Tensor:

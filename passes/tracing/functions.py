@@ -61,7 +61,7 @@ def expect(found: Any, answer: Any, where: str) -> None:
         raise DecisionError(
             f"the graph does not hold for these images: {where}\nThe forward decides there, and the graph was traced "
             f"where that gave {answer!r}; for these images it gives {found!r}. Use images of a size that gives "
-            f"{answer!r}, or trace with such an image as these (prepare() traces with the first of calibration=)"
+            f"{answer!r}, or trace with an image like these (prepare() traces with the first of calibration=)"
         )
 
 

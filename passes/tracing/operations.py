@@ -28,7 +28,7 @@ _REFLECTED = {
     "__rmatmul__": operator.matmul,
 }
 _METHODS: dict[Any, str] = {}
-for _name in sorted(dir(Tensor), reverse=True):  # so that of two names for one method the plain one stays
+for _name in sorted(dir(Tensor), reverse=True):  # if a method has two names, the plain one stays
     _method = getattr(Tensor, _name)
     if callable(_method) and not isinstance(_method, type):
         _METHODS[_method] = _name

@@ -139,7 +139,7 @@ def _autograd_apply(recording: Recording) -> Any:
 
 
 def _quantize(recording: Recording) -> Callable[..., Any]:
-    """Record rounding by an entropy model where it does what :class:`fmpq_fx.quant.QuantizeLatent` does."""
+    """Return a stand-in that records rounding by an entropy model as :class:`fmpq_fx.quant.QuantizeLatent`."""
     original = EntropyModel.quantize
 
     def quantize(self: Any, inputs: Any, mode: str, means: Any = None) -> Any:

@@ -249,7 +249,7 @@ def _may_differ(module: nn.Module) -> bool:
     if type(module).train is not nn.Module.train:
         return True
     if any("training" in vars(cls) for cls in type(module).__mro__ if cls is not nn.Module):
-        return True  # the class has a ``training`` of its own, which is read unnoticed
+        return True  # the class defines ``training`` itself, which is read unnoticed
     known = type(module).__module__.startswith(("torch.", "einops.", "compressai."))
     return kept_whole(module) and not known and quantized_class(module) is None
 

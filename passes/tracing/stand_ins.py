@@ -44,7 +44,7 @@ def math_functions() -> dict[str, Callable[..., Any]]:
 
 
 def unused_names(module: types.ModuleType, names: Iterable[str]) -> list[str]:
-    """Return those of ``names`` that can be bound to stand-ins in ``module``.
+    """Return the ``names`` that can be bound to stand-ins in ``module``.
 
     These are names that it neither defines nor passes on, as ``x.to(int)`` does: torch only knows Python's own types.
     """

@@ -152,7 +152,7 @@ class Values:
         if isinstance(out, tuple | list):
             items = [self._bind_item(item, source, i, view) for i, item in enumerate(out)]
             if all(item is before for item, before in zip(items, out, strict=True)):
-                return out  # of whatever type
+                return out  # its type is kept
             return torch.Size(items) if isinstance(out, torch.Size) else type(out)(items)
         return self.tape.number(out, source)
 
