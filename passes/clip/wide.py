@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from torch import fx, nn
 
@@ -44,11 +43,11 @@ def find_wide(
         products: the products of each site with 8 bits, in any unit.
         budget: how many products may be added, in the same unit.
     """
-    first = replace(bench, pieces=bench.pieces[:1])
-    zeta = _narrowed_down(gm, first, widened)
+    groups = in_groups(list(widened))
+    meter = ChangeMeter(gm, bench, [part for group in groups for part in parts(group)])
+    zeta = _narrowed_down(meter, widened, groups)
     if len(bench.pieces) > 1:
-        worth = _not_negligible(zeta)
-        zeta = _zeta(ChangeMeter(gm, bench, worth), widened, worth)
+        zeta = _zeta(meter, widened, _not_negligible(zeta))
     worth = _not_negligible(zeta)
     by_name = {group[0]: group for group in worth}
     wide = wide_inputs(
@@ -59,18 +58,16 @@ def find_wide(
     return [site for name in wide for site in by_name[name]]
 
 
-def _narrowed_down(gm: fx.GraphModule, bench: Bench, widened: Widened) -> dict[Group, float]:
-    """Return the savings of groups of inputs, in fractions of the RD loss; groups that save the most were split."""
-    groups = in_groups(list(widened))
-    meter = ChangeMeter(gm, bench, [part for group in groups for part in parts(group)])
-    zeta = _zeta(meter, widened, groups)
+def _narrowed_down(meter: ChangeMeter, widened: Widened, groups: list[Group]) -> dict[Group, float]:
+    """Return the savings on the first images of ``groups``, those that save the most split."""
+    zeta = _zeta(meter, widened, groups, begin=True)
     for _ in range(SPLITS // AT_ONCE):
         several = [group for group in _not_negligible(zeta) if len(group) > 1]
         largest = sorted(several, key=zeta.__getitem__, reverse=True)[:AT_ONCE]
         if not largest:
             break
         split = {group: halves(group) for group in largest}
-        of_half = _zeta(meter, widened, [half for half, _ in split.values()])
+        of_half = _zeta(meter, widened, [half for half, _ in split.values()], begin=True)
         for group, (half, rest) in split.items():
             zeta[half] = of_half[half]
             zeta[rest] = zeta.pop(group) - zeta[half]
@@ -81,12 +78,17 @@ def _not_negligible(zeta: Mapping[Group, float]) -> list[Group]:
     return [group for group, saved in zeta.items() if abs(saved) > NEGLIGIBLE]
 
 
-def _zeta(meter: ChangeMeter, widened: Widened, groups: list[Group]) -> dict[Group, float]:
-    """Return how much RD loss each group saves with inputs of 16 bits, as a fraction of the present RD loss."""
+def _zeta(
+    meter: ChangeMeter, widened: Widened, groups: list[Group], *, begin: bool = False
+) -> dict[Group, float]:
+    """Return how much RD loss each group saves with inputs of 16 bits, as a fraction of the present RD loss.
+
+    With ``begin`` that is the RD loss of the first images.
+    """
     if not groups:
         return {}
     lmbda = plan_of(meter.gm).lmbda
     changes = {group: {site: widened[site] for site in group} for group in groups}
-    sums = meter.measure(changes, "activation bits")
-    rd = meter.measure_base().rd(lmbda)
+    sums = meter.measure(changes, "activation bits", begin=begin)
+    rd = (meter.measure_first_base() if begin else meter.measure_base()).rd(lmbda)
     return {group: (rd - changed.rd(lmbda)) / rd for group, changed in sums.items()}
