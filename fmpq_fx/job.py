@@ -97,6 +97,7 @@ def begin_job(
     """Check these arguments of :func:`fmpq_fx.prepare` and read the images; all ranks that share the work must call it.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: an argument is out of its range.
         FmpqError: the model wants more than images or has no parameters, there are no usable images, the checkpoint is
             no table, or the ranks were given different things.

@@ -107,7 +107,6 @@ def prepare(
             f"activation_budget is {activation_budget!r}; pass a fraction of the products, such as 0.1, or 0"
         )
     bits = None if bits is None else checked_bits(bits)
-    model = unwrapped(model)
     job = begin_job(
         model,
         calibration,
@@ -146,7 +145,7 @@ def prepare(
             quantized
         ):  # measured now: calibration folds the steps of inputs into the weights
             weights_rd = mean_rd(quantized, bench, plan.lmbda)
-    return _with_measured(quantized, Measured(float_rd, weights_rd, rd)).train(model.training)
+    return _with_measured(quantized, Measured(float_rd, weights_rd, rd)).train(job.model.training)
 
 
 def _measure_and_plan(
@@ -195,7 +194,6 @@ def analyze(
             another model, other weights or other images.
     """
     bits = None if bits is None else checked_bits(bits)
-    model = unwrapped(model)
     job = begin_job(
         model, calibration, checkpoint=checkpoint, distortion=distortion, memory=memory, progress=progress
     )

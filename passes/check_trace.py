@@ -12,7 +12,7 @@ from fmpq_fx.passes.annotation import graph_note
 from fmpq_fx.passes.tracing.examples import of_other_sizes, run_copy
 from fmpq_fx.passes.tracing.functions import DecisionError
 from fmpq_fx.passes.tracing.model_outputs import output_of
-from fmpq_fx.passes.tracing.operations import RANDOM
+from fmpq_fx.passes.tracing.torch_calls import RANDOM
 from fmpq_fx.passes.tracing.wrappers import unwrapped
 
 

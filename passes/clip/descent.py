@@ -14,7 +14,7 @@ from fmpq_fx.passes.clip.output_errors import Setter, output_errors
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.measure.bench import Bench
 from fmpq_fx.passes.measure.changes import PieceMeter
-from fmpq_fx.passes.measure.groups import Group, halves, in_groups, parts
+from fmpq_fx.passes.measure.groups import Group, halves, in_groups, subgroups
 from fmpq_fx.passes.measure.kept_values import Budget
 from fmpq_fx.passes.measure.rerun import find_downstream
 from fmpq_fx.progress import reported
@@ -114,7 +114,7 @@ class _Descent:
         self.likely = likely  # the setting to try first, of each site that is to be settled
         self.chosen = dict.fromkeys(setters, 0)
         self.groups = in_groups(list(likely))
-        downstream = find_downstream(gm, [part for group in self.groups for part in parts(group)])
+        downstream = find_downstream(gm, [part for group in self.groups for part in subgroups(group)])
         own = bench.ranks.share(bench.pieces)
         budget = Budget(bench.memory, shares=len(own))
         self.pieces = [PieceMeter(gm, x, downstream, budget, bench.distortion) for x in own]
@@ -126,7 +126,7 @@ class _Descent:
     def settle(self, group: Group) -> None:
         """Take settings that lower the RD loss: for all of ``group`` at once, for each half, or for single sites."""
         self._settle(group)
-        for part in parts(group):
+        for part in subgroups(group):
             for piece in self.pieces:
                 piece.forget(part)
 

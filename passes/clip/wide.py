@@ -8,7 +8,7 @@ from torch import fx, nn
 from fmpq_fx.passes.annotation import plan_of
 from fmpq_fx.passes.measure.bench import Bench
 from fmpq_fx.passes.measure.changes import ChangeMeter
-from fmpq_fx.passes.measure.groups import Group, halves, in_groups, parts
+from fmpq_fx.passes.measure.groups import Group, halves, in_groups, subgroups
 from fmpq_fx.passes.plan.activations import wide_inputs
 
 NEGLIGIBLE = 1e-4
@@ -44,7 +44,7 @@ def find_wide(
         budget: how many products may be added, in the same unit.
     """
     groups = in_groups(list(widened))
-    meter = ChangeMeter(gm, bench, [part for group in groups for part in parts(group)])
+    meter = ChangeMeter(gm, bench, [part for group in groups for part in subgroups(group)])
     zeta = _narrowed_down(meter, widened, groups)
     if len(bench.pieces) > 1:
         zeta = _zeta(meter, widened, _not_negligible(zeta))
@@ -59,7 +59,7 @@ def find_wide(
 
 
 def _narrowed_down(meter: ChangeMeter, widened: Widened, groups: list[Group]) -> dict[Group, float]:
-    """Return the savings on the first images of ``groups``, those that save the most split."""
+    """Return the savings of ``groups`` on the first images; groups that save the most were split."""
     zeta = _zeta(meter, widened, groups, begin=True)
     for _ in range(SPLITS // AT_ONCE):
         several = [group for group in _not_negligible(zeta) if len(group) > 1]
@@ -83,7 +83,7 @@ def _zeta(
 ) -> dict[Group, float]:
     """Return how much RD loss each group saves with inputs of 16 bits, as a fraction of the present RD loss.
 
-    With ``begin`` that is the RD loss of the first images.
+    With ``begin``, both are measured on the first images alone.
     """
     if not groups:
         return {}

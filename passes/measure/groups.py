@@ -21,9 +21,9 @@ def halves(group: Group) -> tuple[Group, Group]:
     return group[: len(group) // 2], group[len(group) // 2 :]
 
 
-def parts(group: Group) -> Iterator[Group]:
-    """Yield ``group`` and all parts that halving leads to, down to single sites."""
+def subgroups(group: Group) -> Iterator[Group]:
+    """Yield ``group`` and all subgroups that halving leads to, down to single sites."""
     yield group
     if len(group) > 1:
         for half in halves(group):
-            yield from parts(half)
+            yield from subgroups(half)

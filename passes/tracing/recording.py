@@ -12,7 +12,11 @@ from torch.overrides import TorchFunctionMode
 from fmpq_fx.passes.tracing.functions import changed, set_item
 from fmpq_fx.passes.tracing.leaves import FunctionCall, kept_whole
 from fmpq_fx.passes.tracing.numbers import TracedFloat, TracedInt, plain
-from fmpq_fx.passes.tracing.operations import (
+from fmpq_fx.passes.tracing.refusals import UnrecordableError
+from fmpq_fx.passes.tracing.sources import Lines
+from fmpq_fx.passes.tracing.state import State
+from fmpq_fx.passes.tracing.tape import Source, Tape
+from fmpq_fx.passes.tracing.torch_calls import (
     DECISIONS,
     NO_VALUES,
     PIECES,
@@ -22,10 +26,6 @@ from fmpq_fx.passes.tracing.operations import (
     node_of_call,
     out_of_place,
 )
-from fmpq_fx.passes.tracing.refusals import UnrecordableError
-from fmpq_fx.passes.tracing.sources import Lines
-from fmpq_fx.passes.tracing.state import State
-from fmpq_fx.passes.tracing.tape import Source, Tape
 from fmpq_fx.passes.tracing.turns import Thread
 from fmpq_fx.passes.tracing.values import Values
 from fmpq_fx.passes.tracing.writes import View, shares_memory

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fmpq_fx.passes.measure.groups import MOST, halves, in_groups, parts
+from fmpq_fx.passes.measure.groups import MOST, halves, in_groups, subgroups
 
 
 @pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 64, 65, 448])
@@ -15,6 +15,6 @@ def test_groups_hold_every_site_once_in_order(count: int) -> None:
     assert all(groups)
 
 
-def test_parts_are_the_group_and_its_halves_down_to_single_sites() -> None:
+def test_subgroups_are_the_group_and_its_halves_down_to_single_sites() -> None:
     assert halves(("a", "b", "c")) == (("a",), ("b", "c"))
-    assert list(parts(("a", "b", "c"))) == [("a", "b", "c"), ("a",), ("b", "c"), ("b",), ("c",)]
+    assert list(subgroups(("a", "b", "c"))) == [("a", "b", "c"), ("a",), ("b", "c"), ("b",), ("c",)]
