@@ -1,4 +1,4 @@
-"""What the command lines of the benchmarks have in common."""
+"""Arguments that the command lines of the benchmarks share."""
 
 import argparse
 from pathlib import Path
@@ -20,7 +20,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_activation_bits(parser: argparse.ArgumentParser, default: list[int | str | None]) -> None:
-    """Add ``--activation-bits``, one or more of what prepare() takes."""
+    """Add ``--activation-bits``, one or more values of prepare()'s argument."""
     parser.add_argument(
         "--activation-bits",
         type=lambda text: text if text == MIXED else int(text) or None,

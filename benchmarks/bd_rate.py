@@ -23,7 +23,7 @@ from fmpq_fx.progress import reported
 
 
 def main() -> None:
-    """Measure what is missing, and print and draw what is there."""
+    """Measure missing points, and print and draw all points."""
     parser = parser_of(__doc__)
     add_arguments(parser)
     add = parser.add_argument

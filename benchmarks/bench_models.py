@@ -1,4 +1,4 @@
-"""The four models that the benchmarks measure, from checkpoints where they are given."""
+"""The models that the benchmarks measure, with weights from checkpoints if these are given."""
 
 import argparse
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what tells models, images and threads of measurements on all models."""
+    """Add the arguments for models, images and threads of measurements on all models."""
     parser.add_argument("--images", help="calibration images; default: scikit-image's photographs")
     parser.add_argument("--crops", type=int, default=2)
     parser.add_argument("--size", type=int, default=256)
@@ -54,7 +54,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def conditions(args: argparse.Namespace) -> str:
-    """Return in words what :func:`add_measuring_arguments` was given."""
+    """Return the arguments of :func:`add_measuring_arguments` in words."""
     crops = f"{args.crops} crops of {args.size} x {args.size}"
     return f"{crops}, lambda {args.lmbda}, {args.threads} threads, torch {torch.__version__}"
 

@@ -35,7 +35,7 @@ def photograph(width: int, height: int) -> Tensor:
 
 
 def in_process(what: str, model: Path, size: tuple[int, int], memory: str, folder: Path) -> dict[str, Any]:
-    """Run :func:`job` in a fresh process and return what it measured."""
+    """Run :func:`job` in a fresh process and return its measurements."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     process = context.Process(target=job, args=(what, model, size, memory, folder, results))
@@ -48,7 +48,7 @@ def in_process(what: str, model: Path, size: tuple[int, int], memory: str, folde
 
 
 def job(what: str, model: Path, size: tuple[int, int], memory: str, folder: Path, results: Any) -> None:
-    """Encode the photograph into ``folder``, decode what is there, or evaluate; measure bytes and seconds."""
+    """Encode the photograph into ``folder``, decode the file there, or evaluate; measure bytes and seconds."""
     torch.set_num_threads(1)
     codec = load_codec(model)
     small = photograph(64, 64)
@@ -84,14 +84,14 @@ def resident(name: str) -> int:
 
 
 def measure(model: Path, size: tuple[int, int], memory: str, folder: Path) -> dict[str, Any]:
-    """Return what all jobs within ``memory`` measured, and keep what they made in ``folder``."""
+    """Return the measurements of all jobs within ``memory``, and keep their files in ``folder``."""
     folder.mkdir()
     found = {what: in_process(what, model, size, memory, folder) for what in JOBS}
     return {"size": list(size), "memory": memory, "bytes": (folder / "image.fmi").stat().st_size, **found}
 
 
 def differences(folder: Path, reference: Path) -> dict[str, Any]:
-    """Return how what is in ``folder`` differs from what is in ``reference``."""
+    """Return how the files in ``folder`` differ from those in ``reference``."""
     ours, theirs = (torch.load(place / "image.pt") for place in (folder, reference))
     same = (folder / "image.fmi").read_bytes() == (reference / "image.fmi").read_bytes()
     apart = (ours - theirs).abs_()

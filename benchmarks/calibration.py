@@ -47,7 +47,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure what is missing, print a row per number of images, and draw them."""
+    """Measure missing points, print a row per number of images, and draw them."""
     args = _arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.threads:

@@ -1,9 +1,9 @@
-r"""What fails to decode under another setting than it was encoded under: float, float and guarded, ours in integers.
+r"""Count images that fail to decode under another setting than they were encoded under: float, guarded float, integers.
 
-An image fails where the decoder gets another symbol than the encoder had, or notices that it would; for ours, where a
-latent differs in any bit. Then what the guard costs, and what exactness costs: bits on the wire against the same plan
-with a float entropy path, before and after fine-tuning, and the time to encode and decode against the float model in
-CompressAI's own code.
+An image fails if the decoder gets another symbol than the encoder had, or notices that it would; in integers, if a
+latent differs in any bit. Then the costs of the guard and of exactness are measured: bits on the wire against the same
+plan with a float entropy path, before and after fine-tuning, and the time to encode and decode against the float model
+in CompressAI's own code.
 
     python benchmarks/cross_setting.py --calibration ../data/bsds500/val --images ../data/kodak --lmbda 0.013
     python benchmarks/cross_setting.py --model mbt2018-mean --checkpoint mbt2018-mean=mean-scale.pth \
@@ -41,7 +41,7 @@ SETTINGS = ("1 thread", "2 threads", "no oneDNN", *LAYOUTS, "float64", "compiled
 
 
 class Latents(nn.Module):
-    """Stands for the synthesis transform and keeps what it is given: pictures are not what is compared."""
+    """Replaces the synthesis transform and keeps its input, since latents are compared and not pictures."""
 
     def forward(self, y_hat: Tensor) -> Tensor:
         """Return ``y_hat`` as it is."""
@@ -79,7 +79,7 @@ def compile_networks(codec: nn.Module) -> None:
 
 
 def encode_all(codec: Any, which: str, pictures: list[Tensor], robust: Robust) -> list[Coded]:
-    """Return what ``codec`` makes of each of ``pictures`` (1, 3, H, W) under a setting."""
+    """Return each of ``pictures`` (1, 3, H, W) as ``codec`` encodes it under a setting."""
     with setting(which, codec) as encoder:
         moved = (x.to(next(encoder.parameters()).dtype) for x in pictures)
         layout = LAYOUTS.get(which, torch.contiguous_format)
@@ -88,7 +88,7 @@ def encode_all(codec: Any, which: str, pictures: list[Tensor], robust: Robust) -
 
 
 def decode_all(codec: Any, which: str, coded: list[Coded]) -> list[Tensor]:
-    """Return the latents of each of ``coded`` as the decoder has them under a setting, NaN where it refuses."""
+    """Return the latents that the decoder has for each of ``coded`` under a setting, NaN if it refuses."""
     with setting(which, codec) as decoder:
         decoder.g_s = Latents()
         coder, found = codec_of(decoder), []
@@ -131,7 +131,7 @@ def coded_bytes(codec: Any, pictures: list[Tensor]) -> int:
 
 
 def print_guard(model: nn.Module, pictures: list[Tensor]) -> None:
-    """Print what guarding the float model costs."""
+    """Print the cost of guarding the float model."""
     codec, ratios, shares = codec_of(model), [], []
     for x in reported(pictures, "guard", "image"):
         start = time.process_time()

@@ -55,7 +55,7 @@ def closest(side: Pillow, bpp: float, pictures: Sequence[Pixels]) -> Pillow:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a side; seconds are for all images."""
+    """The measurements of a side; seconds are for all images."""
 
     name: str
     bpp: float
@@ -128,7 +128,7 @@ def table(rows: Sequence[Row], pictures: Sequence[Pixels]) -> str:
 
 
 def main() -> None:
-    """Print the table, and what was measured on."""
+    """Print the table, and the machine and images it was measured on."""
     parser = parser_of(__doc__)
     add = parser.add_argument
     add("--images", help="image folder; default: scikit-image's photographs")

@@ -1,6 +1,6 @@
-"""What measured exchanges of bits between sites gain over the sum of zeta.
+"""Measure the gain of exchanging bits between sites over a plan by the sum of zeta.
 
-Zeta is measured with all other sites float, and a plan rests on its sum. Here the optimal plan is refined: around it,
+Zeta is measured with all other sites float, and a plan uses its sum. Here the optimal plan is refined: around it,
 every site is measured with up to two bits more and less while all others keep the plan's, the knapsack is solved for
 these changes, and its plan is taken if its RD loss really is lower, until none is.
 
@@ -52,7 +52,7 @@ class Exchanges:
         return mean_rd(self.graph(plan), self.bench, self.lmbda) / self.float_rd - 1
 
     def around(self, plan: Plan, widths: tuple[int, ...]) -> dict[str, dict[int, float]]:
-        """Return what each site at each of its near widths changes in the RD loss of ``plan``, as a part of float's."""
+        """Return how each near width of each site changes the RD loss of ``plan``, as a fraction of float's RD loss."""
         meter = ChangeMeter(self.graph(plan), self.bench)
         base = meter.measure_base().rd(self.lmbda)
         near = {

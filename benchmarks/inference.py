@@ -76,7 +76,7 @@ class Variant:
         return job
 
     def jobs(self, x: Tensor) -> dict[str, Job]:
-        """Return what is timed, for the image ``x`` (1, 3, H, W)."""
+        """Return the jobs that are timed, for the image ``x`` (1, 3, H, W)."""
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         y = self.codec.g_a(x).round()
@@ -90,7 +90,7 @@ class Variant:
 
 
 def variants(graphs: dict[str, fx.GraphModule], model: Any, folder: Path) -> dict[str, Variant]:
-    """Return all variants of ``model``, of which ``graphs`` are the quantized ones, by their mean bits."""
+    """Return all variants of ``model``; ``graphs`` are its quantized graphs, by their mean bits."""
     found = {
         EAGER: Variant(copy.deepcopy(model)),
         "channels_last": Variant(copy.deepcopy(model), channels_last=True),

@@ -1,4 +1,4 @@
-"""Evaluations and time of lazily measured plans against the naive loop, and whether they are those of the full table.
+"""Compare evaluations and time of lazily measured plans with the naive loop, and the plans with those of full tables.
 
 The naive loop quantizes one site at a time and runs the whole model, for every site and bit-width. It, the full
 table, and the lazy measurement for every planner and target run in one process per model, on the same images. The
@@ -85,7 +85,7 @@ def lazy_plan(
     planner: str,
     lmbda: float,
 ) -> Plan:
-    """Return the plan that measures ``gm`` anew, as far as it must; ``table`` tells the sites and candidates."""
+    """Return the plan that measures of ``gm`` only what it must; ``table`` has the sites and candidates."""
     task = make_task(table.sites, table.bits, target, planner=planner)
     return plan_lazily(task, begin(gm, make_bench(gm, batches), Measurement(lmbda)))
 

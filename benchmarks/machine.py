@@ -1,4 +1,4 @@
-"""What figures were measured on."""
+"""The machine that figures are measured on."""
 
 import platform
 from pathlib import Path

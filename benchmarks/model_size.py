@@ -132,7 +132,7 @@ def _row(size: str, cr: float, gm: fx.GraphModule, report: FileReport, rd: float
 
 
 def _float_checkpoint(model: nn.Module) -> bytes:
-    """Return what ``torch.save`` makes of the parameters, without the CDF tables, which are as large."""
+    """Return the parameters as ``torch.save`` writes them, without the CDF tables, which are as large."""
     file = io.BytesIO()
     torch.save({k: v for k, v in model.state_dict().items() if not k.endswith("_quantized_cdf")}, file)
     return file.getvalue()

@@ -24,7 +24,7 @@ def _name(variant: Variant) -> str:
 
 
 def main() -> None:
-    """Measure what is missing, and print and draw all of it."""
+    """Measure missing points, and print and draw all points."""
     parser = parser_of(__doc__)
     add_arguments(parser)
     parser.add_argument("--planner", default="adaptive")

@@ -87,7 +87,7 @@ class Bench:
         return Sensitivity.load(path)
 
     def measure(self, variants: Iterable[Variant]) -> list[Point]:
-        """Return the points of ``variants``, which have one planner and size; what is missing is measured."""
+        """Return the points of ``variants``, which have one planner and size; missing points are measured."""
         variants = list(variants)
         missing = [variant for variant in variants if variant not in self.results.points]
         if missing and missing[0].planner == "float":
@@ -173,7 +173,7 @@ def _coded_cr(gm: fx.GraphModule) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what :class:`Bench` needs to know."""
+    """Add the arguments that :class:`Bench` needs."""
     add = parser.add_argument
     add("--model", default="bmshj2018-hyperprior", help="a name of CompressAI's zoo")
     add(
@@ -189,23 +189,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=range(1, 9),
         nargs="+",
         metavar="1 … 8",
-        help="of CompressAI's pretrained weights, which it downloads, instead of --checkpoint",
+        help="qualities of CompressAI's pretrained weights, which it downloads, instead of --checkpoint",
     )
-    add("--metric", choices=list(LMBDAS), default="mse", help="what the weights were trained for")
+    add("--metric", choices=list(LMBDAS), default="mse", help="distortion that the weights were trained for")
     add("--lmbda", type=float, nargs="+", help="measure these lambdas alone; default: all there are")
     add("--calibration", required=True, help="image folder to measure sensitivity on")
     add("--train", required=True, help="image folder to fine-tune on")
     add("--images", required=True, help="image folder to evaluate on")
-    add("--steps", type=int, default=300, help="of fine-tuning")
+    add("--steps", type=int, default=300, help="steps of fine-tuning")
     add("--crop", type=int, default=192, help="side of the training crops")
     add("--batch-size", type=int, default=4)
-    add("--threads", type=int, help="of torch; default: its own choice")
+    add("--threads", type=int, help="threads of torch; default: its own choice")
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder for results and pictures")
     add("--cache", type=Path, default=Path("out/bd_rate"), help="folder for tables and training checkpoints")
 
 
 def benches(args: argparse.Namespace) -> list[Bench]:
-    """Return a bench for each lambda of the command line, and set up what it says."""
+    """Return a bench for each lambda of the command line, and set up folders and threads."""
     args.out.mkdir(parents=True, exist_ok=True)
     args.cache.mkdir(parents=True, exist_ok=True)
     if args.threads:

@@ -13,23 +13,23 @@ from fmpq_fx.storage.files import write_text
 
 @dataclass(frozen=True)
 class Variant:
-    """What was done to a model."""
+    """A way to quantize and train a model."""
 
     planner: str = "float"
     target_cr: float = 1.0
     activation_bits: int | str | None = None  # None is float
-    steps: int = 0  # of fine-tuning
-    loss: str = "rd"  # that it lowered
-    size: str = "nominal"  # what target_cr counts, or "coded"
-    activation_budget: float = 0.1  # of products that inputs of 16 bits may take, where they are mixed
+    steps: int = 0  # steps of fine-tuning
+    loss: str = "rd"  # the loss that fine-tuning lowers
+    size: str = "nominal"  # the size that target_cr counts, or "coded"
+    activation_budget: float = 0.1  # fraction of products that inputs of 16 bits may add, if inputs are mixed
 
 
 @dataclass(frozen=True)
 class Point:
-    """What that gave, means over the images."""
+    """The results of a variant, means over the images."""
 
     variant: Variant
-    lmbda: float  # of training, fine-tuning and the RD loss
+    lmbda: float  # the lambda of training, fine-tuning and the RD loss
     weight_bits: float  # average
     bpp: float  # real bits on the wire per pixel
     estimated_bpp: float  # from likelihoods
@@ -43,12 +43,12 @@ class Point:
 
     @property
     def measure(self) -> str:
-        """The name of what :attr:`quality` is."""
+        """The name of the measure in :attr:`quality`."""
         return "PSNR" if self.metric == "mse" else "MS-SSIM"
 
     @property
     def quality(self) -> float:
-        """What BD-rate is over, in dB: PSNR, or -10 log10(1 - MS-SSIM)."""
+        """The quality for BD-rate, in dB: PSNR, or -10 log10(1 - MS-SSIM)."""
         return self.psnr if self.metric == "mse" else -10 * math.log10(1 - self.ms_ssim)
 
     @classmethod

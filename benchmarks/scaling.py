@@ -107,7 +107,7 @@ JOBS = {job.__name__: job for job in (forward, naive, analysis, preparation)}
 
 
 def measured(job: str, name: str, x: Tensor, options: argparse.Namespace) -> Row:
-    """Return what ``job`` returns in a fresh process, with its CPU seconds and its MB."""
+    """Return the result of ``job`` in a fresh process, with its CPU seconds and its MB."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     process = context.Process(target=_measure, args=(job, name, x.numpy(), options, results))

@@ -50,7 +50,7 @@ def _arguments() -> argparse.Namespace:
 
 
 class Losses:
-    """RD losses on the test crops, kept in a file; what is there is not measured again."""
+    """RD losses on the test crops, kept in a file so that none is measured twice."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.model = args, samples.model(args.lmbda)
@@ -64,7 +64,7 @@ class Losses:
         self._done = json.loads(self._path.read_text()) if self._path.exists() else {}
 
     def of(self, name: str, make: Callable[..., nn.Module], *seeds: int) -> float:
-        """Return the RD loss of what ``make`` returns for ``seeds``, known by ``name`` and these."""
+        """Return the RD loss of the model that ``make`` returns for ``seeds``; it is kept under ``name`` and these."""
         name = " ".join((name, *map(str, seeds)))
         key = f"{self._about}; {name}"
         if key not in self._done:
@@ -93,7 +93,7 @@ class Losses:
         )
 
     def finetuned(self, calibration_seed: int, seed: int) -> fx.GraphModule:
-        """Return what was prepared on crops of one seed, fine-tuned with another."""
+        """Return the model prepared on crops of one seed, fine-tuned with another seed."""
         gm = self.prepared(calibration_seed)
         finetune(gm, self.args.train, steps=self.args.steps, seed=seed)
         return gm
@@ -106,7 +106,7 @@ class Losses:
 
 
 def main() -> None:
-    """Measure what is missing, and print a row for each kind of chance."""
+    """Measure missing losses, and print a row for each kind of chance."""
     args = _arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.threads:

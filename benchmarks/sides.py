@@ -29,18 +29,18 @@ class Side(ABC):
 
     @abstractmethod
     def load(self) -> Any:
-        """Return what codes, from a file."""
+        """Return the codec, loaded from a file."""
 
     @abstractmethod
     def encode(self, pixels: Pixels) -> Any:
-        """Return what :meth:`decode` takes."""
+        """Return the coded image, for :meth:`decode`."""
 
     @abstractmethod
     def decode(self, coded: Any) -> Pixels:
         """Return the image."""
 
     def size(self, coded: Any) -> int:
-        """Return the bytes of what :meth:`encode` returned."""
+        """Return the number of bytes of a coded image."""
         return len(coded)
 
 
@@ -62,7 +62,7 @@ class Ours(Side):
         return encode(self.codec, tensor_of(pixels))
 
     def decode(self, coded: bytes) -> Pixels:
-        """Return what is in a ``.fmi`` file."""
+        """Return the image in a ``.fmi`` file."""
         return pixels_of(decode(self.codec, coded))
 
 
@@ -85,14 +85,14 @@ class Float(Side):
 
     @torch.no_grad()
     def encode(self, pixels: Pixels) -> tuple[Frame, dict[str, Any]]:
-        """Return what compress() does."""
+        """Return the frame of the image and the result of compress()."""
         height, width, _ = pixels.shape
         frame = Frame(height, width, self.stride)
         return frame, self.model.compress(frame.around(tensor_of(pixels)[None]))
 
     @torch.no_grad()
     def decode(self, coded: tuple[Frame, dict[str, Any]]) -> Pixels:
-        """Return what decompress() does."""
+        """Return the image that decompress() decodes."""
         frame, compressed = coded
         decoded = self.model.decompress(compressed["strings"], compressed["shape"])["x_hat"]
         return pixels_of(frame.inside(decoded)[0])
@@ -111,7 +111,7 @@ class Pillow(Side):
         self.name, self.form, self.options = title, form, options
 
     def at(self, quality: int) -> "Pillow":
-        """Return the same with ``quality``, 0 to 100."""
+        """Return this side with another ``quality``, 0 to 100."""
         return Pillow(f"{self.name}, quality {quality}", self.form, **{**self.options, "quality": quality})
 
     def load(self) -> None:
@@ -124,7 +124,7 @@ class Pillow(Side):
         return file.getvalue()
 
     def decode(self, coded: bytes) -> Pixels:
-        """Return what is in a file of this format."""
+        """Return the image in a file of this format."""
         return np.asarray(Image.open(io.BytesIO(coded), formats=[self.form]).convert("RGB"))
 
 

@@ -1,4 +1,4 @@
-r"""Fine-tuning with the coded size of the weights in the loss: what the model file and the RD loss come to.
+r"""Fine-tune with the coded size of the weights in the loss, and compare model files and RD losses.
 
     python benchmarks/size_weight.py --calibration bsds500/val --train bsds500/train --images kodak \
         --row 8 0 --row 12 0 --row 11 3

@@ -30,7 +30,7 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def settle_quantiles(model: nn.Module, steps: int, lr: float) -> None:
-    """Train the quantiles of entropy bottlenecks alone, so that medians and tables fit what was learned."""
+    """Train only the quantiles of entropy bottlenecks, so that medians and tables fit the learned distributions."""
     bottlenecks = [m for m in model.modules() if isinstance(m, EntropyBottleneck)]
     optimizer = torch.optim.Adam([m.quantiles for m in bottlenecks], lr)
     for _ in reported(range(steps), "quantiles", "step"):

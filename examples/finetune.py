@@ -14,7 +14,7 @@ import fmpq_fx
 
 
 def main() -> None:
-    """Quantize the sample model to 4 bits per weight, fine-tune it on a folder, and print what each step gave."""
+    """Quantize the sample model to 4 bits per weight, fine-tune it on a folder, and print the results of each step."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
