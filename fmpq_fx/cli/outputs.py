@@ -61,7 +61,7 @@ def declare(
         command.add_argument(
             "--overwrite",
             action="store_true",
-            help="write over inputs and files that are there as well"
+            help="write over inputs and existing files as well"
             + ("; files that fmpq-fx wrote are replaced without this" if known else ""),
         )
     command.set_defaults(reads=tuple(reads), writes=tuple(writes))

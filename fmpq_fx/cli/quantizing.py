@@ -44,7 +44,12 @@ def add_prepare(command: argparse.ArgumentParser) -> None:
         metavar="mse|ms-ssim",
         help="distortion that the model was trained for, or package.module:function; default: that of --metric",
     )
-    add("--planner", choices=list(PLANNERS), default="adaptive")
+    add(
+        "--planner",
+        choices=list(PLANNERS),
+        default="adaptive",
+        help="FMPQ's search for beta (default), the knapsack, or one width for all",
+    )
     add(
         "--size",
         choices=SIZES,
