@@ -141,9 +141,8 @@ def prepare(
     watched = job.read_more() if rounded else ()
     weights_rd = rd = calibrate(quantized, bench, task.mixed, activation_budget, watched=watched)
     if rounded:
-        with activations_float(
-            quantized
-        ):  # measured now: calibration folds the steps of inputs into the weights
+        # Measured now: calibration folds the steps of inputs into the weights.
+        with activations_float(quantized):
             weights_rd = mean_rd(quantized, bench, plan.lmbda)
     return _with_measured(quantized, Measured(float_rd, weights_rd, rd)).train(job.model.training)
 

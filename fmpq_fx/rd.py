@@ -31,9 +31,8 @@ class Distortion:
     """How far decoded images are from the original ones, on the scale that lambda weighs."""
 
     name: str  # "mse", "ms-ssim", or "module:function" of a user's function
-    total: Callable[
-        [Tensor, Tensor], Tensor
-    ]  # decoded and original images, both (B, C, H, W) -> a differentiable sum
+    # Decoded and original images, both (B, C, H, W) -> a differentiable sum.
+    total: Callable[[Tensor, Tensor], Tensor]
     count: Callable[[Tensor], int]  # images (B, C, H, W) -> the number of terms of that sum
 
 

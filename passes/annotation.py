@@ -37,13 +37,11 @@ class NodeNote:
 
     sites: tuple[str, ...] = ()  # the sites that the node runs
     bits: Mapping[str, int | None] = field(default_factory=dict)  # bits by site, once planned
-    zeta: Mapping[str, Mapping[int, float]] = field(
-        default_factory=dict
-    )  # zeta by site and bits, once measured
+    # Zeta by site and bits, once measured.
+    zeta: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     arithmetic: Arithmetic | None = None  # the arithmetic of an exported layer
-    subpixel: tuple[Axis, Axis] | None = (
-        None  # the transposed convolution that it stands for, along rows and columns
-    )
+    # The transposed convolution that it stands for, along rows and columns.
+    subpixel: tuple[Axis, Axis] | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.sites)) < len(self.sites):
@@ -68,9 +66,8 @@ class GraphNote:
     plan: Plan | None = None  # the plan of a quantized graph
     history: History | None = None  # the history of a fine-tuned graph
     tables_of: str | None = None  # fingerprint of the entropy models that CDF tables of a file belong to
-    frozen: Mapping[str, str] = field(
-        default_factory=dict
-    )  # values that may be those of the traced example alone -> where they come from
+    # Values that may be those of the traced example alone -> where they come from.
+    frozen: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, kind in (("model", nn.Module), ("plan", Plan), ("history", History), ("tables_of", str)):

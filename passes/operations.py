@@ -50,9 +50,8 @@ class Operation:
     name: str
     places: Places
     numbers: Numbers
-    operands: tuple[
-        str, ...
-    ] = ()  # names of arguments in their order, "" for one that holds no numbers; () is unknown
+    # Names of arguments in their order, "" for one that holds no numbers; () is unknown.
+    operands: tuple[str, ...] = ()
     why: str = ""  # the reason that it has no exact form
 
 

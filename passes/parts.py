@@ -79,9 +79,8 @@ class _Flow:
         output = next(iter(reversed(gm.graph.nodes))).args[0]
         x_hat = output.get("x_hat") if isinstance(output, dict) else None
         self.x_hat: fx.Node | None = x_hat if isinstance(x_hat, fx.Node) else None
-        self.coded: dict[
-            fx.Node, fx.Node | None
-        ] = {}  # results of entropy coding -> the latent that was coded
+        # Results of entropy coding -> the latent that was coded.
+        self.coded: dict[fx.Node, fx.Node | None] = {}
         for node in self.order:
             if self._codes(node):
                 self.coded[node] = next(iter(node.all_input_nodes), None)
@@ -94,9 +93,8 @@ class _Flow:
             for node in self.needed
             if node is self.x_hat or any(self._codes(user) for user in node.users)
         }
-        self.sources: dict[
-            fx.Node, frozenset[fx.Node]
-        ] = {}  # the nearest values that a node can be computed from
+        # The nearest values that a node can be computed from.
+        self.sources: dict[fx.Node, frozenset[fx.Node]] = {}
         for node in self.order:
             if node not in self.needed or node.op in ("placeholder", "output") or node in self.coded:
                 continue

@@ -26,9 +26,8 @@ _ENDS = 4096  # bytes at the beginning and at the end of a file, where a mark is
 class Output:
     """A kind of file that commands write."""
 
-    mark: (
-        bytes | None
-    )  # is found in the first or last bytes of each file of this kind; None: there is no such mark
+    # Bytes that the beginning or the end of each file of this kind has; None: there is no such mark.
+    mark: bytes | None
     check: Callable[[Path], object] = check_folder  # raises an error for an impossible path
     # The files that are written for the value of the argument; by default that path itself.
     files: Callable[[argparse.Namespace, Path], Iterable[Path]] = lambda args, path: [path]

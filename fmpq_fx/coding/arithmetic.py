@@ -17,9 +17,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
     Threads take turns unless everything is float32 anyway.
     """
-    if (
-        dtype == torch.get_default_dtype() == torch.float32
-    ):  # another dtype may have been set by a thread for itself
+    if dtype == torch.get_default_dtype() == torch.float32:  # another thread may have set another dtype
         yield
         return
     with SWITCHES:

@@ -90,10 +90,8 @@ class GuardWriter(_Checked):
 
     def __init__(self, margin: float, path: frozenset[str]):
         super().__init__()
-        self._blank, self.path = (
-            Guard(float(np.float32(margin)), (), 0),
-            path,
-        )  # the margin as the file holds it
+        # The margin as the file holds it.
+        self._blank, self.path = Guard(float(np.float32(margin)), (), 0), path
         self.chosen: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -204,9 +202,8 @@ class GuardReader(_Checked):
     def __init__(self, guard: Guard):
         super().__init__()
         self.guard = guard
-        self._seen: list[
-            tuple[Tensor, Tensor]
-        ] = []  # the scales after the shifts, and the boundaries, of each call
+        # The scales after the shifts, and the boundaries, of each call.
+        self._seen: list[tuple[Tensor, Tensor]] = []
 
     def is_float(self, layer: str) -> bool:
         """Say yes until the last CDF is chosen."""

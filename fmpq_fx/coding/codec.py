@@ -30,15 +30,12 @@ from fmpq_fx.quant import QuantizedLayer
 class CodecSettings:
     """The way a codec runs. Modules are named as in the codec; a module that is not named runs unchanged."""
 
-    exact: bool = (
-        False  # whether the entropy path computes in integers, so that float32 and float64 code the same
-    )
-    backend: Mapping[str, nn.Module] = field(
-        default_factory=dict
-    )  # module -> the module that runs in its place
-    tiles: Mapping[str, Transform] = field(
-        default_factory=dict
-    )  # module that runs in tiles -> its description
+    # Whether the entropy path computes in integers, so that float32 and float64 code the same.
+    exact: bool = False
+    # Module -> the module that runs in its place.
+    backend: Mapping[str, nn.Module] = field(default_factory=dict)
+    # Module that runs in tiles -> its description.
+    tiles: Mapping[str, Transform] = field(default_factory=dict)
     budget: int = 0  # bytes that a tile may take
     chooser: Chooser | None = None  # chooses the CDFs of one image
     arrays: bool = False  # entropy models code whole arrays, as in files, and not in CompressAI's format

@@ -230,9 +230,8 @@ def _named(images: str | os.PathLike[str] | Mapping[str, Tensor]) -> Iterator[tu
 def _code(codec: Codec, name: str, x: Tensor, frame: Frame, robust: Robust) -> ImageResult:
     """Code the image ``x`` (C, H, W) in its ``frame``, and measure."""
     height, width = x.shape[-2:]
-    coder = with_settings(
-        codec, arrays=robust is not None
-    )  # strings as in files, or those of the codec's own class
+    # Strings as in files, or those of the codec's own class.
+    coder = with_settings(codec, arrays=robust is not None)
     padded = frame.around(x.unsqueeze(0))
     start = time.perf_counter()
     coded = guarded.compress(coder, padded, robust)

@@ -73,9 +73,8 @@ class Transform:
         self.graph = module
         self.reaches: Reaches | None = None
         self.obstacle = ""  # the reason that it cannot run in tiles
-        self.sizes: dict[
-            tuple[object, ...], tuple[int, tuple[int, ...]]
-        ] = {}  # peaks and output shapes so far
+        # Peaks and output shapes so far.
+        self.sizes: dict[tuple[object, ...], tuple[int, tuple[int, ...]]] = {}
         try:
             if isinstance(module, ExactLayer):
                 self.reaches = layer_reach(module)
@@ -174,9 +173,8 @@ def untiled(module: nn.Module) -> nn.Module:
 
 def _divisions(reach: Reach, inputs: int, places: int) -> list[tuple[Span, ...]]:
     """Return the ways to divide an axis of ``inputs`` and ``places`` of output, the shortest tiles last."""
-    unit = int(
-        reach.align / reach.stride
-    )  # places; tiles that begin at a multiple of this begin at whole inputs
+    # Places; tiles that begin at a multiple of this begin at whole inputs.
+    unit = int(reach.align / reach.stride)
     units = -(-places // unit)
     lengths = sorted({-(-units // count) * unit for count in range(1, units + 1)}, reverse=True)
     return [tuple(_span(reach, inputs, a, min(a + n, places)) for a in range(0, places, n)) for n in lengths]

@@ -164,13 +164,11 @@ def _integers_of_float(rows: Tensor) -> tuple[Tensor, list[Fraction]]:
     """
     rows = rows.double()
     peaks = torch.frexp(rows.abs().amax((1, 2))).exponent
-    shifts = (_FLOAT_WEIGHT_BITS - 1 - peaks).tolist()
-    scaled = []
-    for row, shift in zip(rows, shifts, strict=True):
+    scaled, steps = [], []
+    for row, shift in zip(rows, (_FLOAT_WEIGHT_BITS - 1 - peaks).tolist(), strict=True):
         integers = (row * math.ldexp(1.0, shift)).round().long()
-        excess = max(
-            0, int(integers.abs().sum()).bit_length() - 24
-        )  # sums have room for 24 bits besides those of the inputs
+        # Sums have room for 24 bits besides those of the inputs.
+        excess = max(0, int(integers.abs().sum()).bit_length() - 24)
         scaled.append((row * math.ldexp(1.0, shift - excess)).round().long())
-        shifts[len(scaled) - 1] -= excess
-    return torch.stack(scaled), [Fraction(2) ** -shift for shift in shifts]
+        steps.append(Fraction(2) ** (excess - shift))
+    return torch.stack(scaled), steps

@@ -27,11 +27,8 @@ LOSSY = (".jpeg", ".jpg")  # suffixes of formats that cannot keep every pixel
 SUFFIXES = (
     *WRITTEN,
     *(".avif", ".gif", ".jfif", ".j2k", ".jp2", ".jpe", ".pbm", ".pgm", ".pnm", ".tga"),
-    *(
-        ".heic",
-        ".heif",
-        ".jxl",
-    ),  # Pillow needs a plugin for these; without it, they are errors and not left out
+    # Pillow needs a plugin for these; without it, they are errors and not left out.
+    *(".heic", ".heif", ".jxl"),
 )  # suffixes of the images in a folder
 
 CHANNELS = range(1, 5)

@@ -28,13 +28,11 @@ class PartFile:
     bytes: int
     inputs: dict[str, list[int | str]]  # by name; numbers are fixed sizes, texts name dynamic ones
     outputs: dict[str, list[int | str]]
-    module: str | None = (
-        None  # the module of the model that computes the output from ``entry``, if there is one
-    )
+    # The module of the model that computes the output from ``entry``, if there is one.
+    module: str | None = None
     entry: str | None = None  # the value that this module reads: an input, or a value inside the graph
-    unusable: dict[str, str] = field(
-        default_factory=dict
-    )  # runtime that does not compute what torch does -> the reason
+    # Runtime that does not compute what torch does -> the reason.
+    unusable: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,8 @@ class OnnxManifest(JsonFile):
 
     version: int
     model: dict[str, Any]  # the model's :func:`fmpq_fx.models.identity.identity_of`
-    fingerprints: tuple[
-        str, ...
-    ]  # fingerprints of its codecs, without and with exact entropy path (:mod:`fmpq_fx.storage.fingerprint`)
+    # Fingerprints of its codecs, without and with exact entropy path (:mod:`fmpq_fx.storage.fingerprint`).
+    fingerprints: tuple[str, ...]
     form: str  # the form of the layers, one of :data:`fmpq_fx.onnx.forms.FORMS`
     opset: int
     parts: tuple[PartFile, ...]

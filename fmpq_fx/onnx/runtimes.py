@@ -150,9 +150,8 @@ def _with_float_weights(model: bytes) -> bytes:
         if node.op_type != "DequantizeLinear" or node.input[0] not in held:
             nodes.append(node)
             continue
-        weight, step = (
-            onnx.numpy_helper.to_array(held[name]) for name in node.input[:2]
-        )  # the zero point is 0
+        # The zero point is 0.
+        weight, step = (onnx.numpy_helper.to_array(held[name]) for name in node.input[:2])
         axis = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
         step = step.reshape([-1 if dim == axis else 1 for dim in range(weight.ndim)])
         loaded.graph.initializer.append(

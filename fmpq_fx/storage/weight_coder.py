@@ -37,9 +37,8 @@ from fmpq_fx.storage.byte_reader import ByteReader
 
 Integers = NDArray[np.int64]
 
-MODELED_BITS = (
-    10  # highest bits of an integer, which are modeled; lower bits are noise, and modeling them is slow
-)
+# Highest bits of an integer, which are modeled; lower bits are noise, and modeling them is slow.
+MODELED_BITS = 10
 STEPS = (2, 4, 8)  # widths of a class that are tried, eighths of an octave
 FACTOR = 8.0  # steps of a factor in an octave
 LEAST = 128  # least frequency of a symbol, of 2^24; it keeps outliers cheap, which a logistic distribution does not
@@ -198,9 +197,8 @@ def _runs(shape: tuple[int, ...], step: int, factors: list[NDArray[np.int8]]) ->
     sums = (outputs[:, None] + inputs).ravel()
     pairs = sums.argsort(kind="stable")
     least, most = ((end(sums) + end(places)) // step for end in (np.min, np.max))
-    bounds = (
-        np.arange(least, most + 2) * step - places[:, None]
-    )  # of the pairs' sums, for each class in each place
+    # Bounds of the pairs' sums, for each class in each place.
+    bounds = np.arange(least, most + 2) * step - places[:, None]
     counts = np.diff(np.searchsorted(sums[pairs], bounds), axis=1)
     classes = np.cumsum(counts.any(0)) - 1
     place, level = counts.nonzero()

@@ -40,9 +40,8 @@ def weight_bits(layer: QuantizedLayer) -> Tensor:
     scale = scale.detach() + (scale - scale.detach()) * quantizer.grad_scale
     exact = layer.by_output(layer.float_weight() / scale).clamp(quantizer.low, quantizer.high)
     integers = exact + (exact.round() - exact).detach()
-    raw = max(
-        0, (quantizer.high - quantizer.low).bit_length() - MODELED_BITS
-    )  # lowest bits, which the coder does not model
+    # The lowest bits, which the coder does not model.
+    raw = max(0, (quantizer.high - quantizer.low).bit_length() - MODELED_BITS)
     size: Tensor = integers.abs() / 2**raw
     width = _widths(size.detach())
     probability = torch.sigmoid((0.5 - size) / width) - torch.sigmoid((-0.5 - size) / width)

@@ -33,9 +33,8 @@ class Histogram:
         self.channel_dim = channel_dim
         # The lowest bin of each channel; bin n holds magnitudes of n eighths of an octave and more.
         self.first = np.ceil(OCTAVE * np.log2(peaks)).astype(np.int64) - BELOW
-        self.counts = np.zeros(
-            (2, BELOW + ABOVE, len(peaks)), dtype=np.int64
-        )  # [0] of negative, [1] of positive values
+        # Counts of negative values in [0], of positive ones in [1].
+        self.counts = np.zeros((2, BELOW + ABOVE, len(peaks)), dtype=np.int64)
         self.total = 0  # values counted of each channel, zeros included
 
     def count(self, x: Tensor) -> None:

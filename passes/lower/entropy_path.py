@@ -56,12 +56,10 @@ class EntropyPath:
     priors: tuple[str, ...]  # entropy bottlenecks whose latents enter the path
     in_order: bool  # the model codes its latents one after the other, in the loops of mbt2018
     obstacles: tuple[str, ...]  # each names a node and says why it cannot be exact
-    terms: int = (
-        1  # layers saturate at 4096 / terms, so that results computed from them have no more than 24 bits
-    )
-    constants: tuple[
-        str, ...
-    ] = ()  # parameters and buffers on the path that must be made fixed-point numbers
+    # Layers saturate at 4096 / terms, so that results computed from them have no more than 24 bits.
+    terms: int = 1
+    # Parameters and buffers on the path that must be made fixed-point numbers.
+    constants: tuple[str, ...] = ()
 
     def described(self) -> dict[str, Any]:
         """Return the path as a model file holds it. Like older files, it has "constants" only if there are some."""

@@ -26,9 +26,8 @@ def rounded_latents(root: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx.Node |
         graph: the graph of a model.
     """
     match = _Match(root)
-    coded: dict[
-        fx.Node, tuple[Any, str | None]
-    ] = {}  # coded node -> its means, and the name of the bottleneck
+    # Coded node -> its means, and the name of the bottleneck.
+    coded: dict[fx.Node, tuple[Any, str | None]] = {}
     for node in graph.nodes:
         module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, EntropyModel):

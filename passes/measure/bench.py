@@ -20,9 +20,8 @@ PIECE_PIXELS = {"cpu": 2 * 256 * 256, "gpu": 16 * 256 * 256}
 class Bench:
     """The images, the distortion and the memory that RD losses are measured with. :func:`make_bench` makes one."""
 
-    pieces: tuple[
-        Tensor, ...
-    ]  # (B, C, H, W) each, in [0, 1]: images that are run at once, in the layout that is fast for the model
+    # (B, C, H, W) each, in [0, 1]: images that are run at once, in the layout that is fast for the model.
+    pieces: tuple[Tensor, ...]
     memory: int  # bytes of activations that may be kept; a forward pass of one piece takes memory besides
     ranks: Ranks = ALONE  # the processes that share the work
     distortion: Distortion = MSE  # the distortion in the RD loss

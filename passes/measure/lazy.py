@@ -94,9 +94,8 @@ def unsettled(task: Task, table: Sensitivity, sketch: Table | None = None) -> se
     if points:
         return points
     found = task.assign(likely)
-    if (
-        task.planner == "adaptive" and found.remarks
-    ):  # the search ended off the target, and the rest of the budget is filled up
+    # The search ended off the target, and the rest of the budget is filled up.
+    if task.planner == "adaptive" and found.remarks:
         start = dict.fromkeys(likely, 0) if found.beta is None else bits_at(likely, found.beta)
         points = {(site, b) for site, b in missing if b in likely[site] and b >= start[site]}
     elif task.planner == "optimal":

@@ -38,16 +38,14 @@ UNBOUNDED = 1e6
 class Measurement:
     """The order to measure zeta: the options, and the table of what is known already."""
 
-    lmbda: float | None = (
-        None  # the Lagrangian; None makes rate and distortion of the float model weigh the same
-    )
+    # The Lagrangian; None makes rate and distortion of the float model weigh the same.
+    lmbda: float | None = None
     bits: tuple[int, ...] | None = None  # candidates; None is the candidates of ``known``, or else 2 … 10
     images: str = ""  # the images in words, for the table
     identity: Mapping[str, str] = field(default_factory=dict)  # digests of the "weights" and of the "images"
     known: Sensitivity | None = None  # only what it lacks is measured
-    checkpoint: str | os.PathLike[str] | None = (
-        None  # the file that the table is written to as it grows; ``known`` was read from it
-    )
+    # The file that the table is written to as it grows; ``known`` was read from it.
+    checkpoint: str | os.PathLike[str] | None = None
 
 
 class SensitivityMeter:

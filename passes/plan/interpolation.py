@@ -8,7 +8,7 @@ PER_BIT = 4.0
 
 
 ALIKE = 1.5
-"""Nine times in ten, zeta of the first images and zeta of all images change from width to width within this factor."""
+"""Nine times in ten, the ratio of zeta at two widths is the same on the first images as on all, within this factor."""
 
 
 def interpolated(

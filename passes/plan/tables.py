@@ -73,12 +73,10 @@ class Sensitivity(JsonFile):
     distortion: Table  # the distortion's part of zeta: (D_n(b) - D) / RD, where it was measured
     float_remainder: dict[str, int]  # parameters that belong to no site: {name: elements}
     images: str  # the images it was measured on, in words
-    candidates: tuple[
-        int, ...
-    ] = ()  # bit-widths, measured or not; (): the widths that every site was measured at
-    identity: dict[str, str] = field(
-        default_factory=dict
-    )  # digests of "weights" and "images"; {}: not recorded
+    # Bit-widths, measured or not; (): the widths that every site was measured at.
+    candidates: tuple[int, ...] = ()
+    # Digests of "weights" and "images"; {}: not recorded.
+    identity: dict[str, str] = field(default_factory=dict)
     metric: str = MSE.name  # the distortion: "mse", "ms-ssim", or "module:function" of a user's function
 
     @property
@@ -172,12 +170,10 @@ class Plan(JsonFile):
     remarks: str = ""  # things that the user should know about the search
     coded: Table | None = None  # bytes per site and width as the model file codes them; None: size is nominal
     clips: dict[str, float] = field(default_factory=dict)  # weight range kept per site, 1.0 is min-max
-    inputs: dict[str, InputGrid] = field(
-        default_factory=dict
-    )  # per site whose input is rounded; {} before calibration
-    macs: dict[str, float] = field(
-        default_factory=dict
-    )  # multiply-accumulates per site and pixel of the image; {} before calibration
+    # The grid of each site whose input is rounded; {} before calibration.
+    inputs: dict[str, InputGrid] = field(default_factory=dict)
+    # Multiply-accumulates per site and pixel of the image; {} before calibration.
+    macs: dict[str, float] = field(default_factory=dict)
     measured: Measured | None = None  # set once the graph has been rewritten and run
     example: tuple[int, int, int] | None = None  # (C, H, W) of the image that was traced
     left_out: dict[str, str] = field(default_factory=dict)  # layer that is no site -> the reason

@@ -120,9 +120,8 @@ class Recording(TorchFunctionMode):
 
     def _set_attribute(self, func: Any, tensor: Tensor, value: Any) -> None:
         if func.__self__.__name__ == "data":
-            self.values.written(
-                tensor, self.values.source_of(tensor)
-            )  # raises a better error if the tensor belongs to the model
+            # Raises a better error if the tensor belongs to the model.
+            self.values.written(tensor, self.values.source_of(tensor))
             raise UnrecordableError("assigns to .data of a tensor", "Compute a new tensor instead.")
         func(tensor, value)
 

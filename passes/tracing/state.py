@@ -18,9 +18,8 @@ class State:
         self.kept = False  # whether some of these may have been kept from an earlier run
         known = {id(t): (name, t) for name, t in (*root.named_parameters(), *root.named_buffers())}
         self._parameters = {id(parameter) for parameter in root.parameters()}
-        self._kept: dict[
-            int, tuple[str, Tensor]
-        ] = {}  # attributes of modules that are neither parameters nor buffers
+        # Attributes of modules that are neither parameters nor buffers.
+        self._kept: dict[int, tuple[str, Tensor]] = {}
         for path, module in root.named_modules():
             for name, value in vars(module).items():
                 if isinstance(value, Tensor) and id(value) not in known:
