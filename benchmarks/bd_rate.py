@@ -14,7 +14,7 @@ from dataclasses import replace
 from arguments import add_activation_bits, parser_of
 from rd_bench import add_arguments, benches
 from rd_points import Variant
-from rd_table import plot_curves, print_losses, print_table
+from rd_table import plot_curves, print_losses, print_published, print_table
 
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.plan.widths import MIXED
@@ -56,6 +56,8 @@ def main() -> None:
         raise SystemExit(f"no lambda has the float model, as it is and after {args.steps} steps, yet")
     if len(everything) >= 4:
         print_table(everything, args.steps)
+        if args.metric == "mse":
+            print_published(args.model)
         plot_curves(everything, args.steps, args.out / f"bd_rate-{given[0].series}.png")
     print_losses(everything, args.steps)
 
