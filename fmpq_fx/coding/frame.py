@@ -13,7 +13,7 @@ from fmpq_fx.coding.codec import Codec
 from fmpq_fx.coding.tiles import Size
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images.reading import CHANNELS
-from fmpq_fx.passes.tracing.model_outputs import wrong_channels
+from fmpq_fx.passes.tracing.model_outputs import ran_out_of_memory, wrong_channels
 
 STRIDES = (64, 128, 256, 512)
 """Strides that are tried: six strides of 2, as in most codecs, then more for deeper codecs and windowed attention."""
@@ -79,5 +79,7 @@ def _runs(codec: Codec, channels: int, stride: int) -> bool:
     image = parameter.new_zeros(1, channels, stride, 3 * stride)
     try:  # on a copy, since a model may keep masks for the last size
         return bool(copy.deepcopy(codec)(image)["x_hat"].shape == image.shape)
-    except Exception:  # a user's model may raise anything; on the real image, its error is shown
+    except Exception as error:  # a user's model may raise anything; on the real image, its error is shown
+        if ran_out_of_memory(error):
+            raise
         return False

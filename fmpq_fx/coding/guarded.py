@@ -29,6 +29,7 @@ from fmpq_fx.coding.guard import LEAST_MARGIN, MOST_MARGIN, Guard
 from fmpq_fx.coding.strings import flat
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.lower.entropy_path import compares_scales
+from fmpq_fx.passes.tracing.model_outputs import ran_out_of_memory
 from fmpq_fx.quant import QuantizedLayer, quantized_layers
 from fmpq_fx.storage.rans import StringError
 
@@ -222,7 +223,9 @@ def _entropy_path(codec: Codec, x: Tensor) -> frozenset[str]:
     if known not in _PATHS:
         try:
             _PATHS[known] = _path_seen(codec, x[..., :_SIDE, :_SIDE])
-        except Exception:  # the part is too small for the codec
+        except Exception as error:  # the part is too small for the codec
+            if ran_out_of_memory(error):
+                raise
             _PATHS[known] = _path_seen(codec, x)
     return _PATHS[known]
 

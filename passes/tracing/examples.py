@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.tracing.model_outputs import output_of
+from fmpq_fx.passes.tracing.model_outputs import output_of, ran_out_of_memory
 from fmpq_fx.passes.tracing.wrappers import copied
 
 Shape = tuple[int, int, int]
@@ -37,6 +37,8 @@ def synthetic(model: nn.Module, shape: Shape | None = None) -> Tensor:
         try:
             run_copy(model, image)
         except Exception as error:  # the user's code may raise anything
+            if ran_out_of_memory(error):
+                raise
             failure = failure or error
         else:
             return image

@@ -61,8 +61,9 @@ def wrong_channels(wanted: int, given: int) -> str:
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Say whether ``error`` was raised because an allocation failed, on a CPU or a GPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Say whether ``error``, or its cause, was raised because an allocation failed, on a CPU or a GPU."""
+    failed = isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return failed or (error.__cause__ is not None and ran_out_of_memory(error.__cause__))
 
 
 def _failure(error: BaseException, x: Tensor) -> str:

@@ -75,3 +75,18 @@ def test_a_codec_that_runs_on_nothing_says_so_of_the_image() -> None:
 
     with pytest.raises(RuntimeError, match="never"):
         fmpq_fx.encode(coded(Never), torch.rand(3, 64, 64))
+
+
+class Large(Slices):
+    """Runs out of memory at the least size that is tried, and at no other."""
+
+    def analysis(self, x: Tensor) -> Tensor:
+        if x.shape[-2] == STRIDES[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        y: Tensor = super().analysis(x)
+        return y
+
+
+def test_too_little_memory_does_not_make_another_stride() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        stride_of(codec_of(coded(Large)), 3)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fmpq_fx
 from fmpq_fx import FmpqError
+from fmpq_fx.passes.tracing.examples import synthetic
 from fmpq_fx.passes.tracing.model_outputs import output_of
 from support.small_models import small_model
 
@@ -68,3 +69,22 @@ def test_a_model_of_other_images_goes_all_the_way(channels: int) -> None:
     codec = fmpq_fx.convert(gm)
     decoded = fmpq_fx.decode(codec, fmpq_fx.encode(codec, images[0]))
     assert decoded.shape == images[0].shape
+
+
+class Large(nn.Module):
+    """Runs out of memory on the first image that is tried, and on no other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        if x.shape[-1] == 256:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        y = self.layer(x)
+        return {"x_hat": y, "likelihoods": {"y": torch.sigmoid(y)}}
+
+
+def test_too_little_memory_does_not_make_an_example_of_another_size() -> None:
+    with pytest.raises(FmpqError, match="too little memory to run the model on 1 image of 256 x 256"):
+        synthetic(Large())
