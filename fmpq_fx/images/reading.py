@@ -24,15 +24,10 @@ from fmpq_fx.storage.files import WRITER, replacing
 
 WRITTEN = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LOSSY = (".jpeg", ".jpg")  # suffixes of formats that cannot keep every pixel
-SUFFIXES = (
-    *WRITTEN,
-    *(".avif", ".gif", ".jfif", ".j2k", ".jp2", ".jpe", ".pbm", ".pgm", ".pnm", ".tga"),
-    # Pillow needs a plugin for these; without it, they are errors and not left out.
-    *(".heic", ".heif", ".jxl"),
-)  # suffixes of the images in a folder
-
-CHANNELS = range(1, 5)
-"""Numbers of channels that images may have; image files have 3."""
+READ = (".avif", ".gif", ".jfif", ".j2k", ".jp2", ".jpe", ".pbm", ".pgm", ".pnm", ".tga")
+# Of a folder's images; those that need a plugin of Pillow are errors without it, rather than left out without a word.
+SUFFIXES = WRITTEN + READ + (".heic", ".heif", ".jxl")
+CHANNELS = range(1, 5)  # numbers of channels that images may have; image files have 3
 
 # Values may lie this far outside [0, 1]: resizing in float arithmetic makes such values.
 _ROUNDING = 1e-4
