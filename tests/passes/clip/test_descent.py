@@ -1,12 +1,11 @@
 """Settings of sites are chosen by the RD loss, and by no more runs of the graph than that takes."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 import fmpq_fx
 from fmpq_fx import plan_of, samples
@@ -15,6 +14,7 @@ from fmpq_fx.passes.clip.descent import choose
 from fmpq_fx.passes.measure import groups
 from fmpq_fx.passes.measure.bench import Bench, make_bench, mean_rd
 from fmpq_fx.quant import QuantizedLayer, quantized_layers
+from support.calls import counted_calls
 
 LMBDA = 0.013
 PIECES = 4
@@ -59,15 +59,6 @@ def setters_of(gm: fx.GraphModule) -> dict[str, Callable[[float], None]]:
     return {site: layer.set_clip for site, layer in quantized_layers(gm).items()}
 
 
-@contextmanager
-def counted(layer: nn.Module) -> Iterator[list[None]]:
-    """Collect an item for each call of ``layer``."""
-    calls: list[None] = []
-    handle = layer.register_forward_hook(lambda *_: calls.append(None))
-    yield calls
-    handle.remove()
-
-
 def test_a_site_with_something_to_gain_is_changed(gm: fx.GraphModule, four_pieces: Bench) -> None:
     before = mean_rd(gm, four_pieces, LMBDA)
     chosen, rd = choose(gm, four_pieces, LMBDA, setters_of(gm), (1.0, 0.5), "clips")
@@ -78,7 +69,7 @@ def test_a_site_with_something_to_gain_is_changed(gm: fx.GraphModule, four_piece
 
 def test_a_site_with_nothing_to_gain_costs_no_runs(gm: fx.GraphModule, four_pieces: Bench) -> None:
     layers = quantized_layers(gm)
-    with counted(layers["g_s.6"]) as calls:
+    with counted_calls(layers["g_s.6"]) as calls:
         chosen, rd = choose(gm, four_pieces, LMBDA, setters_of(gm), (1.0, 0.01), "clips")
     assert set(chosen.values()) == {1.0}
     assert len(calls) == 1 + PIECES, "one run for the errors of outputs, and the RD loss of each piece"
@@ -95,7 +86,7 @@ def test_what_is_evidently_worse_is_run_on_the_first_images_alone(
         layers["g_s.4"].set_clip(clip)
         layers["g_s.6"].set_clip(1.0 if clip == 1 else 0.05)
 
-    with counted(layers["g_s.6"]) as calls:
+    with counted_calls(layers["g_s.6"]) as calls:
         chosen, _ = choose(gm, four_pieces, LMBDA, {"g_s.4": clip_both}, (1.0, 0.9), "clips")
     assert chosen == {"g_s.4": 1.0}
     assert len(calls) == 1 + PIECES + 1
@@ -122,7 +113,7 @@ def test_a_group_that_gains_together_takes_one_verdict(
 ) -> None:
     monkeypatch.setattr(groups, "MOST", 1)
     sites: dict[str, QuantizedLayer] = {name: quantized_layers(gm)[name] for name in ("g_s.4", "g_s.6")}
-    with counted(sites["g_s.6"]) as calls:
+    with counted_calls(sites["g_s.6"]) as calls:
         chosen, _ = choose(
             gm,
             four_pieces,

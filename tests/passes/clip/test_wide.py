@@ -1,8 +1,7 @@
 """Inputs of 16 bits: found where they pay, with few runs where there are many sites."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from fmpq_fx.passes.clip.wide import find_wide
 from fmpq_fx.passes.measure import groups
 from fmpq_fx.passes.measure.bench import make_bench
 from fmpq_fx.quant import QuantizedLayer, quantized_layers
+from support.calls import counted_calls
 
 
 class Chain(nn.Module):
@@ -49,14 +49,6 @@ def to_16_bits(layer: nn.Module) -> nn.Module:
     return wide
 
 
-@contextmanager
-def counted_runs(layer: nn.Module) -> Iterator[list[None]]:
-    runs: list[None] = []
-    handle = layer.register_forward_hook(lambda *_: runs.append(None))
-    yield runs
-    handle.remove()
-
-
 @pytest.mark.parametrize("spoilt", [{0: 50.0}, {6: 50.0}, {1: 50.0, 7: 41.0}])
 @pytest.mark.parametrize("most", [1, 3, 32])
 def test_what_pays_is_found_in_groups_of_any_size(
@@ -90,7 +82,7 @@ def test_a_site_that_pays_alone_is_found_among_many_in_few_runs(images: Tensor) 
     )
     layers = quantized_layers(gm)
     bench = make_bench(gm, [images])
-    with counted_runs(layers["layers.127"]) as runs:
+    with counted_calls(layers["layers.127"]) as runs:
         wide = find_wide(gm, bench, dict.fromkeys(layers, to_16_bits), dict.fromkeys(layers, 9.0), 9.0)
     assert wide == ["layers.77"]
     assert len(runs) <= 1 + 32 + 8, "as it is, groups of four, and a few halves"
