@@ -46,7 +46,10 @@ def _arguments() -> argparse.Namespace:
     add("--steps", type=int, default=150, help="of fine-tuning")
     add("--threads", type=int, help="of torch; default: its own choice")
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder for results")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if len(args.activation_bits) > 1:
+        parser.error("--activation-bits takes one value here")
+    return args
 
 
 class Losses:
@@ -62,6 +65,7 @@ class Losses:
         )
         self._path = args.out / f"seeds-sample-{args.lmbda:.4f}.json"
         self._done = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._prepared: dict[int, fx.GraphModule] = {}  # by seed of the calibration crops
 
     def of(self, name: str, make: Callable[..., nn.Module], *seeds: int) -> float:
         """Return the RD loss of the model that ``make`` returns for ``seeds``; it is kept under ``name`` and these."""
@@ -83,14 +87,16 @@ class Losses:
 
     def prepared(self, seed: int) -> fx.GraphModule:
         """Return the model prepared on the crops that ``seed`` chooses."""
-        return prepare(
-            self.float_model(),
-            self.args.target_cr,
-            calibration=crops.cut(self.args.calibration, seed=seed),
-            lmbda=self.args.lmbda,
-            planner=self.args.planner,
-            activation_bits=self.args.activation_bits[0],
-        )
+        if seed not in self._prepared:
+            self._prepared[seed] = prepare(
+                self.float_model(),
+                self.args.target_cr,
+                calibration=crops.cut(self.args.calibration, seed=seed),
+                lmbda=self.args.lmbda,
+                planner=self.args.planner,
+                activation_bits=self.args.activation_bits[0],
+            )
+        return copy.deepcopy(self._prepared[seed])
 
     def finetuned(self, calibration_seed: int, seed: int) -> fx.GraphModule:
         """Return the model prepared on crops of one seed, fine-tuned with another seed."""
