@@ -28,11 +28,19 @@ def flat(strings: Any) -> list[bytes]:
 
 
 def form_of(strings: Any) -> Any:
-    """Return the form of a nest, for JSON: None for a string, and lists and dicts of forms."""
+    """Return the form of a nest, for JSON: None for a string, and lists and dicts of forms.
+
+    Raises:
+        FmpqError: a key of a dict is no text, which JSON would make another key of.
+    """
     if isinstance(strings, bytes):
         return None
     if isinstance(strings, dict):
-        return {str(key): form_of(part) for key, part in strings.items()}
+        if other := [key for key in strings if not isinstance(key, str)]:
+            raise FmpqError(
+                f"the strings that compress() returned are in a dict with the key {other[0]!r}; expected text as keys"
+            )
+        return {key: form_of(part) for key, part in strings.items()}
     return [form_of(part) for part in strings]
 
 

@@ -122,6 +122,12 @@ def test_the_bits_of_nested_strings_are_counted() -> None:
         assert fmpq_fx.evaluate(nesting(nest), image).bpp == expected
 
 
+def test_keys_that_a_file_would_change_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NESTS, "numbered", (lambda y, z: {0: y, 1: z}, lambda nest: (nest[0], nest[1])))
+    with pytest.raises(FmpqError, match="in a dict with the key 0; expected text as keys"):
+        encode(nesting("numbered"), picture(40, 70), robust=None)
+
+
 def test_what_is_no_string_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NESTS, "lengths", (lambda y, z: [y, len(z)], NESTS["bare"][1]))
     with pytest.raises(FmpqError, match="a value of type int; expected bytes, in lists"):
