@@ -174,10 +174,9 @@ def _strings_to_bytes(strings: Any) -> tuple[int, bytes]:
 def _strings(reader: ByteReader, version: int, symbols: int) -> Any:
     """Take the bytes of :func:`_strings_to_bytes`; return the nest of strings, padded for ``symbols`` symbols each."""
     strings = (padded(reader.take_counted(4), symbols) for _ in itertools.count())
-    if version < 3:
-        return [[next(strings)] for _ in range(reader.take(1)[0])]
     try:
-        return in_form(json.loads(reader.take_counted(4)), strings)
+        form = [[None]] * reader.take(1)[0] if version < 3 else json.loads(reader.take_counted(4))
+        return in_form(form, strings)
     except (ValueError, RecursionError) as error:
         raise FmpqError(f"the form of its strings is damaged: {error}") from error
 

@@ -77,7 +77,7 @@ def calibrate(
     products = {site: macs[site] * products_at(plan.bits[site], one.bits) for site, one in inputs.items()}
     candidates = {site: one.widened for site, one in inputs.items() if site in mixed and not one.integral}
     most = budget * math.fsum(products.values())
-    wide = find_wide(gm, bench, candidates, products, most) if candidates else []
+    wide = find_wide(gm, bench, candidates, products, most)
     for site in wide:
         inputs[site].widen()
     coded = _coded(plan, inputs)
