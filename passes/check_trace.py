@@ -1,7 +1,9 @@
 """Check that the graph of a model computes the same as the model."""
 
+import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from fmpq_fx.passes.tracing.functions import DecisionError
 from fmpq_fx.passes.tracing.model_outputs import output_of
 from fmpq_fx.passes.tracing.torch_calls import RANDOM
 from fmpq_fx.passes.tracing.wrappers import unwrapped
+
+_REPEATING = threading.Lock()  # held while cuDNN's settings, which are the whole process's, are changed
 
 
 @torch.no_grad()
@@ -32,7 +36,11 @@ def check_trace(model: nn.Module, gm: fx.GraphModule, x: Tensor) -> None:
         FmpqError: the outputs differ, are not CompressAI's, or not of the size of ``x``; the model is random, or
             cannot run on images of that size; it takes other decisions on ``x`` than on the traced example.
     """
-    model = unwrapped(model)
+    with _repeatable(x.device):
+        _check(unwrapped(model), gm, x)
+
+
+def _check(model: nn.Module, gm: fx.GraphModule, x: Tensor) -> None:
     expected = _flat(run_copy(model, x))
     if not _same(expected, _flat(run_copy(model, x))):
         raise FmpqError(
@@ -58,6 +66,22 @@ def check_trace(model: nn.Module, gm: fx.GraphModule, x: Tensor) -> None:
     if refused is not None:
         size = f"{x.size(-2)} x {x.size(-1)}"
         warnings.warn(f"the graph may serve images of {size} alone; at another size: {refused}", stacklevel=3)
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """Within the block, a GPU gives the same bits each time; some of cuDNN's kernels add in an order left to chance."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    with _REPEATING:
+        before = cudnn.deterministic, cudnn.benchmark
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = before
 
 
 def _compare(gm: fx.GraphModule, x: Tensor, expected: list[Tensor]) -> None:

@@ -45,7 +45,8 @@ def test_the_zetas_are_those_of_the_cpu_up_to_rounding() -> None:
     found, expected = plan_of(gpu).sensitivity, plan_of(cpu).sensitivity
     assert found.float_rate == pytest.approx(expected.float_rate, rel=1e-2)
     assert found.float_distortion == pytest.approx(expected.float_distortion, rel=1e-2)
-    assert found.raw["g_s.0"][2] == pytest.approx(expected.raw["g_s.0"][2], rel=0.1)
+    width = min(found.raw["g_s.0"].keys() & expected.raw["g_s.0"].keys())
+    assert found.raw["g_s.0"][width] == pytest.approx(expected.raw["g_s.0"][width], rel=0.1)
 
 
 def test_batches_are_pinned_and_the_same() -> None:
