@@ -10,6 +10,8 @@ in CompressAI's own code.
         --calibration ../data/bsds500/val --images ../data/kodak --training ../data/bsds500/train --steps 150
     python benchmarks/cross_setting.py --model mbt2018 cheng2020-anchor cheng2020-checkerboard elic2022-official \
         --images ../data/kodak --count 3 --planner uniform --bits 6
+
+A GPU is one of the settings where there is one.
 """
 
 import argparse
@@ -38,6 +40,7 @@ from fmpq_fx.progress import reported
 LAYOUTS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
 MOST = 2**31  # symbols of an image, which is trusted here
 SETTINGS = ("1 thread", "2 threads", "no oneDNN", *LAYOUTS, "float64", "compiled")
+GPU = "GPU"
 
 
 class Latents(nn.Module):
@@ -67,6 +70,8 @@ def setting(which: str, codec: Any) -> Iterator[Any]:
             twin = twin.to(memory_format=LAYOUTS[which])
         if which == "compiled":
             compile_networks(twin)
+        if which == GPU:
+            twin = twin.cuda()
         yield twin
 
 
@@ -81,7 +86,7 @@ def compile_networks(codec: nn.Module) -> None:
 def encode_all(codec: Any, which: str, pictures: list[Tensor], robust: Robust) -> list[Coded]:
     """Return each of ``pictures`` (1, 3, H, W) as ``codec`` encodes it under a setting."""
     with setting(which, codec) as encoder:
-        moved = (x.to(next(encoder.parameters()).dtype) for x in pictures)
+        moved = (x.to(next(encoder.parameters())) for x in pictures)
         layout = LAYOUTS.get(which, torch.contiguous_format)
         coder = codec_of(encoder)
         return [compress(coder, x.contiguous(memory_format=layout), robust) for x in moved]
@@ -95,7 +100,7 @@ def decode_all(codec: Any, which: str, coded: list[Coded]) -> list[Tensor]:
         for each in coded:
             try:
                 decompress(coder, each, MOST)
-                found.append(decoder.g_s.seen)
+                found.append(decoder.g_s.seen.cpu())
             except FmpqError:
                 found.append(torch.tensor(torch.nan))
         return found
@@ -243,7 +248,8 @@ def main() -> None:
     parser.add_argument("--calibration", help="image folder; default: scikit-image's photographs")
     parser.add_argument("--images", required=True, type=Path, help="image folder")
     parser.add_argument("--count", type=int, help="of the images; default: all")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    there = [*SETTINGS, *([GPU] if torch.cuda.is_available() else [])]
+    parser.add_argument("--settings", nargs="+", choices=there, default=there)
     parser.add_argument("--lmbda", type=float, default=0.013)
     parser.add_argument("--target-cr", type=float, default=0.1875)
     parser.add_argument("--planner", default="adaptive")
