@@ -1,22 +1,27 @@
-"""Train small models from an image folder, as those that come with the package were trained.
+r"""Train small models from an image folder, as those that come with the package were trained.
 
     python benchmarks/train_models.py photos/ --lmbda 0.0035 --steps 23000 --out models/
     python benchmarks/train_models.py photos/ --lmbda 0.0067 --steps 8000 --init models/….pth --out models/
+    python benchmarks/train_models.py photos/ --validation other/ --arch cheng2020-anchor -N 48 --lmbda 0.013 \
+        --steps 40000 --batch-size 16 --device cuda --out models/
 
-Each file is {"arch", "N", "M", "lmbda", "steps", "state_dict"}, with CDF tables; `pack_sample.py` makes a sample
-model of it. The same command goes on where it was stopped.
+Each file is {"arch", "N", "M", "lmbda", "steps", "state_dict"}, with CDF tables; `pack_model.py` makes a small
+file of it. The same command goes on where it was stopped; on a GPU, where a step takes milliseconds
+(`gpu_training.py`), it begins anew.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
+import gpu_training
 import torch
 from arguments import parser_of
 from compressai.entropy_models import EntropyBottleneck
 from compressai.models import Cheng2020Anchor, MeanScaleHyperprior, ScaleHyperprior
 from torch import nn
 
-from fmpq_fx.history import Settings
+from fmpq_fx.history import History, Settings
+from fmpq_fx.images.reading import sources
 from fmpq_fx.models.zoo import load_model
 from fmpq_fx.progress import reported
 from fmpq_fx.storage.files import replacing
@@ -43,7 +48,7 @@ def main() -> None:
     """Train one model and write its checkpoint."""
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("images", type=Path, help="image folder to train on")
+    add("images", nargs="+", type=Path, help="image folders to train on")
     add("--arch", choices=list(MODELS), default="bmshj2018-hyperprior")
     add("-N", type=int, default=64, help="channels of the transforms")
     add("-M", type=int, default=96, help="channels of the latents")
@@ -69,6 +74,8 @@ def main() -> None:
     add("--out", type=Path, default=Path("out/models"), metavar="DIR")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.device != "cpu" and args.bfloat16:
+        raise SystemExit("--bfloat16 is for training on CPUs; a GPU's steps are short without it")
     if args.threads:
         torch.set_num_threads(args.threads)
     path = args.out / f"{args.arch}-n{args.N}-m{args.M}-lmbda{args.lmbda:.4f}.pth"
@@ -87,15 +94,22 @@ def main() -> None:
         seed=args.seed,
     )
     checkpoint = path.with_suffix(".training")
-    history = train(
-        model,
-        args.images,
-        settings,
-        validation=args.validation,
-        identity=f"{args.arch}, N={args.N}, M={args.M}, from {args.init or 'random weights'}",
-        checkpoint=checkpoint,
-        workers=args.workers,
-    )
+    images = [source for folder in args.images for source in sources(folder)]
+    history: History
+    if args.device == "cpu":
+        history = train(
+            model,
+            images,
+            settings,
+            validation=args.validation,
+            identity=f"{args.arch}, N={args.N}, M={args.M}, from {args.init or 'random weights'}",
+            checkpoint=checkpoint,
+            workers=args.workers,
+        )
+    else:
+        if args.validation is None:
+            raise SystemExit("training on a GPU needs images to validate on: --validation DIR")
+        history = gpu_training.train(model, images, settings, sources(args.validation))
     print(history)
     settle_quantiles(model, args.quantile_steps, settings.aux_lr)
     model = model.cpu().eval()

@@ -15,7 +15,7 @@ from torch import Tensor
 _DATA = resources.files("fmpq_fx.data")
 _NAME = re.compile(r"scale-hyperprior-n\d+-m\d+-lmbda(\d\.\d{4})\.safetensors")
 
-# benchmarks/pack_sample.py makes these files; further ones are found here.
+# benchmarks/pack_model.py makes these files; further ones are found here.
 _FILES = {float(match[1]): match[0] for entry in _DATA.iterdir() if (match := _NAME.fullmatch(entry.name))}
 
 LMBDAS: tuple[float, ...] = tuple(sorted(_FILES))

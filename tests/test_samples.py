@@ -72,7 +72,9 @@ def test_models_are_chosen_by_lmbda() -> None:
         samples.model(0.5)
 
 
-def test_the_model_file_is_what_its_tool_makes(model: ScaleHyperprior) -> None:
+def test_the_model_file_is_what_its_tool_makes(
+    model: ScaleHyperprior, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Packing the loaded model again gives the same file content: nothing is lost on either way."""
     with (
         resources.as_file(resources.files("fmpq_fx.data") / FILE) as path,
@@ -85,8 +87,10 @@ def test_the_model_file_is_what_its_tool_makes(model: ScaleHyperprior) -> None:
     assert (about["N"], about["M"], about["lmbda"]) == (64, 96, 0.013)
     assert "research use" in about["note"]
 
-    tool = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "pack_sample.py"))
-    checkpoint: dict[str, Any] = {**about, "arch": "sh", "state_dict": model.state_dict()}
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    tool = runpy.run_path(str(benchmarks / "pack_model.py"))
+    checkpoint: dict[str, Any] = {**about, "arch": "bmshj2018-hyperprior", "state_dict": model.state_dict()}
     packed, packed_metadata = tool["pack"](checkpoint)
     assert packed_metadata == metadata
     assert packed.keys() == tensors.keys()

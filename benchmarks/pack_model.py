@@ -1,12 +1,11 @@
-"""Make a sample model of `fmpq_fx.samples` from a training checkpoint.
+"""Make a small file of a trained model: one of the sample models of `fmpq_fx.samples`, or of those in `models/`.
 
-    python benchmarks/pack_sample.py CHECKPOINT OUT
+    python benchmarks/pack_model.py CHECKPOINT OUT
 
-CHECKPOINT is what `train_models.py` writes: a dict of arch ("bmshj2018-hyperprior", or "sh" for short), N, M,
-lmbda, steps and state_dict (of a compressai.models.ScaleHyperprior). OUT is a safetensors file: the weights of
-convolutions in float16, which moves the RD loss by less than 1e-4 of itself; all other parameters, which are few
-and sensitive, in float32. Constants and CDF tables are left out: a new model has the first, and its update()
-makes the second. The same checkpoint gives the same bytes.
+CHECKPOINT is what `train_models.py` writes: a dict of arch, N, M, lmbda, steps and state_dict. OUT is a safetensors
+file: the weights of convolutions in float16, which moves the RD loss by less than 1e-4 of itself; all other parameters,
+which are few and sensitive, in float32. Constants and CDF tables are left out: a new model has the first, and its
+update() makes the second. The same checkpoint gives the same bytes. `--checkpoint` of the command line takes the file.
 """
 
 import argparse
@@ -16,12 +15,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from compressai.models import ScaleHyperprior
 from torch import Tensor
+from train_models import MODELS
 
 from fmpq_fx.storage.files import replacing
 
-ARCHS = ("bmshj2018-hyperprior", "sh")
 NOTE = "trained on BSDS500 (research use)"
 
 # How CompressAI up to 1.2.6 spells the parameters of its entropy bottleneck. Later versions rename these when
@@ -39,11 +37,11 @@ def pack(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
     Raises:
         ValueError: the checkpoint is of another model.
     """
-    if checkpoint["arch"] not in ARCHS:
+    if checkpoint["arch"] not in MODELS:
         raise ValueError(
-            f'the checkpoint is of a model of arch "{checkpoint["arch"]}"; expected {" or ".join(ARCHS)}'
+            f'the checkpoint is of a model of arch "{checkpoint["arch"]}"; expected one of {", ".join(MODELS)}'
         )
-    model = ScaleHyperprior(checkpoint["N"], checkpoint["M"])
+    model = MODELS[checkpoint["arch"]](checkpoint["N"], checkpoint["M"])
     model.load_state_dict(checkpoint["state_dict"])
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -53,14 +51,14 @@ def pack(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
         dtype = torch.float16 if name.endswith(".weight") else torch.float32
         tensors[name] = parameter.detach().to(dtype)
     about = {key: checkpoint[key] for key in ("N", "M", "lmbda", "steps")}
-    about |= {"arch": "ScaleHyperprior", "note": NOTE}
+    about |= {"arch": type(model).__name__, "note": NOTE}
     # One entry, because safetensors writes several in an order that changes from run to run.
     return tensors, {"model": json.dumps(about, sort_keys=True)}
 
 
 def main() -> None:
     """Read the command line and write the file."""
-    parser = argparse.ArgumentParser(description="Make a sample model of fmpq_fx from a training checkpoint.")
+    parser = argparse.ArgumentParser(description="Make a small file of a trained model.")
     parser.add_argument("checkpoint", type=Path, help="what training wrote, a file of torch.save")
     parser.add_argument("out", type=Path, help="the .safetensors file to write")
     arguments = parser.parse_args()
