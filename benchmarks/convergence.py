@@ -56,15 +56,12 @@ class Runs:
             checkpoint = self.args.cache / f"{smaller:g}-{steps}-{factor:g}.training"
             if smaller == FLOAT:
                 model: nn.Module = copy.deepcopy(self.model)
-                history = self._train(model, steps, factor, checkpoint) if steps else None
+                history = self._train(model, steps, factor * Settings.lr, checkpoint) if steps else None
                 bits, graph = "float", trace(model.eval())
             else:
                 graph = self._plan(smaller)
                 bits, lr = short_bits(plan_of(graph)), factor * learning_rate(plan_of(graph))
-                options = {"steps": steps, "lr": lr, "validate_every": max(steps // 6, 1)}
-                history = (
-                    finetune(graph, self.args.train, checkpoint=checkpoint, **options) if steps else None
-                )
+                history = self._finetune(graph, steps, lr, checkpoint) if steps else None
             self._done[key] = {
                 "bits": bits,
                 "rd": mean_rd(graph, self.bench, self.args.lmbda),
@@ -76,10 +73,14 @@ class Runs:
             print(f"{key}: {bits}, RD loss {self._done[key]['rd']:.4f}", flush=True)
         return dict(self._done[key])
 
-    def _train(self, model: nn.Module, steps: int, factor: float, checkpoint: Path) -> History:
-        lr = factor * Settings.lr
-        settings = Settings(self.args.lmbda, steps=steps, lr=lr, validate_every=max(steps // 6, 1))
+    def _train(self, model: nn.Module, steps: int, lr: float, checkpoint: Path) -> History:
+        settings = Settings(self.args.lmbda, steps=steps, lr=lr, validate_every=_interval(steps))
         return train(model, self.args.train, settings, checkpoint=checkpoint)
+
+    def _finetune(self, gm: fx.GraphModule, steps: int, lr: float, checkpoint: Path) -> History:
+        return finetune(
+            gm, self.args.train, checkpoint=checkpoint, steps=steps, lr=lr, validate_every=_interval(steps)
+        )
 
     def _plan(self, smaller: float) -> fx.GraphModule:
         if smaller not in self._prepared:
@@ -134,6 +135,10 @@ def main() -> None:
     save(figure, args.out / "convergence-sample.png")
     headers = ["weights", "bits", "steps", "lr x", "above float, as many steps", "above float", "CPU minutes"]
     print(f"\n{tabulate(rows, headers, disable_numparse=True, colalign=['right'] * len(headers))}")
+
+
+def _interval(steps: int) -> int:
+    return max(steps // 6, 1)
 
 
 def _above(rd: float, tuned: float, untuned: float) -> list[str]:

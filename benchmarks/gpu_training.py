@@ -119,10 +119,7 @@ class Steps:
         self.rate = torch.tensor(settings.lr, device=device)
         self.parameters = [p for group in parameter_groups(model, settings) for p in group["params"]]
         self.bottlenecks = [m for m in model.modules() if isinstance(m, EntropyBottleneck)]
-        # Adam takes a rate in a tensor only where it is capturable.
-        self.optimizer = torch.optim.Adam(
-            self.parameters, self.rate if capturable else settings.lr, capturable=capturable
-        )
+        self.optimizer = torch.optim.Adam(self.parameters, self.rate, capturable=capturable)
         quantiles = [m.quantiles for m in self.bottlenecks]
         self.aux_optimizer = torch.optim.Adam(quantiles, settings.aux_lr, capturable=capturable)
         self.loss = torch.zeros((), device=device)
@@ -190,10 +187,11 @@ def train(
                 if (number + 1) % settings.validate_every == 0 or number + 1 == settings.steps:
                     run.losses += losses[: number % settings.validate_every + 1].tolist()
                     run.validate()
-                    best = run.validation[-1]
-                    text = f"{best.rd_loss:.4g} ({best.bpp:.3f} bpp, {best.psnr:.2f} dB)"
+                    last = run.validation[-1]
+                    text = f"{last.rd_loss:.4g} ({last.bpp:.3f} bpp, {last.psnr:.2f} dB)"
                     numbers.set_postfix({"validation": text}, refresh=False)
         model.load_state_dict(run.best)
+    model.zero_grad()
     model.eval().to(memory_format=torch.contiguous_format)
     return History(
         settings,

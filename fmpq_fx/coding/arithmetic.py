@@ -15,11 +15,8 @@ SWITCHES = threading.RLock()
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Within the block, new tensors are ``dtype``: some decoders of CompressAI make tensors of the default type.
 
-    Threads take turns unless everything is float32 anyway.
+    Threads take turns, also if ``dtype`` is the default already: another thread may set another within the block.
     """
-    if dtype == torch.get_default_dtype() == torch.float32:  # another thread may have set another dtype
-        yield
-        return
     with SWITCHES:
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)

@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MOST_MMAP_THRESHOLD, _MOST_TRIM_THRESHOLD = 32 * 2**20, 64 * 2**20  # bytes
 _NEVER = 2**31 - 1
 
-_blocks = 0  # nested blocks that are open now
+_blocks = 0  # blocks that are open now, in all threads
+_COUNTING = threading.Lock()
 
 
 @contextmanager
@@ -30,13 +32,15 @@ def freed_memory_kept() -> Iterator[None]:
         yield
         return
     libc = ctypes.CDLL(None)
-    _blocks += 1
-    libc.mallopt(_M_MMAP_THRESHOLD, _MOST_MMAP_THRESHOLD)
-    libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+    with _COUNTING:
+        _blocks += 1
+        libc.mallopt(_M_MMAP_THRESHOLD, _MOST_MMAP_THRESHOLD)
+        libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
     try:
         yield
     finally:
-        _blocks -= 1
-        if not _blocks:
-            libc.mallopt(_M_TRIM_THRESHOLD, _MOST_TRIM_THRESHOLD)
-            libc.malloc_trim(0)
+        with _COUNTING:
+            _blocks -= 1
+            if not _blocks:
+                libc.mallopt(_M_TRIM_THRESHOLD, _MOST_TRIM_THRESHOLD)
+                libc.malloc_trim(0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 import fmpq_fx
 from fmpq_fx import FmpqError, OnnxManifest
@@ -18,6 +18,7 @@ onnx = pytest.importorskip("onnx", reason="needs the extra: pip install 'fmpq-fx
 runtime = pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'fmpq-fx[onnx]'")
 
 from fmpq_fx.onnx import export  # noqa: E402  (after what it needs is known to be there)
+from fmpq_fx.onnx.example import SIZES, check_runs  # noqa: E402
 from fmpq_fx.onnx.exporting import onnx_of_parts  # noqa: E402
 from fmpq_fx.onnx.runtimes import OpenVinoSession  # noqa: E402
 
@@ -114,3 +115,13 @@ def test_without_a_runtime_the_manifest_says_that_nothing_ran(
     assert not manifest.checked_with
     assert OnnxManifest.of_folder(tmp_path / "not") == manifest
     assert "no runtime has run them" in str(manifest)
+
+
+def test_graphs_that_are_checked_on_one_size_alone_come_with_a_warning(tmp_path: Path) -> None:
+    class OneWidth(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            torch._assert(x.size(-1) == SIZES[0][-1], "this model is made for one width")
+            return {"x_hat": x, "likelihoods": {"y": x}}
+
+    with pytest.warns(UserWarning, match=r"checked on images of one size alone.*made for one width"):
+        check_runs(fx.symbolic_trace(OneWidth()), [], 3, tmp_path, ["onnxruntime"])
