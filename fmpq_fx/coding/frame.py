@@ -1,6 +1,5 @@
 """The frame around an image: a codec takes images whose sides are multiples of its stride."""
 
-import copy
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -13,6 +12,7 @@ from fmpq_fx.coding.codec import Codec
 from fmpq_fx.coding.tiles import Size
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.images.reading import CHANNELS
+from fmpq_fx.passes.tracing.duplicates import duplicate
 from fmpq_fx.passes.tracing.model_outputs import ran_out_of_memory, wrong_channels
 
 STRIDES = (64, 128, 256, 512)
@@ -78,7 +78,7 @@ def _runs(codec: Codec, channels: int, stride: int) -> bool:
     parameter = next(codec.parameters())
     image = parameter.new_zeros(1, channels, stride, 3 * stride)
     try:  # on a copy, since a model may keep masks for the last size
-        return bool(copy.deepcopy(codec)(image)["x_hat"].shape == image.shape)
+        return bool(duplicate(codec)(image)["x_hat"].shape == image.shape)
     except Exception as error:  # a user's model may raise anything; on the real image, its error is shown
         if ran_out_of_memory(error):
             raise

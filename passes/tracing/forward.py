@@ -1,7 +1,6 @@
 """Record one run of a model as a graph, or tell its author why it cannot be recorded."""
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.tracing.duplicates import duplicate
 from fmpq_fx.passes.tracing.examples import of_other_sizes, run_copy
 from fmpq_fx.passes.tracing.functions import expect
 from fmpq_fx.passes.tracing.model_outputs import check_output, output_of
@@ -66,7 +66,7 @@ def record(
     Raises:
         FmpqError: the forward does something that no graph can do.
     """
-    recorded = _record(copy.deepcopy(root), example, training, constants)
+    recorded = _record(duplicate(root), example, training, constants)
     if not recorded.kept:
         return recorded
     # A model may keep a mask for images of this size. After it has seen another size, it makes the mask anew.
@@ -81,7 +81,7 @@ def record(
 def _warmed(root: nn.Module, example: Tensor, training: bool, constants: str) -> Iterator[Recorded]:
     """Record the forward on ``example`` by models that have just seen images of other sizes."""
     for other in of_other_sizes(example):
-        warm = copy.deepcopy(root).train(training)
+        warm = duplicate(root).train(training)
         try:
             with torch.no_grad():
                 output_of(warm, other)

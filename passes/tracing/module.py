@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fmpq_fx.passes.tracing.duplicates import copies_of_empty
+
 
 class TracedModule(fx.GraphModule):
     """A GraphModule that may have a second graph, for training, over the same modules.
@@ -58,6 +60,8 @@ class TracedModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TracedModule":
         """Return a copy that shares nothing."""
+        for address, empty in copies_of_empty(self.modules()).items():
+            memo.setdefault(address, empty)
         training_graph = copy.deepcopy(self.training_graph)
         held, graph = copy.deepcopy(self.held(), memo), copy.deepcopy(self.graph)
         twin = self._class(held, graph, training_graph, self._get_name())

@@ -1,12 +1,12 @@
 """Take models out of wrappers, and refuse unsuitable ones before the long work."""
 
-import copy
 import inspect
 
 import torch
 from torch import nn
 
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.passes.tracing.duplicates import duplicate
 from fmpq_fx.quant import QuantizedLayer
 
 
@@ -41,7 +41,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def copied(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` in evaluation mode that shares nothing with it and has no compiled parts."""
-    twin = copy.deepcopy(model).eval()
+    twin = duplicate(model).eval()
     for parent in list(twin.modules()):
         for name, child in parent.named_children():
             if isinstance(child, torch._dynamo.OptimizedModule):
