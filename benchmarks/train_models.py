@@ -20,7 +20,7 @@ from compressai.entropy_models import EntropyBottleneck
 from compressai.models import Cheng2020Anchor, MeanScaleHyperprior, ScaleHyperprior
 from torch import nn
 
-from fmpq_fx.history import History, Settings
+from fmpq_fx.history import Settings
 from fmpq_fx.images.reading import sources
 from fmpq_fx.models.zoo import load_model
 from fmpq_fx.progress import reported
@@ -74,8 +74,11 @@ def main() -> None:
     add("--out", type=Path, default=Path("out/models"), metavar="DIR")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.device != "cpu" and args.bfloat16:
-        raise SystemExit("--bfloat16 is for training on CPUs; a GPU's steps are short without it")
+    on_gpu = args.device != "cpu"
+    if on_gpu and (args.bfloat16 or args.workers is not None):
+        raise SystemExit("--bfloat16 and --workers are for training on a CPU")
+    if on_gpu and args.validation is None:
+        raise SystemExit("training on a GPU needs images to validate on: --validation DIR")
     if args.threads:
         torch.set_num_threads(args.threads)
     path = args.out / f"{args.arch}-n{args.N}-m{args.M}-lmbda{args.lmbda:.4f}.pth"
@@ -95,8 +98,9 @@ def main() -> None:
     )
     checkpoint = path.with_suffix(".training")
     images = [source for folder in args.images for source in sources(folder)]
-    history: History
-    if args.device == "cpu":
+    if on_gpu:
+        history = gpu_training.train(model, images, settings, sources(args.validation))
+    else:
         history = train(
             model,
             images,
@@ -106,10 +110,6 @@ def main() -> None:
             checkpoint=checkpoint,
             workers=args.workers,
         )
-    else:
-        if args.validation is None:
-            raise SystemExit("training on a GPU needs images to validate on: --validation DIR")
-        history = gpu_training.train(model, images, settings, sources(args.validation))
     print(history)
     settle_quantiles(model, args.quantile_steps, settings.aux_lr)
     model = model.cpu().eval()

@@ -13,7 +13,8 @@ class Keeper(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.register = nn.Linear(2, 2), {}
+        self.layer = nn.Linear(2, 2)
+        self.register: dict[str, int] = {}
         self.both = self.register
         self.tied = self.layer
         self.filled = [self.layer, []]
@@ -32,7 +33,8 @@ def test_a_copy_is_what_deepcopy_makes() -> None:
 
 
 def test_hooks_of_a_copy_are_its_own() -> None:
-    model, called = Keeper(), []
+    model = Keeper()
+    called: list[str] = []
     twin = duplicate(model)
     twin.layer.register_forward_hook(lambda *_: called.append("twin"))
     model.layer(torch.zeros(1, 2))
