@@ -94,8 +94,9 @@ def own_device(device: str | torch.device) -> torch.device:
             f"the device {own} is not there: torch {torch.__version__} finds no GPU; pass cpu, or install the "
             "torch that is built for this machine's GPU and driver"
         )
-    if own.index is None and dist.is_torchelastic_launched():
-        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if own.index is None and (dist.is_torchelastic_launched() or dist.is_initialized()):
+        # Other launchers than torchrun may have chosen the GPU already.
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
     found = torch.cuda.device_count()
     if (own.index or 0) >= found:
         raise FmpqError(

@@ -45,8 +45,8 @@ def _check(model: nn.Module, gm: fx.GraphModule, x: Tensor) -> None:
     if not _same(expected, _flat(run_copy(model, x))):
         raise FmpqError(
             f"{type(model).__name__} gives another output each time for the same images in evaluation: it draws random "
-            f"numbers there{_draws(gm)}. Its RD loss cannot be compared with that of a quantized one; round in "
-            "evaluation, and add noise in training alone"
+            f"numbers there{_draws(gm)}{_on_gpu(x)}. Its RD loss cannot be compared with that of a quantized one; "
+            "round in evaluation, and add noise in training alone"
         )
     _compare(gm, x, expected)
     other_batch = x[:1] if len(x) > 1 else torch.cat((x, x.flip(-1)))
@@ -112,6 +112,11 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
         v.shape == w.shape and torch.allclose(v, w, rtol=0, atol=0, equal_nan=True)
         for v, w in zip(a, b, strict=True)
     )
+
+
+def _on_gpu(x: Tensor) -> str:
+    cause = ", or an operation of it adds in another order each time on a GPU, which a trace on the CPU would show"
+    return cause if x.is_cuda else ""
 
 
 def _draws(gm: fx.GraphModule) -> str:

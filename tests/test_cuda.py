@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fmpq_fx import plan_of, prepare
+from fmpq_fx import convert, load_codec, plan_of, prepare, save
 from fmpq_fx.cli.main import main
 from fmpq_fx.images.reading import sources, write
 from fmpq_fx.training.bfloat16 import transforms_in_bfloat16
@@ -47,6 +47,22 @@ def test_the_zetas_are_those_of_the_cpu_up_to_rounding() -> None:
     assert found.float_distortion == pytest.approx(expected.float_distortion, rel=1e-2)
     width = min(found.raw["g_s.0"].keys() & expected.raw["g_s.0"].keys())
     assert found.raw["g_s.0"][width] == pytest.approx(expected.raw["g_s.0"][width], rel=0.1)
+
+
+def test_a_graph_that_is_moved_takes_all_of_its_model_along() -> None:
+    model = make_model()
+    model.unused = nn.Linear(2, 2)
+    gm = prepare(model, 0.25, calibration=photos(2, side=64), lmbda=LMBDA, planner="uniform")
+    devices = {tensor.device.type for tensor in convert(gm.cuda()).state_dict().values()}
+    assert devices == {"cuda"}
+
+
+def test_a_model_on_a_gpu_is_the_class_of_a_file_too(tmp_path: Path) -> None:
+    model = make_model()
+    gm = prepare(model, 0.25, calibration=photos(2, side=64), lmbda=LMBDA, planner="uniform")
+    save(gm, tmp_path / "model.fmpq")
+    codec = load_codec(tmp_path / "model.fmpq", model=make_model().cuda())
+    assert {tensor.device.type for tensor in codec.state_dict().values()} == {"cpu"}
 
 
 def test_batches_are_pinned_and_the_same() -> None:

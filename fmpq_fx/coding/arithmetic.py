@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fmpq_fx.exact.layers import without_autocast
+
 SWITCHES = threading.RLock()
 """The lock held while settings of the whole process are changed, so that no thread undoes another's change."""
 
@@ -44,7 +46,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         switches: list[tuple[Any, str, Any]] = [(owner, "fp32_precision", "ieee") for owner in owners]
     else:
         switches = [(owner, "allow_tf32", False) for owner in (backends.cuda.matmul, backends.cudnn)]
-    with _set_to(switches), torch.autocast(device.type, enabled=False):
+    with _set_to(switches), without_autocast(device):
         yield
 
 

@@ -130,8 +130,8 @@ class GuardWriter(_Checked):
         """Return the least shift of each block that keeps all of its ``values`` away from ``boundaries``."""
         blocks = -(-values.numel() // self._blank.block)
         filled = F.pad(values, (0, blocks * self._blank.block - values.numel()), value=-1.0)
-        rest = torch.arange(blocks)
-        shifts = torch.zeros(blocks, dtype=torch.int64)
+        rest = torch.arange(blocks, device=values.device)
+        shifts = torch.zeros(blocks, dtype=torch.int64, device=values.device)
         scales = filled.view(blocks, self._blank.block)
         for shift in range(MOST_SHIFTS):
             shifts[rest] = shift
@@ -226,7 +226,7 @@ class GuardReader(_Checked):
         self.shifts += shifts
         if len(shifts) * self.guard.block < len(values):
             raise FmpqError("decompress() calls build_indexes otherwise than compress(): with more scales")
-        factors = torch.tensor(shifts, dtype=torch.int64)
+        factors = torch.tensor(shifts, dtype=torch.int64, device=values.device)
         moved = shifted(values, factors, self.guard)
         self._seen.append((moved, boundaries))
         return self._add_indexes(torch.searchsorted(boundaries, moved), scales)

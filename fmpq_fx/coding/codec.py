@@ -6,7 +6,8 @@
 of the codec, in which some modules are replaced.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -21,6 +22,7 @@ from fmpq_fx.coding.choosers import Chooser, Choosing, ChosenInput
 from fmpq_fx.coding.string_coder import CheckedCoder, CheckedModel, unnoted
 from fmpq_fx.coding.tiles import Tiled, Transform, untiled
 from fmpq_fx.errors import FmpqError
+from fmpq_fx.exact.layers import without_autocast
 from fmpq_fx.passes.lower.entropy_path import compares_scales
 from fmpq_fx.passes.swap import shallow_copy, subclass, with_replaced
 from fmpq_fx.quant import QuantizedLayer
@@ -69,13 +71,20 @@ class Codec(nn.Module):
         Raises:
             FmpqError: a latent is so far from its mean that CompressAI's coder would not end.
         """
-        with default_dtype(next(self.parameters()).dtype):
+        with self._arithmetic():
             return cast(Any, super(Codec, _coding(self))).compress(*args, **kwargs)
 
     def decompress(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the user's ``decompress()`` returns; warn if a string does not end with its last symbol."""
-        with default_dtype(next(self.parameters()).dtype):
+        with self._arithmetic():
             return cast(Any, super(Codec, _coding(self))).decompress(*args, **kwargs)
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Within the block, nothing has another type than the parameters; the decoder may run without autocast."""
+        parameter = next(self.parameters())
+        with default_dtype(parameter.dtype), without_autocast(parameter.device):
+            yield
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Let copies and pickles make the class again: it is made at run time and cannot be imported."""

@@ -65,7 +65,8 @@ def quantized_model(gm: fx.GraphModule) -> nn.Module:
     """
     plan_of(gm)
     twin = copy.deepcopy(gm).eval()
-    model: nn.Module = graph_note(twin).model.eval()
+    # Where the graph was moved to; that does not move what only the model has.
+    model: nn.Module = graph_note(twin).model.eval().to(next(twin.parameters()).device)
     replace_modules(
         model, {model.get_submodule(site): layer for site, layer in quantized_layers(twin).items()}
     )

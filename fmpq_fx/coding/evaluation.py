@@ -173,7 +173,7 @@ def evaluate(
         bits per pixel of the image without its padding, guard included; PSNR and MS-SSIM of images rounded to 8 bits,
         as CompressAI computes them. ``deviation`` is 0 if the decoded image is that of the forward pass. In models
         that predict means (all but the factorized and the scale hyperprior) the forward pass rounds latents in
-        another way than coding does, and a deviation is no fault.
+        another way than coding does, and on a GPU sums differ from run to run: there, a deviation is no fault.
 
     Raises:
         FmpqError: the model cannot code, or no image can be read and coded within the ``memory`` given. If some can,
@@ -237,6 +237,8 @@ def _code(codec: Codec, name: str, x: Tensor, frame: Frame, robust: Robust) -> I
     coded = guarded.compress(coder, padded, robust)
     middle = time.perf_counter()
     decoded = guarded.decompress(coder, coded, most=padded.numel())
+    if decoded.is_cuda:  # what was started there last is still running
+        torch.cuda.synchronize(decoded.device)
     end = time.perf_counter()
     guard_bytes = len(coded.guard)
     bits = 8 * (guard_bytes + sum(map(len, flat(coded.strings))))

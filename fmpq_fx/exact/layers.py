@@ -6,7 +6,7 @@ never a library's convolution, which may multiply numbers that are no integers, 
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 
 import torch
@@ -120,9 +120,7 @@ class ExactLayer(CalledAlike, IntegerModule):
 
     def sums(self, integers: Tensor) -> Tensor:
         """Return the sums of products, below :attr:`bound`."""
-        device = integers.device.type
-        available = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if available else nullcontext():
+        with without_autocast(integers.device):
             return self.product.sums(integers, self.matrix)
 
     def __repr__(self) -> str:
@@ -149,6 +147,12 @@ class ExactLeakyReLU(CalledAlike, IntegerModule):
     def __repr__(self) -> str:
         """Return one line, as the float module does."""
         return f"{type(self).__name__}(negative_slope={self.slope})"
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Within the block, tensors on ``device`` keep their types: autocast would compute in half precision."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _range(quantizer: ActivationFakeQuant) -> tuple[int, int]:

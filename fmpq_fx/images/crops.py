@@ -64,7 +64,7 @@ def cut(
     generator = None
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
-        images = [images[i] for i in torch.randperm(len(images), generator=generator).tolist()]
+        images = [images[i] for i in torch.randperm(len(images), generator=generator, device="cpu").tolist()]
     usable, complaints = _survey(images, count, size, multiple)
     if not usable:
         raise FmpqError(f"none of the {len(images)} images can be used: {in_short(complaints)}")
@@ -109,7 +109,9 @@ class _Usable:
         columns = self.room[1] + 1
         places: dict[int, None] = {}  # a set that keeps its order
         while len(places) < count:
-            places[int(torch.randint(self.capacity(random=True), (), generator=generator))] = None
+            places[int(torch.randint(self.capacity(random=True), (), generator=generator, device="cpu"))] = (
+                None
+            )
         return [divmod(place, columns) for place in places]
 
 

@@ -75,8 +75,8 @@ def _blank(name: str, state: dict[str, Tensor]) -> nn.Module | None:
 def given(model: Model | None, path: str | os.PathLike[str]) -> nn.Module | None:
     """Return a copy of the ``model`` that the user passed for the file ``path``, or call it; None for None.
 
-    This runs the user's code, whose errors are no fault of the file. They pass through unchanged, with a note that says
-    where the code was called (from Python 3.11 on, which has notes).
+    It is on the CPU, as what is read from files is. This runs the user's code, whose errors are no fault of the file.
+    They pass through unchanged, with a note that says where the code was called (from Python 3.11 on, which has notes).
 
     Raises:
         TypeError: ``model`` is neither a model nor callable.
@@ -85,13 +85,14 @@ def given(model: Model | None, path: str | os.PathLike[str]) -> nn.Module | None
     if not (model is None or callable(model)):  # a module can be called, too
         raise TypeError(f"model= is a {type(model).__name__}; pass a model, or what makes one")
     try:
-        return copy.deepcopy(model) if model is None or isinstance(model, nn.Module) else model()
+        own = copy.deepcopy(model) if model is None or isinstance(model, nn.Module) else model()
     except Exception as error:
         if sys.version_info >= (3, 11):
             error.add_note(
                 f"This was raised by model={model!r}, which was to make the model of the file {path}."
             )
         raise
+    return own.cpu() if isinstance(own, nn.Module) else own
 
 
 def made(identity: dict[str, Any], state: dict[str, Tensor], own: nn.Module | None) -> nn.Module:

@@ -30,7 +30,8 @@ SIZES = ((2, 128, 256), (1, 256, 128))
 def example_images(channels: int, size: tuple[int, int, int] = SIZES[0], seed: int = 0) -> Tensor:
     """Return images of noise (B, ``channels``, H, W) in [0, 1]; ``size`` is (B, H, W)."""
     count, height, width = size
-    return torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, channels, height, width, generator=generator, device="cpu")
 
 
 class Example(fx.Interpreter):

@@ -42,12 +42,12 @@ def _masks(layer: nn.Conv2d, name: str) -> bool:
     generator = torch.Generator().manual_seed(0)
     twin = copy.deepcopy(layer).cpu().float()
     mask = twin.get_buffer(name)
-    weight = torch.rand(layer.weight.shape, generator=generator) + 0.5
+    weight = torch.rand(layer.weight.shape, generator=generator, device="cpu") + 0.5
     side = (
         max(dilation * kernel for dilation, kernel in zip(layer.dilation, layer.kernel_size, strict=True)) + 1
     )
     for sides in ((side, side), (side + 3, side + 1)):
-        x = torch.rand(2, layer.in_channels, *sides, generator=generator)
+        x = torch.rand(2, layer.in_channels, *sides, generator=generator, device="cpu")
         for training in (True, False):
             twin.weight.copy_(weight)
             try:

@@ -49,7 +49,7 @@ def synthetic(model: nn.Module, shape: Shape | None = None) -> Tensor:
 
 def _image(model: nn.Module, shape: Shape) -> Tensor:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    coarse = torch.rand(1, shape[0], 8, 8, generator=torch.Generator().manual_seed(0))
+    coarse = torch.rand(1, shape[0], 8, 8, generator=torch.Generator().manual_seed(0), device="cpu")
     smooth = nn.functional.interpolate(coarse, size=shape[1:], mode="bicubic", align_corners=False)
     return smooth.clamp(0, 1).to(like.device, like.dtype)
 

@@ -37,11 +37,11 @@ def threads(count: int) -> Iterator[None]:
 LAYOUTS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
 SETTINGS = (
     *("1 thread", "2 threads", "3 threads", "no oneDNN", "products in bfloat16"),
-    *("channels last", "contiguous", "float64", "float64 by default", "one by one"),
+    *("channels last", "contiguous", "float64", "float64 by default", "one by one", "autocast"),
 )
 
 
-FEWER_SETTINGS = ("2 threads", "no oneDNN", "channels last", "float64", "one by one")
+FEWER_SETTINGS = ("2 threads", "no oneDNN", "channels last", "float64", "one by one", "autocast")
 
 
 @contextmanager
@@ -72,6 +72,9 @@ def setting(which: str, codec: Any) -> Iterator[Any]:
     elif which == "float64":
         with default_dtype(torch.float64):
             yield copy.deepcopy(codec).double()
+    elif which == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            yield codec
     elif which in LAYOUTS:
         yield copy.deepcopy(codec).to(memory_format=LAYOUTS[which])
     else:
@@ -97,6 +100,7 @@ def decoded(codec: Any, which: str, coded: dict[str, Any]) -> Tensor:
     return torch.cat([latents(codec, {**coded, "strings": part}) for part in parts])
 
 
+@pytest.mark.filterwarnings("error:a string does not end with its last symbol")
 @each_way_to_code
 def test_every_setting_decodes_what_every_other_encoded(name: str) -> None:
     x = lively(name)[1][:, :, :64, :64]
