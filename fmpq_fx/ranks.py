@@ -61,6 +61,8 @@ def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) 
         yield own
         return
     if own.type == "cuda":
+        if own.index is None:  # other launchers than torchrun may have chosen it already
+            own = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or torch.cuda.current_device()))
         torch.cuda.set_device(own)
     if not dist.is_initialized():
         # The group stays for later blocks, since torchrun's processes cannot make a second one.
@@ -94,9 +96,8 @@ def own_device(device: str | torch.device) -> torch.device:
             f"the device {own} is not there: torch {torch.__version__} finds no GPU; pass cpu, or install the "
             "torch that is built for this machine's GPU and driver"
         )
-    if own.index is None and (dist.is_torchelastic_launched() or dist.is_initialized()):
-        # Other launchers than torchrun may have chosen the GPU already.
-        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+    if own.index is None and dist.is_torchelastic_launched():
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     found = torch.cuda.device_count()
     if (own.index or 0) >= found:
         raise FmpqError(
