@@ -19,6 +19,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, help="trained weights of the model")
 
 
+def add_sample_and_folders(parser: argparse.ArgumentParser) -> None:
+    """Add the lambda of a sample model, and the image folders that it is prepared, fine-tuned and measured on."""
+    parser.add_argument("--lmbda", type=float, default=0.013, help="of the sample model")
+    parser.add_argument("--calibration", required=True, help="image folder to prepare with")
+    parser.add_argument("--train", required=True, help="image folder to fine-tune on")
+    parser.add_argument("--images", required=True, help="image folder to measure the RD loss on")
+
+
 def add_activation_bits(parser: argparse.ArgumentParser, default: list[int | str | None]) -> None:
     """Add ``--activation-bits``, one or more values of prepare()'s argument."""
     parser.add_argument(

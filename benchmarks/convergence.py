@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from arguments import parser_of
+from arguments import add_sample_and_folders, parser_of
 from figures import save
 from tabulate import tabulate
 from torch import fx, nn
@@ -100,10 +100,7 @@ def main() -> None:
     """Train what is missing, print a row for each run, and draw the validations."""
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--lmbda", type=float, default=0.013, help="of the sample model")
-    add("--calibration", required=True, help="image folder to prepare with")
-    add("--train", required=True, help="image folder to fine-tune on")
-    add("--images", required=True, help="image folder to measure the RD loss on")
+    add_sample_and_folders(parser)
     add("--smaller", type=float, nargs="+", default=[4, 8, 12], help="how many times smaller the weights are")
     add("--steps", type=int, nargs="+", default=[150, 600])
     add("--factors", type=float, nargs="+", default=[1, 3], help="of the default learning rate")

@@ -1,7 +1,7 @@
 """Training whose every step is one CUDA graph: crops are cut on the GPU, and nothing is launched one by one.
 
-A small model's step is some two thousand kernels of a few microseconds each, so that a GPU waits for Python most of
-the time. Recorded once and replayed, they follow each other without a gap. What is trained, and on which loss, is what
+A small model's step is a great many kernels, each so short that a GPU waits for Python most of the time. Recorded once
+and replayed, they follow each other without a gap. What is trained, and on which loss, is what
 :func:`fmpq_fx.training.loop.train` trains; but the crops are others, and a run cannot be resumed.
 """
 
@@ -34,7 +34,7 @@ class CropsOnDevice:
     Args:
         images: the photographs; those smaller than two crops are left out.
         size: side of a crop in pixels.
-        count: crops in a batch, of which every other one is of twice the side, halved.
+        count: crops in a batch; half of them have twice the side, and are halved.
         device: where to keep the photographs, and to cut.
     """
 

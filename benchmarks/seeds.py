@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from arguments import add_activation_bits, parser_of
+from arguments import add_activation_bits, add_sample_and_folders, parser_of
 from tabulate import tabulate
 from torch import fx, nn
 
@@ -34,10 +34,7 @@ from fmpq_fx.training.loop import train
 def _arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--lmbda", type=float, default=0.013, help="of the sample model")
-    add("--calibration", required=True, help="image folder to prepare with")
-    add("--train", required=True, help="image folder to fine-tune on")
-    add("--images", required=True, help="image folder to measure the RD loss on")
+    add_sample_and_folders(parser)
     add("--calibration-seeds", type=int, default=5)
     add("--training-seeds", type=int, default=3)
     add("--target-cr", type=float, default=0.1875)
