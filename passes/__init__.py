@@ -21,7 +21,6 @@ pass                takes and returns                            what it does
 Further passes lower a graph for other runtimes than torch; :func:`fmpq_fx.export_onnx` runs them:
 
 ==================  ===========================================  =====================================
-``subpixel``        GraphModule -> GraphModule                   transposed convolutions as convolutions
 ``forms``           GraphModule -> GraphModule                   decides which layers can run in 8-bit integers
 ``parts``           GraphModule -> parts                         cuts it between entropy coding steps
 ==================  ===========================================  =====================================

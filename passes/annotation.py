@@ -12,7 +12,6 @@ from torch import fx, nn
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.history import History
 from fmpq_fx.passes.plan.tables import Plan
-from fmpq_fx.passes.transposed import Axis
 
 KEY = "fmpq"
 """The key of ``node.meta`` and of ``gm.meta`` that the records stand under."""
@@ -32,7 +31,7 @@ class NodeNote:
 
     Raises:
         ValueError: a site is listed twice, or the bits or zeta are of other sites.
-        TypeError: a value of a lowered graph is of another type.
+        TypeError: the arithmetic is of another type.
     """
 
     sites: tuple[str, ...] = ()  # the sites that the node runs
@@ -40,8 +39,6 @@ class NodeNote:
     # Zeta by site and bits, once measured.
     zeta: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     arithmetic: Arithmetic | None = None  # the arithmetic of an exported layer
-    # The transposed convolution that it stands for, along rows and columns.
-    subpixel: tuple[Axis, Axis] | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.sites)) < len(self.sites):
@@ -51,7 +48,6 @@ class NodeNote:
             if values and set(values) != set(self.sites):
                 raise ValueError(f"{name} are of the sites {list(values)}, the node runs {list(self.sites)}")
         _check_type("arithmetic", self.arithmetic, Arithmetic)
-        _check_type("subpixel", self.subpixel, tuple)
 
 
 @dataclass(frozen=True)

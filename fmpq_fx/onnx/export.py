@@ -1,5 +1,6 @@
 """Export a rewritten graph as ONNX graphs, one for each part that runs between entropy coding steps."""
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,7 +26,6 @@ from fmpq_fx.onnx.manifest import (
 from fmpq_fx.onnx.packages import OPSET, checked_opset
 from fmpq_fx.onnx.part_modules import modules_of_parts
 from fmpq_fx.onnx.runtimes import RUNTIMES
-from fmpq_fx.onnx.subpixel import subpixel
 from fmpq_fx.passes.annotation import Arithmetic, graph_note, note_of, plan_of
 from fmpq_fx.passes.lower.entropy_path import entropy_path
 from fmpq_fx.passes.parts import Part, cut
@@ -45,8 +45,9 @@ def export_onnx(
     """Write ``gm`` as ONNX graphs into ``folder``, with a manifest that describes them.
 
     Weights are stored as integers, and inputs of layers are rounded to integers of 8 or 16 bits. Transposed
-    convolutions become convolutions and a pixel shuffle. Batch, height and width are dynamic. Convolutions whose input
-    and weights have up to 8 bits can run in integers; the manifest lists them, and the reason for each of the others.
+    convolutions become one convolution for each sub-position of their output, and DepthToSpace. Batch, height and width
+    are dynamic. Convolutions whose input and weights have up to 8 bits can run in integers; the manifest lists them,
+    and the reason for each of the others.
 
     Each installed runtime loads each graph and runs it on images before ``folder`` appears. It is an error if no
     runtime computes a graph as torch does. If only some do, or none is installed, a warning and the manifest say so.
@@ -78,17 +79,17 @@ def export_onnx(
     modules = modules_of_parts(codec, gm, x[:1])
     fingerprints = [fingerprint.of_codec(codec)]
     fingerprints.append(fingerprint.of_codec(with_exact_path(codec, entropy_path(gm), True)))
-    lowered = note_arithmetic(subpixel(gm).cpu().float().eval(), form)
-    exported, stored = in_form(lowered, form)
-    values = Example(lowered, x).values
-    parts = exportable(cut(lowered), values)
+    noted = note_arithmetic(copy.deepcopy(gm).cpu().float().eval(), form)
+    exported, stored = in_form(noted, form)
+    values = Example(noted, x).values
+    parts = exportable(cut(noted), values)
     with replacing_folder(folder) as temporary:
         starts = {entry for _, entry in modules.values()}
         graphs = onnx_of_parts(exported, parts, values, opset, starts)
         files = [_written(part, graphs[part.name], modules.get(part.name), temporary) for part in parts]
         runtimes = list(RUNTIMES) if form == "portable" else [form]
-        checked_with, failures = check_runs(lowered, parts, channels, temporary, runtimes)
-        layers = _layers(lowered, plan, stored)
+        checked_with, failures = check_runs(noted, parts, channels, temporary, runtimes)
+        layers = _layers(noted, plan, stored)
         here = {layer.site for layer in layers if layer.part is not None}
         manifest = OnnxManifest(
             version=VERSION,

@@ -5,10 +5,17 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from fmpq_fx.onnx.grids import IntegerWeight, RoundedInput
+from fmpq_fx.onnx.grids import IntegerWeight, RoundedInput, container
 from fmpq_fx.onnx.integer_convolution import IntegerConvolution
+from fmpq_fx.onnx.subpixel import SubpixelConvolutions, SubpixelProducts, can_be_lowered
 from fmpq_fx.passes.annotation import Arithmetic, annotate, note_of
-from fmpq_fx.quant.layers import QuantizedConv2d, QuantizedGDN, QuantizedLayer, QuantizedLinear
+from fmpq_fx.quant.layers import (
+    QuantizedConv2d,
+    QuantizedConvTranspose2d,
+    QuantizedGDN,
+    QuantizedLayer,
+    QuantizedLinear,
+)
 
 FORMS = ("portable", "onnxruntime")
 """The form "portable" has QuantizeLinear and DequantizeLinear around ordinary layers, which all runtimes read. The form
@@ -33,7 +40,7 @@ def note_arithmetic(gm: fx.GraphModule, form: str) -> fx.GraphModule:
     whose input has up to 8 bits computes the same in integers and in float, up to float rounding.
 
     Args:
-        gm: a calibrated graph that :func:`subpixel` lowered; it is changed.
+        gm: a calibrated graph; it is changed.
         form: one of :data:`FORMS`.
 
     Returns:
@@ -41,10 +48,14 @@ def note_arithmetic(gm: fx.GraphModule, form: str) -> fx.GraphModule:
         time.
     """
     for node in gm.graph.nodes:
-        layer = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        site = str(node.target)
+        layer = gm.get_submodule(site) if node.op == "call_module" else None
         if not isinstance(layer, QuantizedLayer):
             continue
-        reason = _obstacle(layer) or (_obstacle_to_products(layer) if form == "onnxruntime" else None)
+        if isinstance(layer, QuantizedConvTranspose2d) and not can_be_lowered(gm, site):
+            reason: str | None = "its strides differ, or it is called with an output size"
+        else:
+            reason = _obstacle(layer) or (_obstacle_to_products(layer) if form == "onnxruntime" else None)
         if reason is None and form == "portable" and layer.bits > BITS:
             reason = f"its weights have {layer.bits} bits"
         why = (
@@ -64,7 +75,7 @@ def _obstacle(layer: QuantizedLayer) -> str | None:
     quantizer = layer.input_quantizer
     if isinstance(layer, QuantizedGDN):
         return "its squares have more than 8 bits"
-    if not isinstance(layer, QuantizedConv2d | QuantizedLinear):
+    if not isinstance(layer, QuantizedConv2d | QuantizedConvTranspose2d | QuantizedLinear):
         return f"there is no integer form of a {type(layer.layer).__name__}"
     if quantizer is None or quantizer.bits > BITS:
         return "its input is float" if quantizer is None else f"its input has {quantizer.bits} bits"
@@ -75,7 +86,7 @@ def _obstacle_to_products(layer: QuantizedLayer) -> str | None:
     """Return why ``layer`` cannot be a product of integer matrices, or would not be faster as one; None if it can."""
     inner, quantizer = layer.layer, layer.input_quantizer
     assert quantizer is not None  # _obstacle refuses a float input
-    if not isinstance(inner, nn.Conv2d):
+    if not isinstance(inner, nn.Conv2d | nn.ConvTranspose2d):
         return f"there is no integer form of a {type(inner).__name__}"
     if layer.bits > MOST_BITS:
         return f"its weights have {layer.bits} bits"
@@ -85,7 +96,7 @@ def _obstacle_to_products(layer: QuantizedLayer) -> str | None:
         return f"it has {inner.groups} groups"
     if inner.padding_mode != "zeros":
         return f"it pads with {inner.padding_mode!r}"
-    if layer.weight[0].numel() * quantizer.high * 2 ** (BITS - 1) > _WIDEST_SUM:
+    if layer.integers[0].numel() * quantizer.high * 2 ** (BITS - 1) > _WIDEST_SUM:
         return "its sums may have more than 32 bits"
     return None
 
@@ -99,21 +110,23 @@ def in_form(gm: fx.GraphModule, form: str) -> tuple[nn.Module, Mapping[str, str]
     """
     twin = copy.deepcopy(gm)
     stored: dict[str, str] = {}
-    for node in gm.graph.nodes:
-        site = str(node.target)
-        layer = twin.get_submodule(site) if node.op == "call_module" else None
-        if not isinstance(layer, QuantizedLayer) or site in stored:
-            continue
+    calls = {str(node.target): node for node in gm.graph.nodes if node.op == "call_module"}
+    for site, node in calls.items():
+        layer, lowered = twin.get_submodule(site), can_be_lowered(gm, site)
+        if isinstance(layer, QuantizedLayer):
+            quantizer = layer.weight_quantizer
+            stored[site] = str(container(quantizer.low, quantizer.high)).removeprefix("torch.")
         arithmetic = note_of(node).arithmetic
         if form == "onnxruntime" and arithmetic is not None and arithmetic.kind == "int8":
-            assert isinstance(layer, QuantizedConv2d)
-            exported = IntegerConvolution(layer)
-            twin.set_submodule(site, exported)
-            stored[site] = exported.stored
-            continue
-        grid = IntegerWeight(layer)
-        stored[site] = str(grid.dtype).removeprefix("torch.")
-        if layer.input_quantizer is not None:
-            layer.input_quantizer = RoundedInput(layer)  # type: ignore[assignment]
-        layer.weight_quantizer = grid  # type: ignore[assignment]
+            if isinstance(layer, QuantizedConvTranspose2d):
+                twin.set_submodule(site, SubpixelProducts(layer))
+            else:
+                assert isinstance(layer, QuantizedConv2d)
+                twin.set_submodule(site, IntegerConvolution(layer))
+        elif lowered:
+            twin.set_submodule(site, SubpixelConvolutions(layer))
+        elif isinstance(layer, QuantizedLayer):
+            if layer.input_quantizer is not None:
+                layer.input_quantizer = RoundedInput(layer)  # type: ignore[assignment]
+            layer.weight_quantizer = IntegerWeight(layer)  # type: ignore[assignment]
     return twin, stored

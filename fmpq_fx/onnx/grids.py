@@ -4,6 +4,7 @@ The layers compute as in torch, with these modules instead of their fake quantiz
 runtimes with integer kernels recognize by it the layers that these can run.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ def container(low: int, high: int) -> torch.dtype:
 
 
 def onnx_op(
-    op: str, inputs: tuple[Tensor, ...], like: Tensor, dtype: torch.dtype, **attributes: Any
+    op: str, inputs: tuple[Tensor, ...], shape: Sequence[int], dtype: torch.dtype, **attributes: Any
 ) -> Tensor:
-    """Return the output of an ONNX operation, in the shape of ``like``; it has no values outside of an export."""
-    out: Tensor = torch.onnx.ops.symbolic(op, inputs, attributes, dtype=dtype, shape=like.shape)
+    """Return the output of an ONNX operation, of that ``shape``; it has no values outside of an export."""
+    out: Tensor = torch.onnx.ops.symbolic(op, inputs, attributes, dtype=dtype, shape=shape)
     return out
 
 
@@ -62,11 +63,12 @@ class RoundedInput(nn.Module):
         """Return the integers of ``x``, of the same shape."""
         x = self._divided(x)
         x = x if self.ends is None else x.clamp(*self.ends)
-        return onnx_op("QuantizeLinear", (x, self.step, self.zero_point), x, self.dtype)
+        return onnx_op("QuantizeLinear", (x, self.step, self.zero_point), x.shape, self.dtype)
 
     def dequantized(self, integers: Tensor) -> Tensor:
         """Return the numbers of ``integers``, float32."""
-        return onnx_op("DequantizeLinear", (integers, self.step, self.zero_point), integers, torch.float32)
+        inputs = (integers, self.step, self.zero_point)
+        return onnx_op("DequantizeLinear", inputs, integers.shape, torch.float32)
 
     def _divided(self, x: Tensor) -> Tensor:
         return x if self.inverse is None else x * self.inverse
@@ -76,13 +78,44 @@ class RoundedInput(nn.Module):
         return self.dequantized(self.integers(x)) if self.rounds else self._divided(x)
 
 
+class Dequantized(nn.Module):
+    """Holds integers, with a step for each place of the dimension ``dim``, and returns their numbers in ONNX."""
+
+    values: Tensor
+    step: Tensor
+    zero_point: Tensor
+
+    def __init__(self, values: Tensor, step: Tensor, dtype: torch.dtype, dim: int = 0):
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("values", values.to(dtype).contiguous())
+        self.register_buffer("step", step)
+        self.register_buffer("zero_point", torch.zeros(len(step), dtype=dtype))
+
+    def forward(self) -> Tensor:
+        """Return the numbers, float32, in the shape of the integers."""
+        inputs = (self.values, self.step, self.zero_point)
+        return onnx_op("DequantizeLinear", inputs, self.values.shape, torch.float32, axis=self.dim)
+
+
+class Float(nn.Module):
+    """Holds numbers and returns them, as :class:`Dequantized` does."""
+
+    values: Tensor
+
+    def __init__(self, values: Tensor):
+        super().__init__()
+        self.register_buffer("values", values.contiguous())
+
+    def forward(self) -> Tensor:
+        """Return the numbers."""
+        return self.values
+
+
 class IntegerWeight(nn.Module):
     """Holds the integers of the weight of ``layer`` in the smallest type, and returns the dequantized weight."""
 
     log_spread = None  # RoundedInput divides the input by the spread
-    integers: Tensor  # (steps, …): the dimensions with a step per element come first, flattened
-    step: Tensor
-    zero_point: Tensor
 
     @torch.no_grad()
     def __init__(self, layer: QuantizedLayer):
@@ -90,17 +123,15 @@ class IntegerWeight(nn.Module):
         quantizer, weight = layer.weight_quantizer, layer.float_weight()
         shared = layer.shared_dims(weight)
         apart = [dim for dim in range(weight.ndim) if dim not in shared]
+        # The dimensions with a step per element come first, flattened.
         self.order, self.sizes = (*apart, *shared), [weight.size(dim) for dim in apart]
         self.bits, self.dtype = quantizer.bits, container(quantizer.low, quantizer.high)
         integers = quantizer.integers(weight).permute(self.order).flatten(0, len(apart) - 1)
-        self.register_buffer("integers", integers.to(self.dtype).contiguous())
-        self.register_buffer("step", quantizer.output_scale.float().flatten())
-        self.register_buffer("zero_point", torch.zeros(len(self.step), dtype=self.dtype))
+        self.dequantized = Dequantized(integers, quantizer.output_scale.float().flatten(), self.dtype)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the dequantized weight; of the float ``weight`` only the number of dimensions is used."""
-        inputs = (self.integers, self.step, self.zero_point)
-        found: Tensor = onnx_op("DequantizeLinear", inputs, self.integers, torch.float32, axis=0)
+        found: Tensor = self.dequantized()
         if self.order == tuple(range(weight.ndim)):
             return found
         back = [self.order.index(dim) for dim in range(weight.ndim)]

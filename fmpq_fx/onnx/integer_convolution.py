@@ -6,61 +6,74 @@ is a MatMul with DequantizeLinear on both inputs, which become one kernel. Value
 (B, H, W, C), so that the channels of one place are one block to copy.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmpq_fx.onnx.grids import RoundedInput, onnx_op
+from fmpq_fx.onnx.grids import Dequantized, RoundedInput
 from fmpq_fx.quant.layers import QuantizedConv2d
 
+Pair = tuple[int, ...]
 
-class IntegerConvolution(nn.Module):
-    """Rounds its input (B, C, H, W) to 8 bits and convolves it with the integers of ``layer``; the output is float32.
+
+class IntegerProducts(nn.Module):
+    """Convolves integers with integers.
 
     Weights of more than 8 bits are two integers of 8 bits, a high and a low one, and take two products.
+
+    Args:
+        grid: the grid of the input, which has its channels last.
+        integers: the weight, (out, in, kH, kW).
+        steps: the steps of the weight, (out,).
+        bias: added to the output, (out,).
+        bits: bits of the weight.
+        stride: along rows and columns.
+        dilation: along rows and columns.
+        pads: places before and behind the columns, and before and behind the rows, as for ``F.pad``.
     """
 
-    stored = "int8"
+    bias: Tensor | None
 
-    @torch.no_grad()
-    def __init__(self, layer: QuantizedConv2d):
+    def __init__(
+        self,
+        grid: RoundedInput,
+        integers: Tensor,
+        steps: Tensor,
+        bias: Tensor | None,
+        *,
+        bits: int,
+        stride: Pair = (1, 1),
+        dilation: Pair = (1, 1),
+        pads: Sequence[int] = (0, 0, 0, 0),
+    ):
         super().__init__()
-        self.layer, self.grid = layer.layer, RoundedInput(layer, channel_dim=-1)
-        self.pad_with = int(self.grid.zero_point.int())
-        matrix = layer.weight_quantizer.integers(layer.float_weight()).permute(2, 3, 1, 0).flatten(0, 2)
-        steps = layer.weight_quantizer.output_scale.float().flatten()
+        self.grid, self.kernel = grid, integers.shape[2:]
+        self.stride, self.dilation, self.pads = stride, dilation, pads
+        self.pad_with = int(grid.zero_point.int())
+        self.register_buffer("bias", bias)
+        matrix = integers.permute(2, 3, 1, 0).flatten(0, 2)
         parts = [(matrix, steps)]
-        if layer.bits > 8:
-            base = 2 ** (layer.bits - 7)
+        if bits > 8:
+            base = 2 ** (bits - 7)
             high = torch.floor(matrix / base + 0.5)
-            parts, self.stored = [(high, steps * base), (matrix - high * base, steps)], "int16"
-        self.count = len(parts)
-        for index, (integers, step) in enumerate(parts):
-            self.register_buffer(f"matrix_{index}", integers.to(torch.int8).contiguous())
-            self.register_buffer(f"step_{index}", step)
-            self.register_buffer(f"zero_point_{index}", torch.zeros(len(step), dtype=torch.int8))
+            parts = [(high, steps * base), (matrix - high * base, steps)]
+        self.matrices = nn.ModuleList(Dequantized(part, step, torch.int8, 1) for part, step in parts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve ``x`` (B, C, H, W)."""
-        patches = self.grid.dequantized(self._patches(self.grid.integers(x.permute(0, 2, 3, 1))))
-        out = patches @ self._matrix(0)
-        if self.count == 2:
-            out = out + patches @ self._matrix(1)
-        if self.layer.bias is not None:
-            out = out + self.layer.bias
-        return out.permute(0, 3, 1, 2)
-
-    def _matrix(self, index: int) -> Tensor:
-        inputs = tuple(self.get_buffer(f"{name}_{index}") for name in ("matrix", "step", "zero_point"))
-        return onnx_op("DequantizeLinear", inputs, inputs[0], torch.float32, axis=1)
+    def forward(self, integers: Tensor) -> Tensor:
+        """Convolve ``integers`` (B, H, W, in) of the grid; return float32 (B, H', W', out)."""
+        patches = self.grid.dequantized(self._patches(integers))
+        out: Tensor = patches @ self.matrices[0]()
+        for matrix in self.matrices[1:]:
+            out = out + patches @ matrix()
+        return out if self.bias is None else out + self.bias
 
     def _patches(self, x: Tensor) -> Tensor:
         """Return the patch of ``x`` (B, H, W, C) that each output sees, (B, H', W', kH * kW * C)."""
-        layer = self.layer
-        left, right, top, bottom = layer._reversed_padding_repeated_twice
-        if any((left, right, top, bottom)):
-            x = F.pad(x, (0, 0, left, right, top, bottom), value=self.pad_with)
-        if layer.kernel_size == layer.stride == (1, 1):
+        if any(self.pads):
+            x = F.pad(x, (0, 0, *self.pads), value=self.pad_with)
+        if self.kernel == self.stride == (1, 1):
             return x
         batch, height, width, channels = x.shape
         rows, columns = (self._places(size, axis) for axis, size in enumerate((height, width)))
@@ -71,7 +84,30 @@ class IntegerConvolution(nn.Module):
 
     def _places(self, size: int, axis: int) -> Tensor:
         """Return the places, of ``size`` along a spatial ``axis``, that each output sees, (outputs, taps)."""
-        layer = self.layer
-        stride, dilation, kernel = layer.stride[axis], layer.dilation[axis], layer.kernel_size[axis]
-        starts = torch.arange(0, size - dilation * (kernel - 1), stride)
+        dilation, kernel = self.dilation[axis], self.kernel[axis]
+        starts = torch.arange(0, size - dilation * (kernel - 1), self.stride[axis])
         return starts[:, None] + torch.arange(kernel) * dilation
+
+
+class IntegerConvolution(nn.Module):
+    """Rounds its input to 8 bits and convolves it with the integers of ``layer``; the output is float32."""
+
+    @torch.no_grad()
+    def __init__(self, layer: QuantizedConv2d):
+        super().__init__()
+        self.grid = RoundedInput(layer, channel_dim=-1)
+        self.products = IntegerProducts(
+            self.grid,
+            layer.weight_quantizer.integers(layer.float_weight()),
+            layer.weight_quantizer.output_scale.float().flatten(),
+            None if layer.bias is None else layer.bias.clone(),
+            bits=layer.bits,
+            stride=layer.layer.stride,
+            dilation=layer.layer.dilation,
+            pads=layer.layer._reversed_padding_repeated_twice,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``x`` (B, C, H, W)."""
+        out: Tensor = self.products(self.grid.integers(x.permute(0, 2, 3, 1)))
+        return out.permute(0, 3, 1, 2)

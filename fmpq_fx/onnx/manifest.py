@@ -15,7 +15,7 @@ from fmpq_fx.errors import FmpqError
 from fmpq_fx.storage.files import JsonFile, followed, writing
 
 NAME = "manifest.json"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "groups": lambda: nn.Conv2d(16, 8, 3, groups=4),
     "reflected": lambda: nn.Conv2d(16, 6, 3, padding=1, padding_mode="reflect"),
     "masked": lambda: MaskedConv2d(16, 6, 5, padding=2),
-    "transposed": lambda: nn.ConvTranspose2d(16, 6, 5, 2, 2, 1),
+    "transposed": lambda: nn.ConvTranspose2d(16, 32, 5, 2, 2, 1),
+    "transposed_together": lambda: nn.ConvTranspose2d(16, 6, 5, 2, 2, 1),
     "transposed_groups": lambda: nn.ConvTranspose2d(16, 8, 3, 2, 1, groups=2),
     "transposed_not_lowered": lambda: nn.ConvTranspose2d(16, 8, 3, (1, 2), groups=2),
     "linear": lambda: nn.Linear(16, 6),
@@ -33,11 +34,11 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "IGDN": lambda: GDN(16, inverse=True),
     "GDN1": lambda: GDN1(16),
 }
-SPREAD = ("convolution", "linear", "transposed")
+SPREAD = ("convolution", "linear", "transposed", "transposed_together")
 """Kinds whose input has a step per channel here."""
 PAIRS = ((10, 16), (8, 8), (2, 8), (9, None), (5, 8), (3, 16), (6, None))
 WIDTHS = {kind: [PAIRS[index % len(PAIRS)]] for index, kind in enumerate(KINDS)}
-WIDTHS |= {kind: [(8, 8), (10, 16)] for kind in ("convolution", "GDN")}
+WIDTHS |= {kind: [(8, 8), (10, 16)] for kind in ("convolution", "GDN", "transposed")}
 """Bits of the weight and of the input, None for a float one; one pair for most kinds: each layer more makes the export
 longer."""
 
@@ -123,6 +124,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "point": {"kernel_size": 1},
     "stride": {"kernel_size": 5, "stride": 2, "padding": 2, "bias": False},
     "oblong": {"kernel_size": (1, 3), "stride": (1, 2), "padding": (0, 2), "dilation": (1, 2)},
+    "transposed": {"kernel_size": 5, "stride": 2, "padding": 2, "output_padding": 1},
+    "transposed_oblong": {"kernel_size": (1, 4), "stride": 3, "padding": (0, 1), "output_padding": (2, 0)},
 }
 
 
@@ -130,12 +133,19 @@ def convolution(
     bits: int, geometry: dict[str, Any], spread: Sequence[float] = ()
 ) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    layer = in_range(nn.Conv2d(16, 20, **geometry), bits)
+    kind = nn.ConvTranspose2d if "output_padding" in geometry else nn.Conv2d
+    layer = in_range(kind(16, 32, **geometry), bits)
     layer.set_spread(spread)
     return layer, away_from_ties(torch.empty(2, 16, 11, 14).uniform_(-1, 1.3), layer)
 
 
-GEOMETRIES_AND_BITS = [("point", 15), ("stride", 5), ("oblong", 15)]
+GEOMETRIES_AND_BITS = [
+    ("point", 15),
+    ("stride", 5),
+    ("oblong", 15),
+    ("transposed", 8),
+    ("transposed_oblong", 12),
+]
 SUMS = [(8, 8), (15, 8)]
 OBSTACLES: dict[str, Callable[[], QuantizedConv2d]] = {
     "has 2 groups": lambda: in_range(nn.Conv2d(16, 16, 3, groups=2), 8),
@@ -162,7 +172,8 @@ def test_a_product_of_matrices_is_the_convolution(
     layer = own_form[f"{geometry}_{bits}"]
     assert layer.arithmetic.kind == "int8"
     assert ("twice" in layer.arithmetic.why) == (bits > 8)
-    assert layer.kinds.count("MatMul") == (2 if bits > 8 else 1)
+    convolutions = {"transposed": 2 * 2, "transposed_oblong": 3 * 3}.get(geometry, 1)
+    assert layer.kinds.count("MatMul") == convolutions * (2 if bits > 8 else 1)
     assert "Conv" not in layer.kinds
     torch.testing.assert_close(layer.found(), layer.expected, rtol=1e-5, atol=1e-5)
 

@@ -1,36 +1,22 @@
-"""Transposed convolutions as convolutions and a pixel shuffle: the same numbers, whatever their geometry."""
+"""Transposed convolutions as one convolution for each sub-position: the same numbers, whatever their geometry."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-import fmpq_fx
-from fmpq_fx import FmpqError
-from fmpq_fx.onnx.subpixel import subpixel
+from fmpq_fx.onnx.forms import in_form, note_arithmetic
+from fmpq_fx.onnx.sub_positions import faster_together, kernels_of, surplus_of
+from fmpq_fx.onnx.subpixel import Subpixel, can_be_lowered
 from fmpq_fx.passes.annotation import note_of
-from fmpq_fx.passes.trace import trace
-from fmpq_fx.passes.tracing.leaves import NetworkTracer
-from fmpq_fx.quant import quantize_layer, quantized_layers
+from fmpq_fx.quant import quantize_layer
 from fmpq_fx.quant.layers import QuantizedConvTranspose2d
-from support.small_models import small_model
-from support.traced_models import PLAIN, lively
 
 Pair = tuple[int, int]
-
-
-def graph_of(layer: nn.Module) -> fx.GraphModule:
-    root = nn.Sequential(layer)
-    return fx.GraphModule(root, NetworkTracer().trace(root))
-
-
-def transposed_calls(gm: fx.GraphModule) -> list[nn.Module]:
-    modules = [gm.get_submodule(str(node.target)) for node in gm.graph.nodes if node.op == "call_module"]
-    return [m for m in modules if isinstance(m, nn.ConvTranspose2d | QuantizedConvTranspose2d)]
 
 
 def pairs(low: int, high: int) -> st.SearchStrategy[Pair]:
@@ -67,105 +53,79 @@ def cases(draw: Any) -> tuple[nn.ConvTranspose2d, Tensor]:
     return layer.eval(), torch.randn(2, inputs, *size)
 
 
-@given(cases())
-@settings(max_examples=80, deadline=None)
-def test_a_float_layer_of_any_geometry(case: tuple[nn.ConvTranspose2d, Tensor]) -> None:
+def by_output(layer: nn.ConvTranspose2d) -> Tensor:
+    """Return the weight, (out, in / groups, kH, kW)."""
+    apart = layer.weight.detach().unflatten(0, (layer.groups, -1))
+    return apart.transpose(1, 2).flatten(0, 1)
+
+
+@given(cases(), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_the_sub_positions_of_any_geometry(case: tuple[nn.ConvTranspose2d, Tensor], together: bool) -> None:
     layer, x = case
-    lowered = subpixel(graph_of(layer))
-    assert not transposed_calls(lowered)
+    assume(layer.groups == 1 or not together)
+    stride = layer.stride[0]
     with torch.no_grad():
-        torch.testing.assert_close(lowered(x), layer(x), rtol=1e-5, atol=1e-5)
+        expected = layer(x)
+    parts = []
+    for kernel in kernels_of(by_output(layer), layer, together):
+        copies = kernel.weight.size(0) // layer.out_channels
+        bias = None if layer.bias is None else layer.bias.detach().repeat(copies)
+        padded = F.pad(x, kernel.pads)
+        parts.append(F.conv2d(padded, kernel.weight, bias, dilation=kernel.dilation, groups=layer.groups))
+    surplus = [surplus_of(layer, axis) for axis in (0, 1)]
+    assert all(0 <= places < stride for places in surplus)
+    batch, channels, height, width = expected.shape
+    whole = expected.new_full((batch, channels, height + surplus[0], width + surplus[1]), torch.nan)
+    for sub, part in enumerate(torch.cat(parts, 1).split(channels, 1)):
+        whole[:, :, sub // stride :: stride, sub % stride :: stride] = part
+    torch.testing.assert_close(whole[:, :, :height, :width], expected, rtol=1e-5, atol=1e-5)
 
 
-@given(cases(), st.integers(2, 10))
+@given(cases())
 @settings(max_examples=40, deadline=None)
-def test_a_quantized_layer_keeps_its_integers_and_steps(
-    case: tuple[nn.ConvTranspose2d, Tensor], bits: int
+def test_convolutions_apart_multiply_no_more_than_the_transposed_one(
+    case: tuple[nn.ConvTranspose2d, Tensor],
 ) -> None:
-    float_layer, x = case
-    layer = quantize_layer(float_layer, bits, 8).eval()
-    quantizer: Any = layer.input_quantizer
-    quantizer.freeze(min(x.min().item(), 0.0), max(x.max().item(), 0.0), integral=False)
-    gm = graph_of(layer)
-    lowered = subpixel(gm)
-    convolution: Any = lowered.get_submodule("0")
-    with torch.no_grad():
-        torch.testing.assert_close(lowered(x), gm(x), rtol=1e-5, atol=1e-5)
-    outputs, places = float_layer.out_channels, float_layer.stride[0] ** 2
-    before = layer.integers.flatten(1)
-    after = convolution.integers.view(outputs, -1)
-    for ours, theirs in zip(after, before, strict=True):
-        values, counts = torch.unique(theirs[theirs != 0], return_counts=True)
-        found, times = torch.unique(ours[ours != 0], return_counts=True)
-        assert torch.equal(found, values)
-        assert torch.equal(times, counts)
-    steps = convolution.weight_quantizer.scale.view(outputs, places)
-    torch.testing.assert_close(
-        steps, layer.weight_quantizer.scale.view(-1, 1).expand_as(steps), rtol=1e-6, atol=0
-    )
+    layer, _ = case
+    weight = torch.ones_like(by_output(layer))
+    seen = [kernel.weight for kernel in kernels_of(weight, layer, False) if kernel.weight.any()]
+    assert all(kernel.all() for kernel in seen)
+    assert sum(kernel.numel() for kernel in seen) == weight.numel()
 
 
-@pytest.mark.parametrize("name", ["factorized", "mean-scale hyperprior", "mbt2018"])
-def test_float_models(name: str) -> None:
-    gm = trace(lively(PLAIN[name]))
-    lowered = subpixel(gm)
-    assert transposed_calls(gm)
-    assert not transposed_calls(lowered)
-    x = torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        found, expected = lowered(x)["x_hat"], gm(x)["x_hat"]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+def test_few_channels_are_computed_together() -> None:
+    # 3 channels take a block of 16 in each of four convolutions, but 12 take one altogether.
+    assert faster_together(nn.ConvTranspose2d(128, 3, 5, 2, 2, 1))
+    assert not faster_together(nn.ConvTranspose2d(128, 64, 5, 2, 2, 1))
+    assert not faster_together(nn.ConvTranspose2d(128, 4, 5, 2, 2, 1, groups=2))
 
 
-def test_a_rewritten_graph_is_left_as_it_was(x: Tensor) -> None:
-    gm = fmpq_fx.prepare(small_model("bmshj2018-hyperprior"), 0.2, calibration=x, bits=[4, 8])
-    kinds = {name: type(layer) for name, layer in quantized_layers(gm).items()}
-    transposed = {name for name, kind in kinds.items() if kind is QuantizedConvTranspose2d}
-    with torch.no_grad():
-        expected = gm(x)["x_hat"]
-        lowered = subpixel(gm)
-        torch.testing.assert_close(lowered(x)["x_hat"], expected, rtol=1e-4, atol=1e-4)
-        assert torch.equal(gm(x)["x_hat"], expected)
-    assert {name: type(layer) for name, layer in quantized_layers(gm).items()} == kinds
-    assert fmpq_fx.plan_of(gm).bits.keys() == quantized_layers(lowered).keys()
-    notes = {node.target: note_of(node) for node in gm.graph.nodes if note_of(node).sites}
-    assert all(note.subpixel is None for note in notes.values())
-    found = {node.target: note_of(node) for node in lowered.graph.nodes if note_of(node).sites}
-    assert {target for target, note in found.items() if note.subpixel} == transposed
-    assert {target: replace(note, subpixel=None) for target, note in found.items()} == notes
-    with pytest.raises(FmpqError, match="carries no plan"):  # it has other layers than the model's class
-        fmpq_fx.convert(lowered)
+class Upsampling(nn.Module):
+    """Calls one transposed convolution three times, one with an output size, and one with two strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.ConvTranspose2d(2, 2, 3, 2, 1, 1)
+        self.sized = nn.ConvTranspose2d(2, 2, 3, 2, 1)
+        self.wide = nn.ConvTranspose2d(2, 2, 3, (1, 2), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(x))
+        return self.wide(self.sized(x, [24, 32]))  # type: ignore[no-any-return]
 
 
-def test_a_layer_that_is_called_twice() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.ConvTranspose2d(2, 2, 3, 2, 1, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.up(self.up(x))  # type: ignore[no-any-return]
-
-    model = Twice()
-    gm = fx.GraphModule(model, NetworkTracer().trace(model))
-    lowered = subpixel(gm)
-    x = torch.rand(1, 2, 3, 4)
-    assert not transposed_calls(lowered)
-    torch.testing.assert_close(lowered(x), model(x), rtol=1e-5, atol=1e-5)
-
-
-def test_what_cannot_be_lowered_is_left_as_it_is() -> None:
-    class Sized(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.ConvTranspose2d(2, 2, 3, 2, 1)
-            self.wide = nn.ConvTranspose2d(2, 2, 3, (1, 2), 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.wide(self.up(x, [6, 8]))  # type: ignore[no-any-return]
-
-    model = Sized()
-    lowered = subpixel(fx.GraphModule(model, NetworkTracer().trace(model)))
-    assert len(transposed_calls(lowered)) == 2
-    x = torch.rand(1, 2, 3, 4)
-    assert torch.equal(lowered(x), model(x))
+@pytest.mark.parametrize("form", ["portable", "onnxruntime"])
+def test_what_cannot_be_lowered_stays_as_it_is_and_says_why(form: str) -> None:
+    gm = fx.symbolic_trace(Upsampling())
+    for name in ("twice", "sized", "wide"):
+        gm.set_submodule(name, quantize_layer(gm.get_submodule(name), 8, None))
+    assert [can_be_lowered(gm, name) for name in ("twice", "sized", "wide")] == [True, False, False]
+    twin, stored = in_form(note_arithmetic(gm, form), form)
+    assert isinstance(twin.get_submodule("twice"), Subpixel)
+    for name in ("sized", "wide"):
+        assert isinstance(twin.get_submodule(name), QuantizedConvTranspose2d)
+        why = [note_of(node).arithmetic for node in gm.graph.nodes if node.target == name]
+        assert all(note is not None and "strides differ" in note.why for note in why)
+    assert set(stored) == {"twice", "sized", "wide"}
+    assert isinstance(gm.get_submodule("twice"), QuantizedConvTranspose2d)  # the graph keeps its own

@@ -48,7 +48,6 @@ def test_fields_are_added_one_by_one(gm: fx.GraphModule) -> None:
         ({"sites": ("0",), "bits": {"1": 4}}, ValueError, r"bits are of the sites \['1'\]"),
         ({"zeta": {"0": {4: 0.1}}}, ValueError, r"the node runs \[\]"),
         ({"arithmetic": "int8"}, TypeError, "arithmetic is a str, expected Arithmetic"),
-        ({"subpixel": "its strides are 1 and 2"}, TypeError, "subpixel is a str"),
         ({"size": 4}, TypeError, "size"),
     ],
 )

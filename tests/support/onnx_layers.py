@@ -11,7 +11,6 @@ from fmpq_fx.onnx.exporting import onnx_of_parts
 from fmpq_fx.onnx.forms import in_form, note_arithmetic
 from fmpq_fx.onnx.packages import OPSET
 from fmpq_fx.onnx.runtimes import RUNTIMES
-from fmpq_fx.onnx.subpixel import subpixel
 from fmpq_fx.passes.annotation import Arithmetic, note_of
 from fmpq_fx.passes.parts import Part
 
@@ -44,12 +43,12 @@ def exported(layers: Mapping[str, tuple[nn.Module, Tensor]], form: str = "portab
             value = graph.call_module(f"{name}.{path}", (value,))
         ends.append(value)
     graph.output(tuple(ends))
-    lowered = note_arithmetic(subpixel(fx.GraphModule(root, graph)), form)
-    run = _Values(lowered)
+    noted = note_arithmetic(fx.GraphModule(root, graph), form)
+    run = _Values(noted)
     with torch.no_grad():
         run.run(*(x for _, x in layers.values()))
-    parts = _parts(lowered)
-    twin, stored = in_form(lowered, form)
+    parts = _parts(noted)
+    twin, stored = in_form(noted, form)
     models = onnx_of_parts(twin, parts, run.values, OPSET)
     found = {}
     for name, part in zip(layers, parts, strict=True):

@@ -1,0 +1,111 @@
+"""The sub-positions of the output of a transposed convolution, and the ordinary convolutions that compute them.
+
+A transposed convolution of stride S computes each of the S x S sub-positions of its output with a separate part of the
+kernel: output t = S * q + r sees input q + e with tap k if S * e = r + padding - dilation * k. Each part is the kernel
+of a convolution at the resolution of the input.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_BLOCK = 16
+"""Output channels that kernels of convolutions compute at once, so that fewer take as long."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The convolution that computes one or all of the sub-positions of an output."""
+
+    weight: Tensor  # (sub-positions * out, in / groups, kH, kW)
+    dilation: tuple[int, int]
+    pads: tuple[
+        int, int, int, int
+    ]  # places at the ends of columns and of rows, as for F.pad; negative ones crop
+
+
+def kernels_of(weight: Tensor, layer: nn.ConvTranspose2d, together: bool) -> list[Kernel]:
+    """Return the convolutions whose outputs, one behind the other, are all sub-positions of the output of ``layer``.
+
+    Args:
+        weight: the kernel of ``layer``, (out, in / groups, kH, kW).
+        layer: its geometry.
+        together: return one convolution, whose kernel has zeros where a sub-position sees less than others; ``layer``
+            has one group. Else there is a convolution for each, row by row, with a kernel of zeros if it sees nothing.
+    """
+    rows, columns = (_seen(layer, axis) for axis in (0, 1))
+    if together:
+        kernels = [_kernel(weight, down, right) for down in _alike(rows) for right in _alike(columns)]
+        return [Kernel(torch.cat([kernel.weight for kernel in kernels]), (1, 1), kernels[0].pads)]
+    return [_kernel(weight, down, right) for down in rows for right in columns]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a sub-position sees along one spatial dimension; all in taps or places."""
+
+    inputs: range  # relative to its own place
+    taps: tuple[int | None, ...]  # the tap of the transposed kernel that each meets; None is a zero
+    more: int  # places that the sub-position has beyond the size of the input
+
+    @property
+    def pads(self) -> tuple[int, int]:
+        return -self.inputs[0], self.inputs[-1] + self.more
+
+
+def _seen(layer: nn.ConvTranspose2d, axis: int) -> list[_Seen]:
+    """Return what each sub-position sees along rows (``axis`` 0) or columns (1)."""
+    stride, kernel, dilation = layer.stride[axis], layer.kernel_size[axis], layer.dilation[axis]
+    found = []
+    for sub in range(stride):
+        offset = sub + int(layer.padding[axis])
+        # A later tap of a transposed convolution meets an earlier input.
+        taps = [k for k in reversed(range(kernel)) if (offset - dilation * k) % stride == 0]
+        inputs = [(offset - dilation * k) // stride for k in taps] or [0]
+        step = inputs[1] - inputs[0] if len(inputs) > 1 else 1
+        more = -(-_excess(layer, axis) // stride)
+        found.append(_Seen(range(inputs[0], inputs[-1] + 1, step), tuple(taps) or (None,), more))
+    return found
+
+
+def _alike(subs: list[_Seen]) -> list[_Seen]:
+    """Return ``subs`` with the inputs that any of them sees or skips; taps that one does not have are None."""
+    inputs = range(min(sub.inputs[0] for sub in subs), max(sub.inputs[-1] for sub in subs) + 1)
+    met = [dict(zip(sub.inputs, sub.taps, strict=True)) for sub in subs]
+    return [_Seen(inputs, tuple(map(taps.get, inputs)), subs[0].more) for taps in met]
+
+
+def _kernel(weight: Tensor, rows: _Seen, columns: _Seen) -> Kernel:
+    kernel = weight.new_zeros(*weight.shape[:2], len(rows.taps), len(columns.taps))
+    for down, row in enumerate(rows.taps):
+        for right, column in enumerate(columns.taps):
+            if row is not None and column is not None:
+                kernel[:, :, down, right] = weight[:, :, row, column]
+    return Kernel(kernel, (rows.inputs.step, columns.inputs.step), (*columns.pads, *rows.pads))
+
+
+def _excess(layer: nn.ConvTranspose2d, axis: int) -> int:
+    """Return the outputs beyond the stride times the size of the input."""
+    extent = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
+    return extent - layer.stride[axis] - 2 * int(layer.padding[axis]) + layer.output_padding[axis]
+
+
+def surplus_of(layer: nn.ConvTranspose2d, axis: int) -> int:
+    """Return how many places the sub-positions together have too many behind the end of the output."""
+    return -_excess(layer, axis) % layer.stride[axis]
+
+
+def faster_together(layer: nn.ConvTranspose2d) -> bool:
+    """Say whether one convolution, though it multiplies zeros, takes fewer products than one for each sub-position."""
+    if layer.groups > 1:
+        return False
+    blocks, blocks_together = (
+        -(-count * layer.out_channels // _BLOCK) for count in (1, layer.stride[0] * layer.stride[1])
+    )
+    weight = torch.empty(1, 1, *layer.kernel_size)
+    apart, together = (
+        sum(kernel.weight[0].numel() for kernel in kernels_of(weight, layer, whole))
+        for whole in (False, True)
+    )
+    return blocks_together * together < blocks * apart
