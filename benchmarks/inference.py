@@ -35,6 +35,7 @@ from fmpq_fx.coding.codec import as_it_runs
 from fmpq_fx.images import crops
 from fmpq_fx.models.zoo import load_model
 from fmpq_fx.onnx.codec import with_sessions
+from fmpq_fx.onnx.runtimes import OpenVinoSession
 from fmpq_fx.passes.plan.planners import PLANNERS
 from fmpq_fx.passes.plan.widths import MIXED
 from fmpq_fx.passes.swap import with_replaced
@@ -123,7 +124,22 @@ def variants(graphs: dict[str, fx.GraphModule], model: Any, folder: Path) -> dic
             if not place.exists():
                 export_onnx(gm, place, form=form)
             found[f"{bits}, {runtime}"] = Variant(with_sessions(convert(gm), place, **options))
+    found["float32 as torch exports it, OpenVINO bfloat16"] = Variant(exported_by_torch(model))
     return found
+
+
+def exported_by_torch(model: Any) -> nn.Module:
+    """Return ``model`` with its transforms in OpenVINO with bfloat16, as they are without this package."""
+    auto = torch.export.Dim.AUTO
+    x = torch.rand(2, 3, 128, 256)  # torch takes a size of 1 for fixed
+    sessions = {}
+    for transform, example in ((model.g_a, x), (model.g_s, model.g_a(x))):
+        program = torch.onnx.export(
+            transform, (example,), dynamo=True, dynamic_shapes=({0: auto, 2: auto, 3: auto},), verbose=False
+        )
+        assert program is not None
+        sessions[transform] = OpenVinoSession(program.model_proto.SerializeToString(), precision="bf16")
+    return with_replaced(model, sessions)
 
 
 def rd_of(variant: Variant, batches: list[Tensor], lmbda: float) -> float:

@@ -119,12 +119,15 @@ class Bench:
             self._evaluate(variant, model, None)
 
     def _measure_quantized(self, variants: list[Variant]) -> None:
+        # Uniform plans do not depend on zeta, whose table takes minutes.
+        table = None if variants[0].planner == "uniform" else self.sensitivity()
+        measured = {"sensitivity": table} if table else {"lmbda": self.lmbda, "distortion": self.args.metric}
         prepared = {
             bits: prepare(
                 self.model(),
                 variants[0].target_cr,
                 calibration=self.args.calibration,
-                sensitivity=self.sensitivity(),
+                **measured,
                 planner=variants[0].planner,
                 size=variants[0].size,
                 activation_bits=bits,

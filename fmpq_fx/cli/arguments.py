@@ -10,6 +10,7 @@ from torch import nn
 from fmpq_fx.images.distortions import DISTORTIONS, Given
 from fmpq_fx.models.zoo import imported, model_factory
 from fmpq_fx.onnx.codec import BACKENDS
+from fmpq_fx.onnx.runtimes import PRECISIONS
 
 CODED = ".fmi"
 MODEL = ".fmpq"
@@ -80,6 +81,10 @@ def made_by(args: argparse.Namespace) -> Callable[[], nn.Module] | None:
     return None if args.cls is None else model_factory(args.cls)
 
 
+OPTION_OF = {"providers": "onnxruntime", "precision": "openvino"}
+"""Option -> the backend that has it."""
+
+
 def add_backend(command: argparse.ArgumentParser) -> None:
     """Add the arguments that select the runtime for the transforms of a model file."""
     add = command.add_argument
@@ -101,6 +106,11 @@ def add_backend(command: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         help="providers of ONNX Runtime, CUDAExecutionProvider say; the first that can compute an operation does",
+    )
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="type of what OpenVINO computes in no integers: f32 (the default), or bf16, if the processor has it",
     )
 
 

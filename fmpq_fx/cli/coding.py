@@ -14,6 +14,7 @@ from fmpq_fx import ranks
 from fmpq_fx.cli.arguments import (
     CODED,
     MODEL,
+    OPTION_OF,
     add_backend,
     add_class,
     add_device,
@@ -68,7 +69,7 @@ def _model(args: argparse.Namespace) -> nn.Module:
     if args.backend != "torch" and Path(args.model).suffix != MODEL:
         raise ValueError(f"--backend {args.backend} runs model files (*{MODEL}); got {args.model}")
     if Path(args.model).suffix != MODEL:
-        refuse_unused(args, "cls", "graphs", "providers", because=f"that is for model files (*{MODEL})")
+        refuse_unused(args, "cls", "graphs", *OPTION_OF, because=f"that is for model files (*{MODEL})")
     if not Path(args.model).is_file():
         refuse_metric_of_own(args)
         return load_model(args.model, quality=args.quality, metric=args.metric, checkpoint=args.checkpoint)
@@ -83,14 +84,16 @@ def _model(args: argparse.Namespace) -> nn.Module:
 
 def _codec(args: argparse.Namespace) -> nn.Module:
     """Return the codec in the model file that the command names, run by its backend, or on its device."""
+    for option, backend in OPTION_OF.items():
+        if args.backend != backend:
+            refuse_unused(args, option, because=f"that is for --backend {backend}")
     if args.backend == "torch":
-        refuse_unused(args, "graphs", "providers", because="--backend torch runs no exported graphs")
+        refuse_unused(args, "graphs", because="--backend torch runs no exported graphs")
         return load_codec(args.model, model=made_by(args)).to(ranks.own_device(args.device))
     if args.device != "cpu":
         raise ValueError(f"--backend {args.backend} runs on the CPU; leave --device {args.device} out")
     options: dict[str, Any] = {"graphs": args.graphs, "threads": args.threads}
-    if args.providers is not None:
-        options["providers"] = args.providers
+    options |= {option: getattr(args, option) for option in OPTION_OF if getattr(args, option) is not None}
     return load_codec(args.model, model=made_by(args), backend=args.backend, **options)
 
 

@@ -55,7 +55,7 @@ def with_sessions(
         FmpqError: the runtime is not installed, ``folder`` holds no export or one of another model, no transform is a
             module of ``codec``, or ``codec`` cannot code.
         TypeError: the runtime has no such option.
-        ValueError: ``threads`` is below 1, or ONNX Runtime has no such providers.
+        ValueError: ``threads`` is below 1, ONNX Runtime has no such providers, or OpenVINO no such precision.
     """
     runtime = RUNTIMES[backend]
     runtime.version()

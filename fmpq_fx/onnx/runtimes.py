@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from fmpq_fx.onnx.packages import OPSET, package
 
+PRECISIONS = ("f32", "bf16")
+"""OpenVINO's names of the types that it computes in what is not integer."""
+
 
 class Session(nn.Module, ABC):
     """Runs an ONNX graph; called as a module, the graph must have one input and one output.
@@ -102,11 +105,16 @@ class OpenVinoSession(Session):
         threads: the number of threads of OpenVINO; None is as many as torch uses.
         precision: the type of operations that are not integer: "f32", or "bf16", which is faster on processors that
             have it.
+
+    Raises:
+        ValueError: there is no such ``precision``.
     """
 
     package, title = "openvino", "OpenVINO"
 
     def __init__(self, model: bytes, threads: int | None = None, precision: str = "f32"):
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; pass one of {', '.join(map(repr, PRECISIONS))}")
         super().__init__(model, threads)
         self.arguments = model, threads, precision
         options = {

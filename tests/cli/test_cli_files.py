@@ -202,6 +202,14 @@ MISTAKES = {
         "encode {files}/photos/0.png -m {files}/model.fmpq -o {tmp}/b.fmi --graphs {tmp}/onnx",
         "--graphs would change nothing: --backend torch runs no exported graphs",
     ),
+    "an option of another backend": (
+        "encode {files}/photos/0.png -m {files}/model.fmpq -o {tmp}/b.fmi --backend openvino --providers X",
+        "--providers would change nothing: that is for --backend onnxruntime",
+    ),
+    "a precision in torch": (
+        "encode {files}/photos/0.png -m {files}/model.fmpq -o {tmp}/b.fmi --precision bf16",
+        "--precision would change nothing: that is for --backend openvino",
+    ),
     "inspect a state": (
         "inspect {files}/model.state",
         "no model file",

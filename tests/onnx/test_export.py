@@ -199,6 +199,8 @@ def test_mistakes_are_named(
         with_sessions(codec, folder, threads=0)
     with pytest.raises(ValueError, match=r"providers are \['Abacus'\]; this ONNX Runtime has"):
         with_sessions(codec, folder, providers=["Abacus"])
+    with pytest.raises(ValueError, match="precision is 'bf17'; pass one of 'f32', 'bf16'"):
+        with_sessions(codec, folder, backend="openvino", precision="bf17")
     with pytest.raises(TypeError, match="providers"):
         with_sessions(codec, folder, backend="openvino", providers=["CPUExecutionProvider"])
     for name, extra in {"onnxruntime": "onnx", "openvino": "openvino"}.items():

@@ -55,7 +55,7 @@ def cases(draw: Any) -> tuple[nn.ConvTranspose2d, Tensor]:
 
 def by_output(layer: nn.ConvTranspose2d) -> Tensor:
     """Return the weight, (out, in / groups, kH, kW)."""
-    apart = layer.weight.detach().unflatten(0, (layer.groups, -1))
+    apart: Tensor = layer.weight.detach().unflatten(0, (layer.groups, -1))
     return apart.transpose(1, 2).flatten(0, 1)
 
 
