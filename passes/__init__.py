@@ -18,7 +18,7 @@ pass                takes and returns                            what it does
 ``integerize``      model, EntropyPath -> model                  lowers them to exact integer arithmetic
 ==================  ===========================================  =====================================
 
-Further passes lower a graph for other runtimes than torch; :func:`fmpq_fx.export_onnx` runs them:
+Further passes prepare a graph for other runtimes than torch; :func:`fmpq_fx.export_onnx` runs them:
 
 ==================  ===========================================  =====================================
 ``forms``           GraphModule -> GraphModule                   decides which layers can run in 8-bit integers

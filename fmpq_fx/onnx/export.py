@@ -26,7 +26,7 @@ from fmpq_fx.onnx.manifest import (
 from fmpq_fx.onnx.packages import OPSET, checked_opset
 from fmpq_fx.onnx.part_modules import modules_of_parts
 from fmpq_fx.onnx.runtimes import RUNTIMES
-from fmpq_fx.passes.annotation import Arithmetic, graph_note, note_of, plan_of
+from fmpq_fx.passes.annotation import KEY, Arithmetic, graph_note, note_of, plan_of
 from fmpq_fx.passes.lower.entropy_path import entropy_path
 from fmpq_fx.passes.parts import Part, cut
 from fmpq_fx.passes.plan.tables import FLOAT_BITS, Plan
@@ -45,9 +45,10 @@ def export_onnx(
     """Write ``gm`` as ONNX graphs into ``folder``, with a manifest that describes them.
 
     Weights are stored as integers, and inputs of layers are rounded to integers of 8 or 16 bits. Transposed
-    convolutions become one convolution for each sub-position of their output, and DepthToSpace. Batch, height and width
-    are dynamic. Convolutions whose input and weights have up to 8 bits can run in integers; the manifest lists them,
-    and the reason for each of the others.
+    convolutions become one convolution for each sub-position of their output, or one for all where that is faster, and
+    DepthToSpace; with two different strides or an output size they stay. Batch, height and width are dynamic.
+    Convolutions whose input and weights have up to 8 bits can run in integers; the manifest lists them, and the reason
+    for each of the others.
 
     Each installed runtime loads each graph and runs it on images before ``folder`` appears. It is an error if no
     runtime computes a graph as torch does. If only some do, or none is installed, a warning and the manifest say so.
@@ -79,7 +80,9 @@ def export_onnx(
     modules = modules_of_parts(codec, gm, x[:1])
     fingerprints = [fingerprint.of_codec(codec)]
     fingerprints.append(fingerprint.of_codec(with_exact_path(codec, entropy_path(gm), True)))
-    noted = note_arithmetic(copy.deepcopy(gm).cpu().float().eval(), form)
+    noted = copy.deepcopy(gm)
+    noted.meta.pop(KEY)  # the model, which is not exported
+    note_arithmetic(noted.cpu().float().eval(), form)
     exported, stored = in_form(noted, form)
     values = Example(noted, x).values
     parts = exportable(cut(noted), values)

@@ -1,13 +1,14 @@
 """The forms that layers are exported in, and the layers that run in 8-bit integers in each."""
 
 import copy
+import math
 from collections.abc import Mapping
 
 from torch import fx, nn
 
 from fmpq_fx.onnx.grids import IntegerWeight, RoundedInput, container
 from fmpq_fx.onnx.integer_convolution import IntegerConvolution
-from fmpq_fx.onnx.subpixel import SubpixelConvolutions, SubpixelProducts, can_be_lowered
+from fmpq_fx.onnx.subpixel import SubpixelConvolutions, SubpixelProducts, obstacle_to_lowering
 from fmpq_fx.passes.annotation import Arithmetic, annotate, note_of
 from fmpq_fx.quant.layers import (
     QuantizedConv2d,
@@ -52,10 +53,10 @@ def note_arithmetic(gm: fx.GraphModule, form: str) -> fx.GraphModule:
         layer = gm.get_submodule(site) if node.op == "call_module" else None
         if not isinstance(layer, QuantizedLayer):
             continue
-        if isinstance(layer, QuantizedConvTranspose2d) and not can_be_lowered(gm, site):
-            reason: str | None = "its strides differ, or it is called with an output size"
-        else:
-            reason = _obstacle(layer) or (_obstacle_to_products(layer) if form == "onnxruntime" else None)
+        reason = obstacle_to_lowering(gm, site) if isinstance(layer, QuantizedConvTranspose2d) else None
+        reason = (
+            reason or _obstacle(layer) or (_obstacle_to_products(layer) if form == "onnxruntime" else None)
+        )
         if reason is None and form == "portable" and layer.bits > BITS:
             reason = f"its weights have {layer.bits} bits"
         why = (
@@ -96,7 +97,8 @@ def _obstacle_to_products(layer: QuantizedLayer) -> str | None:
         return f"it has {inner.groups} groups"
     if inner.padding_mode != "zeros":
         return f"it pads with {inner.padding_mode!r}"
-    if layer.integers[0].numel() * quantizer.high * 2 ** (BITS - 1) > _WIDEST_SUM:
+    # Of a transposed convolution an output sees fewer taps.
+    if math.prod(layer.layout[1:]) * quantizer.high * 2 ** (BITS - 1) > _WIDEST_SUM:
         return "its sums may have more than 32 bits"
     return None
 
@@ -112,7 +114,7 @@ def in_form(gm: fx.GraphModule, form: str) -> tuple[nn.Module, Mapping[str, str]
     stored: dict[str, str] = {}
     calls = {str(node.target): node for node in gm.graph.nodes if node.op == "call_module"}
     for site, node in calls.items():
-        layer, lowered = twin.get_submodule(site), can_be_lowered(gm, site)
+        layer, lowered = twin.get_submodule(site), obstacle_to_lowering(gm, site) is None
         if isinstance(layer, QuantizedLayer):
             quantizer = layer.weight_quantizer
             stored[site] = str(container(quantizer.low, quantizer.high)).removeprefix("torch.")

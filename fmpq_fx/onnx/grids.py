@@ -125,9 +125,9 @@ class IntegerWeight(nn.Module):
         apart = [dim for dim in range(weight.ndim) if dim not in shared]
         # The dimensions with a step per element come first, flattened.
         self.order, self.sizes = (*apart, *shared), [weight.size(dim) for dim in apart]
-        self.bits, self.dtype = quantizer.bits, container(quantizer.low, quantizer.high)
+        self.bits, dtype = quantizer.bits, container(quantizer.low, quantizer.high)
         integers = quantizer.integers(weight).permute(self.order).flatten(0, len(apart) - 1)
-        self.dequantized = Dequantized(integers, quantizer.output_scale.float().flatten(), self.dtype)
+        self.dequantized = Dequantized(integers, quantizer.output_scale.float().flatten(), dtype)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the dequantized weight; of the float ``weight`` only the number of dimensions is used."""

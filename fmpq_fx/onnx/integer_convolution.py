@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from fmpq_fx.onnx.grids import Dequantized, RoundedInput
 from fmpq_fx.quant.layers import QuantizedConv2d
 
-Pair = tuple[int, ...]
-
 
 class IntegerProducts(nn.Module):
     """Convolves integers with integers.
@@ -44,8 +42,8 @@ class IntegerProducts(nn.Module):
         bias: Tensor | None,
         *,
         bits: int,
-        stride: Pair = (1, 1),
-        dilation: Pair = (1, 1),
+        stride: tuple[int, ...] = (1, 1),
+        dilation: tuple[int, ...] = (1, 1),
         pads: Sequence[int] = (0, 0, 0, 0),
     ):
         super().__init__()

@@ -16,6 +16,7 @@ from fmpq_fx.storage.files import JsonFile, followed, writing
 
 NAME = "manifest.json"
 VERSION = 4
+"""It also changes when an export becomes faster, so that graphs that are kept beside model files are made anew."""
 
 
 @dataclass(frozen=True)

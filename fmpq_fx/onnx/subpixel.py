@@ -3,6 +3,7 @@
 Runtimes have integer kernels for convolutions, and hardly any for transposed ones.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -16,18 +17,17 @@ from fmpq_fx.quant import quantized_class
 from fmpq_fx.quant.layers import QuantizedConvTranspose2d
 
 
-def can_be_lowered(gm: fx.GraphModule, site: str) -> bool:
-    """Say whether the module ``site`` of ``gm`` is a transposed convolution that :class:`Subpixel` can replace.
-
-    Its stride must be the same in both dimensions, and no call may have an output size, which decides how much it pads.
-    """
+def obstacle_to_lowering(gm: fx.GraphModule, site: str) -> str | None:
+    """Return why :class:`Subpixel` cannot replace the module ``site`` of ``gm``; None if it can."""
     layer = gm.get_submodule(site)
     if QuantizedConvTranspose2d not in (type(layer), quantized_class(layer)):
-        return False
+        return "it is no transposed convolution"
     if len(set(_float_layer(layer).stride)) > 1:
-        return False
+        return "its strides differ"
     calls = [node for node in gm.graph.nodes if node.op == "call_module" and node.target == site]
-    return all(len(call.args) == 1 and not call.kwargs for call in calls)
+    if any(len(call.args) != 1 or call.kwargs for call in calls):
+        return "it is called with more than its input"  # an output size decides how much a call pads
+    return None
 
 
 def _float_layer(layer: nn.Module) -> nn.ConvTranspose2d:
@@ -36,7 +36,7 @@ def _float_layer(layer: nn.Module) -> nn.ConvTranspose2d:
     return found
 
 
-class Subpixel(nn.Module):
+class Subpixel(nn.Module, ABC):
     """Computes what a transposed convolution computes, at the resolution of its input."""
 
     def __init__(self, layer: nn.ConvTranspose2d):
@@ -44,8 +44,15 @@ class Subpixel(nn.Module):
         self.stride, self.outputs = layer.stride[0], layer.out_channels
         self.surplus = [surplus_of(layer, axis) for axis in (0, 1)]
 
-    def shuffled(self, parts: Tensor) -> Tensor:
-        """Return the output from those of all sub-positions, (B, S * S * out, H, W)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Upsample ``x`` (B, C, H, W) or (C, H, W)."""
+        return self._shuffled(self.parts(x)) if x.ndim == 4 else self(x[None])[0]
+
+    @abstractmethod
+    def parts(self, x: Tensor) -> Tensor:
+        """Return all sub-positions of the output for ``x`` (B, C, H, W) as channels, (B, S * S * out, H', W')."""
+
+    def _shuffled(self, parts: Tensor) -> Tensor:
         if self.stride == 1:
             return parts
         batch, _, height, width = parts.shape
@@ -55,13 +62,18 @@ class Subpixel(nn.Module):
         return out[..., rows, columns]
 
     def kernels(self, weight: Tensor, layer: nn.ConvTranspose2d) -> Iterator[tuple[Kernel, int]]:
-        """Yield the convolutions for the kernel ``weight``, (out, in / groups, kH, kW), and their sub-positions."""
+        """Yield the convolutions, and of how many sub-positions each is.
+
+        Args:
+            weight: the kernel of ``layer``, (out, in / groups, kH, kW).
+            layer: the transposed convolution.
+        """
         for kernel in kernels_of(weight, layer, faster_together(layer)):
             yield kernel, kernel.weight.size(0) // self.outputs
 
 
 class SubpixelConvolutions(Subpixel):
-    """A transposed convolution, quantized or float, in the portable form."""
+    """A transposed convolution, quantized or float, as convolutions."""
 
     @torch.no_grad()
     def __init__(self, layer: nn.Module):
@@ -88,10 +100,10 @@ class SubpixelConvolutions(Subpixel):
             )
             self.convolutions.append(_Convolution(kernel, held, bias, inner.groups))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Upsample ``x`` (B, C, H, W)."""
+    def parts(self, x: Tensor) -> Tensor:
+        """Return all sub-positions of the output."""
         x = self.grid(x)
-        return self.shuffled(torch.cat([convolution(x) for convolution in self.convolutions], 1))
+        return torch.cat([convolution(x) for convolution in self.convolutions], 1)
 
 
 class _Convolution(nn.Module):
@@ -132,8 +144,7 @@ class SubpixelProducts(Subpixel):
             for kernel, count in self.kernels(weight, layer.layer)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Upsample ``x`` (B, C, H, W)."""
+    def parts(self, x: Tensor) -> Tensor:
+        """Return all sub-positions of the output."""
         integers = self.grid.integers(x.permute(0, 2, 3, 1))
-        parts = torch.cat([products(integers) for products in self.products], -1)
-        return self.shuffled(parts.permute(0, 3, 1, 2))
+        return torch.cat([products(integers) for products in self.products], -1).permute(0, 3, 1, 2)

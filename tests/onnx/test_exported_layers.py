@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fmpq_fx.quant import quantize_layer
-from fmpq_fx.quant.layers import QuantizedConv2d
+from fmpq_fx.quant.layers import QuantizedLayer
 
 pytest.importorskip("onnxscript", reason="needs the extra: pip install 'fmpq-fx[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'fmpq-fx[onnx]'")
@@ -17,6 +17,7 @@ from compressai.layers import GDN, GDN1, MaskedConv2d
 
 from fmpq_fx.onnx.forms import in_form, note_arithmetic
 from fmpq_fx.onnx.integer_convolution import IntegerConvolution
+from fmpq_fx.onnx.subpixel import SubpixelProducts
 from fmpq_fx.passes.annotation import note_of
 from support.onnx_layers import Exported, exported
 
@@ -28,6 +29,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "transposed": lambda: nn.ConvTranspose2d(16, 32, 5, 2, 2, 1),
     "transposed_together": lambda: nn.ConvTranspose2d(16, 6, 5, 2, 2, 1),
     "transposed_groups": lambda: nn.ConvTranspose2d(16, 8, 3, 2, 1, groups=2),
+    "transposed_cropped": lambda: nn.ConvTranspose2d(16, 32, 3, 2, 4),
     "transposed_not_lowered": lambda: nn.ConvTranspose2d(16, 8, 3, (1, 2), groups=2),
     "linear": lambda: nn.Linear(16, 6),
     "GDN": lambda: GDN(16),
@@ -39,6 +41,7 @@ SPREAD = ("convolution", "linear", "transposed", "transposed_together")
 PAIRS = ((10, 16), (8, 8), (2, 8), (9, None), (5, 8), (3, 16), (6, None))
 WIDTHS = {kind: [PAIRS[index % len(PAIRS)]] for index, kind in enumerate(KINDS)}
 WIDTHS |= {kind: [(8, 8), (10, 16)] for kind in ("convolution", "GDN", "transposed")}
+WIDTHS |= {kind: [(8, 8)] for kind in KINDS if kind.startswith("transposed_")}
 """Bits of the weight and of the input, None for a float one; one pair for most kinds: each layer more makes the export
 longer."""
 
@@ -124,8 +127,6 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "point": {"kernel_size": 1},
     "stride": {"kernel_size": 5, "stride": 2, "padding": 2, "bias": False},
     "oblong": {"kernel_size": (1, 3), "stride": (1, 2), "padding": (0, 2), "dilation": (1, 2)},
-    "transposed": {"kernel_size": 5, "stride": 2, "padding": 2, "output_padding": 1},
-    "transposed_oblong": {"kernel_size": (1, 4), "stride": 3, "padding": (0, 1), "output_padding": (2, 0)},
 }
 
 
@@ -133,26 +134,33 @@ def convolution(
     bits: int, geometry: dict[str, Any], spread: Sequence[float] = ()
 ) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    kind = nn.ConvTranspose2d if "output_padding" in geometry else nn.Conv2d
-    layer = in_range(kind(16, 32, **geometry), bits)
+    return tried(nn.Conv2d(16, 20, **geometry), bits, spread)
+
+
+def tried(float_layer: nn.Module, bits: int, spread: Sequence[float] = ()) -> tuple[nn.Module, Tensor]:
+    layer = in_range(float_layer, bits)
     layer.set_spread(spread)
     return layer, away_from_ties(torch.empty(2, 16, 11, 14).uniform_(-1, 1.3), layer)
 
 
-GEOMETRIES_AND_BITS = [
-    ("point", 15),
-    ("stride", 5),
-    ("oblong", 15),
-    ("transposed", 8),
-    ("transposed_oblong", 12),
-]
+TRANSPOSED: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "apart": (lambda: nn.ConvTranspose2d(16, 32, 5, 2, 2, 1), 8, 4),
+    "apart_twice": (lambda: nn.ConvTranspose2d(16, 32, (1, 4), 3, (0, 1), (2, 0)), 12, 2 * 9),
+    "together": (lambda: nn.ConvTranspose2d(16, 3, 5, 2, 2, 1), 8, 1),
+    "cropped": (lambda: nn.ConvTranspose2d(16, 32, 3, 2, 4), 8, 4),
+}
+"""Layer, bits of its weight, and the products of matrices that it becomes."""
+
+GEOMETRIES_AND_BITS = [("point", 15), ("stride", 5), ("oblong", 15)]
 SUMS = [(8, 8), (15, 8)]
-OBSTACLES: dict[str, Callable[[], QuantizedConv2d]] = {
+OBSTACLES: dict[str, Callable[[], QuantizedLayer]] = {
     "has 2 groups": lambda: in_range(nn.Conv2d(16, 16, 3, groups=2), 8),
     "its weights have 16 bits": lambda: in_range(nn.Conv2d(16, 16, 3), 16),
     "its input has 10 bits": lambda: in_range(nn.Conv2d(16, 16, 3), 8, 10),
     "it pads with 'reflect'": lambda: in_range(nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"), 8),
     "not faster with 3 input channels": lambda: in_range(nn.Conv2d(3, 16, 3), 8),
+    "has 4 groups": lambda: in_range(nn.ConvTranspose2d(16, 16, 3, 2, groups=4), 8),
+    "not faster with 4 input channels": lambda: in_range(nn.ConvTranspose2d(4, 16, 3, 2), 8),
 }
 
 
@@ -161,6 +169,9 @@ def own_form() -> dict[str, Exported]:
     """Layers in the form of ONNX Runtime."""
     named = {f"{name}_{bits}": convolution(bits, GEOMETRIES[name]) for name, bits in GEOMETRIES_AND_BITS}
     named["spread"] = convolution(8, GEOMETRIES["point"], SPREADS)
+    for name, (layer, bits, _) in TRANSPOSED.items():
+        torch.manual_seed(0)
+        named[name] = tried(layer(), bits, SPREADS)
     named |= {f"largest_{bits}_{activations}": largest(bits, activations) for bits, activations in SUMS}
     return exported(named, "onnxruntime")
 
@@ -172,9 +183,17 @@ def test_a_product_of_matrices_is_the_convolution(
     layer = own_form[f"{geometry}_{bits}"]
     assert layer.arithmetic.kind == "int8"
     assert ("twice" in layer.arithmetic.why) == (bits > 8)
-    convolutions = {"transposed": 2 * 2, "transposed_oblong": 3 * 3}.get(geometry, 1)
-    assert layer.kinds.count("MatMul") == convolutions * (2 if bits > 8 else 1)
+    assert layer.kinds.count("MatMul") == (2 if bits > 8 else 1)
     assert "Conv" not in layer.kinds
+    torch.testing.assert_close(layer.found(), layer.expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_products_of_matrices_are_the_transposed_convolution(
+    name: str, own_form: dict[str, Exported]
+) -> None:
+    layer, (_, _, products) = own_form[name], TRANSPOSED[name]
+    assert layer.kinds.count("MatMul") == products
     torch.testing.assert_close(layer.found(), layer.expected, rtol=1e-5, atol=1e-5)
 
 
@@ -203,7 +222,7 @@ def test_layers_that_cannot_be_products_say_why(reason: str) -> None:
     assert arithmetic.kind == "float32"
     assert reason in arithmetic.why
     layers, _ = in_form(gm, "onnxruntime")
-    assert not any(isinstance(layer, IntegerConvolution) for layer in layers.modules())
+    assert not any(isinstance(layer, IntegerConvolution | SubpixelProducts) for layer in layers.modules())
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from fmpq_fx.onnx.forms import in_form, note_arithmetic
 from fmpq_fx.onnx.sub_positions import faster_together, kernels_of, surplus_of
-from fmpq_fx.onnx.subpixel import Subpixel, can_be_lowered
+from fmpq_fx.onnx.subpixel import SubpixelConvolutions, SubpixelProducts, obstacle_to_lowering
 from fmpq_fx.passes.annotation import note_of
 from fmpq_fx.quant import quantize_layer
 from fmpq_fx.quant.layers import QuantizedConvTranspose2d
@@ -84,7 +84,7 @@ def test_the_sub_positions_of_any_geometry(case: tuple[nn.ConvTranspose2d, Tenso
 
 @given(cases())
 @settings(max_examples=40, deadline=None)
-def test_convolutions_apart_multiply_no_more_than_the_transposed_one(
+def test_sub_positions_apart_multiply_no_zeros_if_they_see_anything(
     case: tuple[nn.ConvTranspose2d, Tensor],
 ) -> None:
     layer, _ = case
@@ -98,34 +98,40 @@ def test_few_channels_are_computed_together() -> None:
     # 3 channels take a block of 16 in each of four convolutions, but 12 take one altogether.
     assert faster_together(nn.ConvTranspose2d(128, 3, 5, 2, 2, 1))
     assert not faster_together(nn.ConvTranspose2d(128, 64, 5, 2, 2, 1))
+    assert faster_together(nn.ConvTranspose2d(128, 64, 2, 2))  # all see one tap: there are no zeros
     assert not faster_together(nn.ConvTranspose2d(128, 4, 5, 2, 2, 1, groups=2))
 
 
 class Upsampling(nn.Module):
-    """Calls one transposed convolution three times, one with an output size, and one with two strides."""
+    """Calls one transposed convolution twice, one with an output size, and one with two strides."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.twice = nn.ConvTranspose2d(2, 2, 3, 2, 1, 1)
-        self.sized = nn.ConvTranspose2d(2, 2, 3, 2, 1)
-        self.wide = nn.ConvTranspose2d(2, 2, 3, (1, 2), 1)
+        self.twice = nn.ConvTranspose2d(16, 16, 3, 2, 1, 1)
+        self.sized = nn.ConvTranspose2d(16, 16, 3, 2, 1)
+        self.wide = nn.ConvTranspose2d(16, 16, 3, (1, 2), 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(self.twice(x))
         return self.wide(self.sized(x, [24, 32]))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("form", ["portable", "onnxruntime"])
-def test_what_cannot_be_lowered_stays_as_it_is_and_says_why(form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "layer"), [("portable", SubpixelConvolutions), ("onnxruntime", SubpixelProducts)]
+)
+def test_what_cannot_be_lowered_stays_as_it_is_and_says_why(form: str, layer: type[nn.Module]) -> None:
     gm = fx.symbolic_trace(Upsampling())
     for name in ("twice", "sized", "wide"):
-        gm.set_submodule(name, quantize_layer(gm.get_submodule(name), 8, None))
-    assert [can_be_lowered(gm, name) for name in ("twice", "sized", "wide")] == [True, False, False]
+        quantized: Any = quantize_layer(gm.get_submodule(name), 8, 8)
+        quantized.input_quantizer.freeze(-1.0, 1.0, False)
+        gm.set_submodule(name, quantized)
+    reasons = {"sized": "it is called with more than its input", "wide": "its strides differ"}
     twin, stored = in_form(note_arithmetic(gm, form), form)
-    assert isinstance(twin.get_submodule("twice"), Subpixel)
-    for name in ("sized", "wide"):
+    assert isinstance(twin.get_submodule("twice"), layer)
+    assert obstacle_to_lowering(gm, "twice") is None
+    for name, reason in reasons.items():
         assert isinstance(twin.get_submodule(name), QuantizedConvTranspose2d)
-        why = [note_of(node).arithmetic for node in gm.graph.nodes if node.target == name]
-        assert all(note is not None and "strides differ" in note.why for note in why)
+        notes = [note_of(node).arithmetic for node in gm.graph.nodes if node.target == name]
+        assert [note is not None and (note.kind, note.why) for note in notes] == [("float32", reason)]
     assert set(stored) == {"twice", "sized", "wide"}
     assert isinstance(gm.get_submodule("twice"), QuantizedConvTranspose2d)  # the graph keeps its own
