@@ -21,9 +21,8 @@ class Kernel:
 
     weight: Tensor  # (sub-positions * out, in / groups, kH, kW)
     dilation: tuple[int, int]
-    pads: tuple[
-        int, int, int, int
-    ]  # places at the ends of columns and of rows, as for F.pad; negative ones crop
+    # Places at the ends of columns and of rows, as for F.pad; negative ones crop.
+    pads: tuple[int, int, int, int]
 
 
 def kernels_of(weight: Tensor, layer: nn.ConvTranspose2d, together: bool) -> list[Kernel]:
