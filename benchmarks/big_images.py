@@ -9,7 +9,6 @@ whole, or of the largest budget.
 """
 
 import json
-import multiprocessing
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from arguments import parser_of
+from machine import forget_peak, in_fresh_process, resident
 from tabulate import tabulate
 from torch import Tensor
 
@@ -34,30 +34,17 @@ def photograph(width: int, height: int) -> Tensor:
     return F.interpolate(samples.photos()["astronaut"][None], (height, width), mode="bicubic").clamp_(0, 1)[0]
 
 
-def in_process(what: str, model: Path, size: tuple[int, int], memory: str, folder: Path) -> dict[str, Any]:
-    """Run :func:`job` in a fresh process and return its measurements."""
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    process = context.Process(target=job, args=(what, model, size, memory, folder, results))
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        raise RuntimeError(f"the process that measures ended with {process.exitcode}")
-    measured: dict[str, Any] = results.get()
-    return measured
-
-
 def job(what: str, model: Path, size: tuple[int, int], memory: str, folder: Path, results: Any) -> None:
     """Encode the photograph into ``folder``, decode the file there, or evaluate; measure bytes and seconds."""
     torch.set_num_threads(1)
     codec = load_codec(model)
     small = photograph(64, 64)
     decode(codec, encode(codec, small))
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    forget_peak()
     before = resident("VmRSS")
     image = photograph(*size) if what != "decode" else None
     made = resident("VmHWM")  # enlarging takes memory of its own
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     start, cpu = time.perf_counter(), time.process_time()
     out = None
     if image is None:
@@ -77,16 +64,10 @@ def job(what: str, model: Path, size: tuple[int, int], memory: str, folder: Path
     results.put({**took, "peak": peak, "made": made - before})
 
 
-def resident(name: str) -> int:
-    """Return the resident bytes of this process, as they are ("VmRSS") or at their peak ("VmHWM"); Linux alone."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
-
-
 def measure(model: Path, size: tuple[int, int], memory: str, folder: Path) -> dict[str, Any]:
     """Return the measurements of all jobs within ``memory``, and keep their files in ``folder``."""
     folder.mkdir()
-    found = {what: in_process(what, model, size, memory, folder) for what in JOBS}
+    found = {what: in_fresh_process(job, what, model, size, memory, folder) for what in JOBS}
     return {"size": list(size), "memory": memory, "bytes": (folder / "image.fmi").stat().st_size, **found}
 
 

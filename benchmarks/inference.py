@@ -11,7 +11,6 @@ images.
 import argparse
 import copy
 import json
-import multiprocessing
 import pickle
 import statistics
 import tempfile
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from arguments import add_activation_bits, parser_of
 from compressai.models import MeanScaleHyperprior, ScaleHyperprior
-from machine import processor
+from machine import forget_peak, in_fresh_process, processor, resident
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
@@ -180,29 +179,17 @@ def timed(jobs: dict[tuple[str, str], Job], repeats: int) -> dict[tuple[str, str
 
 def peak_memory(variant: Variant, y: Tensor) -> float:
     """Return by how many MB memory grows in a fresh process that loads ``variant`` and synthesizes from ``y``."""
-    context = multiprocessing.get_context("spawn")  # a fork has the memory, but not the threads of this one
-    results = context.SimpleQueue()
-    process = context.Process(target=_synthesize, args=(pickle.dumps((variant, y)), results))
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        raise RuntimeError(f"the process that measures memory ended with {process.exitcode}")
-    return float(results.get())
+    grown: int = in_fresh_process(_synthesize, pickle.dumps((variant, y)))
+    return grown / 2**20
 
 
 def _synthesize(pickled: bytes, results: Any) -> None:
     torch.set_num_threads(1)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before = _memory("VmRSS")
+    forget_peak()
+    before = resident("VmRSS")
     variant, y = pickle.loads(pickled)
     variant.within(variant.synthesis, y)()
-    results.put(_memory("VmHWM") - before)
-
-
-def _memory(name: str) -> float:
-    """Return the resident memory of this process in MB, as it is ("VmRSS") or at its peak ("VmHWM"); Linux alone."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+    results.put(resident("VmHWM") - before)
 
 
 def main() -> None:

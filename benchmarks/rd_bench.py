@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rd_points import Point, Results, Variant
@@ -119,9 +120,10 @@ class Bench:
             self._evaluate(variant, model, None)
 
     def _measure_quantized(self, variants: list[Variant]) -> None:
-        # Uniform plans do not depend on zeta, whose table takes minutes.
-        table = None if variants[0].planner == "uniform" else self.sensitivity()
-        measured = {"sensitivity": table} if table else {"lmbda": self.lmbda, "distortion": self.args.metric}
+        if variants[0].planner == "uniform":  # it does not depend on zeta, whose table takes minutes
+            measured: dict[str, Any] = {"lmbda": self.lmbda, "distortion": self.args.metric}
+        else:
+            measured = {"sensitivity": self.sensitivity()}
         prepared = {
             bits: prepare(
                 self.model(),

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from fmpq_fx.onnx.grids import Dequantized, Float, RoundedInput, container, onnx_op
 from fmpq_fx.onnx.integer_convolution import IntegerProducts
 from fmpq_fx.onnx.sub_positions import Kernel, faster_together, kernels_of, surplus_of
-from fmpq_fx.quant import quantized_class
+from fmpq_fx.quant import quantize_layer, quantized_class
 from fmpq_fx.quant.layers import QuantizedConvTranspose2d
 
 
@@ -65,9 +65,10 @@ class Subpixel(nn.Module, ABC):
         """Yield the convolutions, and of how many sub-positions each is.
 
         Args:
-            weight: the kernel of ``layer``, (out, in / groups, kH, kW).
+            weight: the kernel of ``layer``, (out, in / groups, kH * kW).
             layer: the transposed convolution.
         """
+        weight = weight.unflatten(2, layer.kernel_size)
         for kernel in kernels_of(weight, layer, faster_together(layer)):
             yield kernel, kernel.weight.size(0) // self.outputs
 
@@ -80,16 +81,15 @@ class SubpixelConvolutions(Subpixel):
         inner = _float_layer(layer)
         super().__init__(inner)
         self.grid: nn.Module = nn.Identity()
+        self.convolutions = nn.ModuleList()
         if isinstance(layer, QuantizedConvTranspose2d):
-            quantizer = layer.weight_quantizer
-            weight = layer.integers.unflatten(2, inner.kernel_size)
+            weight, quantizer = layer.integers, layer.weight_quantizer
             steps, dtype = quantizer.output_scale.float().flatten(), container(quantizer.low, quantizer.high)
             if layer.input_quantizer is not None:
                 self.grid = RoundedInput(layer)
         else:
-            # As QuantizedConvTranspose2d.by_output does.
-            weight, steps = inner.weight.unflatten(0, (inner.groups, -1)).transpose(1, 2).flatten(0, 1), None
-        self.convolutions = nn.ModuleList()
+            quantized = quantize_layer(inner, 8)
+            weight, steps = quantized.by_output(quantized.float_weight()), None
         for kernel, count in self.kernels(weight, inner):
             # Each has tensors of its own: runtimes treat those that several layers read differently.
             bias = None if inner.bias is None else inner.bias.repeat(count)
@@ -129,7 +129,6 @@ class SubpixelProducts(Subpixel):
     def __init__(self, layer: QuantizedConvTranspose2d):
         super().__init__(layer.layer)
         self.grid = RoundedInput(layer, channel_dim=-1)
-        weight = layer.integers.unflatten(2, layer.layer.kernel_size)
         steps, bias = layer.weight_quantizer.output_scale.float().flatten(), layer.bias
         self.products = nn.ModuleList(
             IntegerProducts(
@@ -141,7 +140,7 @@ class SubpixelProducts(Subpixel):
                 dilation=kernel.dilation,
                 pads=kernel.pads,
             )
-            for kernel, count in self.kernels(weight, layer.layer)
+            for kernel, count in self.kernels(layer.integers, layer.layer)
         )
 
     def parts(self, x: Tensor) -> Tensor:
