@@ -7,14 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fmpq_fx.onnx.grids import Dequantized, Float, RoundedInput, container, onnx_op
 from fmpq_fx.onnx.integer_convolution import IntegerProducts
-from fmpq_fx.onnx.sub_positions import Kernel, faster_together, kernels_of, surplus_of
 from fmpq_fx.quant import quantize_layer, quantized_class
 from fmpq_fx.quant.layers import QuantizedConvTranspose2d
+from fmpq_fx.quant.sub_positions import Kernel, convolve, kernels_of, surplus_of, work_together
 
 
 def obstacle_to_lowering(gm: fx.GraphModule, site: str) -> str | None:
@@ -69,7 +68,7 @@ class Subpixel(nn.Module, ABC):
             layer: the transposed convolution.
         """
         weight = weight.unflatten(2, layer.kernel_size)
-        for kernel in kernels_of(weight, layer, faster_together(layer)):
+        for kernel in kernels_of(weight, layer, work_together(layer) <= 1):
             yield kernel, kernel.weight.size(0) // self.outputs
 
 
@@ -115,11 +114,7 @@ class _Convolution(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        left, right, top, bottom = self.pads
-        padding = (top, left)
-        if left != right or top != bottom or min(padding) < 0:
-            x, padding = F.pad(x, self.pads), (0, 0)  # runtimes make it a part of the convolution
-        return F.conv2d(x, self.weight(), self.bias, 1, padding, self.dilation, self.groups)
+        return convolve(x, self.weight(), self.bias, self.pads, self.dilation, self.groups)
 
 
 class SubpixelProducts(Subpixel):

@@ -5,7 +5,6 @@ quantized anew.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from fmpq_fx.quant.calls import CalledAlike
 from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant
 from fmpq_fx.quant.masked import mask_of
 from fmpq_fx.quant.rounding import LEAK
+from fmpq_fx.quant.upsampling import conv_transpose2d
 
 QUANTIZERS = ("weight_quantizer.", "input_quantizer.")
 """Prefixes of the quantizers' tensors in the state dict of a :class:`QuantizedLayer`."""
@@ -230,11 +230,7 @@ class QuantizedConvTranspose2d(QuantizedLayer):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Upsample ``x`` (B, C, H, W), to ``output_size`` (height, width) if given."""
-        layer: Any = self.layer  # mypy takes its attributes for those of any convolution
-        stride, padding, dilation = layer.stride, layer.padding, layer.dilation
-        extra = layer._output_padding(x, output_size, stride, padding, layer.kernel_size, 2, dilation)
-        x, weight = self.quantized_input(x), self.weight
-        return F.conv_transpose2d(x, weight, layer.bias, stride, padding, extra, layer.groups, dilation)
+        return conv_transpose2d(self.layer, self.quantized_input(x), self.weight, output_size)
 
 
 class QuantizedLinear(QuantizedLayer):

@@ -8,12 +8,14 @@ loss, within a budget of products.
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fmpq_fx.passes.annotation import annotate_graph, note_of, plan_of
 from fmpq_fx.passes.clip.histograms import OCTAVE, Histogram
@@ -27,6 +29,7 @@ from fmpq_fx.passes.plan.tables import Plan, Table
 from fmpq_fx.passes.plan.widths import WIDE
 from fmpq_fx.passes.tracing.model_outputs import output_of
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, quantized_layers, weights_kept
+from fmpq_fx.quant.layers import QuantizedConvTranspose2d
 
 ROOM, ROOM_OF_16_BITS = 1, OCTAVE
 """Eighths of an octave by which ranges of 8 bits, and of 16 bits, are wider than the calibration images need, because
@@ -191,8 +194,15 @@ def _coded(plan: Plan, inputs: Mapping[str, _Input]) -> Table | None:
 def _multiply_accumulates(gm: fx.GraphModule, bench: Bench) -> dict[str, float]:
     """Return the multiply-accumulates of each site per pixel of an image."""
     x = bench.pieces[0][:1]
-    with torch.no_grad(), weights_kept(gm), FlopCounterMode(display=False) as counter:
+    counts = dict.fromkeys(plan_of(gm).bits, 0.0)
+
+    def count(layer: Any, args: tuple[Tensor, ...], out: Tensor, *, site: str) -> None:
+        # A convolution multiplies all its weights at each place of its output, a transposed one of its input.
+        places = args[0] if isinstance(layer, QuantizedConvTranspose2d) else out
+        counts[site] += layer.weight.numel() * places.numel() / places.size(layer.channel_dim)
+
+    with ExitStack() as stack, torch.no_grad(), weights_kept(gm):
+        for site, layer in quantized_layers(gm).items():
+            stack.callback(layer.register_forward_hook(partial(count, site=site)).remove)
         output_of(gm, x)
-    # Names are qualified names behind the name of the class. A multiply-accumulate counts as two operations.
-    flops = {name.partition(".")[2]: sum(of.values()) for name, of in counter.get_flop_counts().items()}
-    return {site: flops.get(site, 0) / 2 / (x.size(-1) * x.size(-2)) for site in plan_of(gm).bits}
+    return {site: count / (x.size(-1) * x.size(-2)) for site, count in counts.items()}

@@ -1,14 +1,17 @@
 """Run a model on images in pieces that fit into a processor's caches, in the memory layout that suits the model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fmpq_fx.memory import bytes_of
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
+from fmpq_fx.passes.swap import substituted
 from fmpq_fx.passes.tracing.model_outputs import output_of, ran_out_of_memory
+from fmpq_fx.quant import FastConvTranspose2d, is_faster_lowered
 from fmpq_fx.ranks import ALONE, Ranks
 from fmpq_fx.rd import MSE, Distortion, RDSums, rd_sums
 
@@ -74,9 +77,23 @@ def cut_into_pieces(batches: Sequence[Tensor]) -> list[Tensor]:
 
 def mean_rd(gm: fx.GraphModule, bench: Bench, lmbda: float) -> float:
     """Return the RD loss of ``gm``, a model in evaluation mode, over all images of ``bench``."""
-    with torch.no_grad(), freed_memory_kept():
+    with run_fast(gm):
         own = [rd_sums(output_of(gm, x), x, bench.distortion) for x in bench.ranks.share(bench.pieces)]
     return sum(bench.ranks.merge(own), RDSums()).rd(lmbda)
+
+
+@contextmanager
+def run_fast(gm: fx.GraphModule) -> Iterator[None]:
+    """Within the block, ``gm`` runs without gradients, and in less time, with the same values up to rounding."""
+    targets = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    layers = {target: gm.get_submodule(target) for target in targets}
+    fast = {
+        target: FastConvTranspose2d(layer)
+        for target, layer in layers.items()
+        if type(layer) is nn.ConvTranspose2d and is_faster_lowered(layer)
+    }
+    with torch.no_grad(), freed_memory_kept(), substituted(gm, fast):
+        yield
 
 
 @torch.no_grad()

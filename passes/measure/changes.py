@@ -5,12 +5,10 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
-from fmpq_fx.passes.measure.allocator import freed_memory_kept
-from fmpq_fx.passes.measure.bench import Bench
+from fmpq_fx.passes.measure.bench import Bench, run_fast
 from fmpq_fx.passes.measure.groups import Group
 from fmpq_fx.passes.measure.kept_values import Budget
 from fmpq_fx.passes.measure.rerun import UNCHANGED, Downstream, IncrementalInterpreter, find_downstream
@@ -134,7 +132,7 @@ class ChangeMeter:
         """
         if self.base is None:
             budget = Budget(self.bench.memory, shares=len(self.bench.pieces))
-            with torch.no_grad(), freed_memory_kept():
+            with run_fast(self.gm):
                 self._pieces = [
                     PieceMeter(self.gm, x, self._downstream, budget, self.bench.distortion)
                     for x in self.bench.pieces
@@ -152,7 +150,6 @@ class ChangeMeter:
         self.measure_base()
         return self.bench.ranks.take_first(self._pieces[0].sums)
 
-    @torch.no_grad()
     def measure(
         self, changes: Mapping[K, Change], title: str | None = None, *, begin: bool = False
     ) -> dict[K, RDSums]:
@@ -172,9 +169,9 @@ class ChangeMeter:
         show = False if title is None else self.bench.progress
         pieces = self._pieces[:1] if begin else self._pieces
         bar = reported(range(len(pieces) * len(own)), title or "", "run", show=show)
-        with bar, freed_memory_kept():
+        layers = {site: self.gm.get_submodule(site) for group in groups for site in group}
+        with bar, run_fast(self.gm):
             for group in sorted(groups, key=list(self._downstream).index):
-                layers = {site: self.gm.get_submodule(site) for site in group}
                 modules = {
                     key: {site: make(layers[site]) for site, make in own[key].items()}
                     for key in groups[group]

@@ -20,6 +20,9 @@ from fmpq_fx.training.run import TrainingRun
 from support.finetuning import LMBDA, photos, tuned
 from support.small_models import small_model
 
+# As in the tests' own process. And a fork of a process that has computed in several threads would wait for them for ever.
+torch.set_num_threads(1)
+
 CALIBRATION = torch.stack(
     photos(5, side=64)
 )  # batches of 2, 2 and 1: the ranks have different numbers of them

@@ -9,10 +9,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _BLOCK = 16
-"""Output channels that runtimes compute at once, so that fewer take as long."""
+"""Output channels that libraries compute at once, so that fewer take as long."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class _Seen:
     def pads(self) -> tuple[int, int]:
         return -self.inputs[0], self.inputs[-1] + self.more
 
+    @property
+    def places_of_taps(self) -> list[int]:
+        """Where the taps are in a kernel with a zero behind its end."""
+        return [-1 if tap is None else tap for tap in self.taps]
+
 
 def _seen(layer: nn.ConvTranspose2d, axis: int) -> list[_Seen]:
     """Return what each sub-position sees along rows (``axis`` 0) or columns (1)."""
@@ -77,11 +83,8 @@ def _alike(subs: list[_Seen]) -> list[_Seen]:
 
 
 def _kernel(weight: Tensor, rows: _Seen, columns: _Seen) -> Kernel:
-    kernel = weight.new_zeros(*weight.shape[:2], len(rows.taps), len(columns.taps))
-    for down, row in enumerate(rows.taps):
-        for right, column in enumerate(columns.taps):
-            if row is not None and column is not None:
-                kernel[:, :, down, right] = weight[:, :, row, column]
+    padded = F.pad(weight, (0, 1, 0, 1))  # the last tap is zero
+    kernel = padded[:, :, rows.places_of_taps][..., columns.places_of_taps]
     return Kernel(kernel, (rows.inputs.step, columns.inputs.step), (*columns.pads, *rows.pads))
 
 
@@ -96,14 +99,30 @@ def surplus_of(layer: nn.ConvTranspose2d, axis: int) -> int:
     return -_excess(layer, axis) % layer.stride[axis]
 
 
-def faster_together(layer: nn.ConvTranspose2d) -> bool:
-    """Say whether one convolution, though it multiplies zeros, takes no more than one for each sub-position."""
+def work_together(layer: nn.ConvTranspose2d) -> float:
+    """Return the work of one convolution, which multiplies zeros, as a part of that of one for each sub-position."""
     if layer.groups > 1:
-        return False
+        return math.inf
     blocks, blocks_together = (
         -(-count * layer.out_channels // _BLOCK) for count in (1, layer.stride[0] * layer.stride[1])
     )
     axes = [_seen(layer, axis) for axis in (0, 1)]
     apart = math.prod(sum(len(sub.taps) for sub in subs) for subs in axes)
     together = math.prod(len(_alike(subs)[0].taps) for subs in axes)
-    return blocks_together * together <= blocks * apart
+    return blocks_together * together / (blocks * apart)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pads: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    groups: int = 1,
+) -> Tensor:
+    """Return the convolution of ``x`` (B, C, H, W), of stride 1 and padded by zeros; see :class:`Kernel`."""
+    left, right, top, bottom = pads
+    padding = (top, left)
+    if left != right or top != bottom or min(padding) < 0:
+        x, padding = F.pad(x, pads), (0, 0)  # runtimes make it a part of the convolution
+    return F.conv2d(x, weight, bias, 1, padding, dilation, groups)
