@@ -8,15 +8,12 @@ import json
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from rd_points import Point, Results, Variant
 from torch import fx, nn
 
 from fmpq_fx import (
-    Sensitivity,
-    analyze,
     evaluate,
     file_report,
     finetune,
@@ -77,16 +74,6 @@ class Bench:
         sample: nn.Module = samples.model(self.lmbda)
         return sample
 
-    def sensitivity(self) -> Sensitivity:
-        """Return the model's table, measured once."""
-        path = self.args.cache / f"{self.name}-{self.key}-sensitivity.json"
-        if not path.exists():
-            table = analyze(
-                self.model(), calibration=self.args.calibration, lmbda=self.lmbda, distortion=self.args.metric
-            )
-            table.save(path)
-        return Sensitivity.load(path)
-
     def measure(self, variants: Iterable[Variant]) -> list[Point]:
         """Return the points of ``variants``, which have one planner and size; missing points are measured."""
         variants = list(variants)
@@ -120,16 +107,14 @@ class Bench:
             self._evaluate(variant, model, None)
 
     def _measure_quantized(self, variants: list[Variant]) -> None:
-        if variants[0].planner == "uniform":  # it does not depend on zeta, whose table takes minutes
-            measured: dict[str, Any] = {"lmbda": self.lmbda, "distortion": self.args.metric}
-        else:
-            measured = {"sensitivity": self.sensitivity()}
         prepared = {
             bits: prepare(
                 self.model(),
                 variants[0].target_cr,
                 calibration=self.args.calibration,
-                **measured,
+                lmbda=self.lmbda,
+                distortion=self.args.metric,
+                checkpoint=self.args.cache / f"{self.name}-{self.key}-sensitivity.json",
                 planner=variants[0].planner,
                 size=variants[0].size,
                 activation_bits=bits,
@@ -206,7 +191,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=4)
     add("--threads", type=int, help="threads of torch; default: its own choice")
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder for results and pictures")
-    add("--cache", type=Path, default=Path("out/bd_rate"), help="folder for tables and training checkpoints")
+    add("--cache", type=Path, default=Path("out/bd_rate"), help="folder for checkpoints")
 
 
 def benches(args: argparse.Namespace) -> list[Bench]:
