@@ -27,11 +27,16 @@ def add_sample_and_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", required=True, help="image folder to measure the RD loss on")
 
 
+def activation_bits(text: str) -> int | str | None:
+    """Return prepare()'s argument of that name from the command line; "0" is float."""
+    return text if text == MIXED else int(text) or None
+
+
 def add_activation_bits(parser: argparse.ArgumentParser, default: list[int | str | None]) -> None:
     """Add ``--activation-bits``, one or more values of prepare()'s argument."""
     parser.add_argument(
         "--activation-bits",
-        type=lambda text: text if text == MIXED else int(text) or None,
+        type=activation_bits,
         nargs="+",
         default=default,
         help="0 is float",

@@ -1,4 +1,4 @@
-"""How far fine-tuning comes, by steps and learning rate, at several sizes of the file's weights.
+"""How far fine-tuning comes, by steps, learning rate and schedule, at several sizes of the file's weights.
 
 Plans of the sample model by `optimal` in coded bytes, with float activations. The RD loss is that of crops which were
 not trained on, from the likelihoods, above that of the float model fine-tuned for as many steps. Every result is kept
@@ -9,6 +9,7 @@ as soon as it is there, and a run that was stopped goes on: the same command goe
 
 import argparse
 import copy
+import itertools
 import json
 import time
 from pathlib import Path
@@ -48,12 +49,20 @@ class Runs:
         self._done = json.loads(self._path.read_text()) if self._path.exists() else {}
         self._prepared: dict[float, fx.GraphModule] = {}
 
-    def of(self, smaller: float, steps: int, factor: float) -> Row:
-        """Return what is left of the weights, the RD loss and the validations of one run; 0 steps train nothing."""
+    def of(self, smaller: float, steps: int, factor: float = 1, constant: float = 0) -> Row:
+        """Return what is left of the weights, the RD loss and the validations of one run; 0 steps train nothing.
+
+        Args:
+            smaller: how many times smaller the weights are.
+            steps: steps of fine-tuning.
+            factor: of the default learning rate.
+            constant: the part of the steps before the learning rate falls.
+        """
         key = f"{self._about}; {smaller:g}x, {steps} steps, {factor:g} times the learning rate"
+        key += f", constant for {constant:g}" if constant else ""
         if key not in self._done:
             start = time.process_time()
-            checkpoint = self.args.cache / f"{smaller:g}-{steps}-{factor:g}.training"
+            checkpoint = self.args.cache / f"{smaller:g}-{steps}-{factor:g}-{constant:g}.training"
             if smaller == FLOAT:
                 model: nn.Module = copy.deepcopy(self.model)
                 history = self._train(model, steps, factor * Settings.lr, checkpoint) if steps else None
@@ -61,7 +70,7 @@ class Runs:
             else:
                 graph = self._plan(smaller)
                 bits, lr = short_bits(plan_of(graph)), factor * learning_rate(plan_of(graph))
-                history = self._finetune(graph, steps, lr, checkpoint) if steps else None
+                history = self._finetune(graph, steps, lr, constant, checkpoint) if steps else None
             self._done[key] = {
                 "bits": bits,
                 "rd": mean_rd(graph, self.bench, self.args.lmbda),
@@ -77,9 +86,17 @@ class Runs:
         settings = Settings(self.args.lmbda, steps=steps, lr=lr, validate_every=_interval(steps))
         return train(model, self.args.train, settings, checkpoint=checkpoint)
 
-    def _finetune(self, gm: fx.GraphModule, steps: int, lr: float, checkpoint: Path) -> History:
+    def _finetune(
+        self, gm: fx.GraphModule, steps: int, lr: float, constant: float, checkpoint: Path
+    ) -> History:
         return finetune(
-            gm, self.args.train, checkpoint=checkpoint, steps=steps, lr=lr, validate_every=_interval(steps)
+            gm,
+            self.args.train,
+            checkpoint=checkpoint,
+            steps=steps,
+            lr=lr,
+            constant=constant,
+            validate_every=_interval(steps),
         )
 
     def _plan(self, smaller: float) -> fx.GraphModule:
@@ -104,6 +121,7 @@ def main() -> None:
     add("--smaller", type=float, nargs="+", default=[4, 8, 12], help="how many times smaller the weights are")
     add("--steps", type=int, nargs="+", default=[150, 600])
     add("--factors", type=float, nargs="+", default=[1, 3], help="of the default learning rate")
+    add("--constants", type=float, nargs="+", default=[0], help="part of the steps before the rates fall")
     add("--threads", type=int, help="of torch; default: its own choice")
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder for results and the picture")
     add("--cache", type=Path, default=Path("out/convergence"), help="folder for training checkpoints")
@@ -113,24 +131,32 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     runs, rows = Runs(args), []
-    floats = {steps: runs.of(FLOAT, steps, 1)["rd"] for steps in (0, *args.steps)}
+    floats = {steps: runs.of(FLOAT, steps)["rd"] for steps in (0, *args.steps)}
     figure, _ = plt.subplots(1, len(args.smaller), figsize=(4 * len(args.smaller), 3.5), layout="constrained")
     for smaller, panel in zip(args.smaller, figure.axes, strict=True):
-        found = runs.of(smaller, 0, 1)
-        rows.append(
-            [f"{smaller:g}x", found["bits"], "-", "-", *_above(found["rd"], floats[0], floats[0]), "-"]
-        )
-        for steps in args.steps:
-            for factor in args.factors:
-                found = runs.of(smaller, steps, factor)
-                above = _above(found["rd"], floats[steps], floats[0])
-                minutes = f"{found['minutes']:.1f}"
-                rows.append([f"{smaller:g}x", found["bits"], str(steps), f"{factor:g}", *above, minutes])
-                panel.plot(*zip(*found["curve"], strict=True), "o-", label=f"{steps} steps, lr x {factor:g}")
+        found = runs.of(smaller, 0)
+        above = _above(found["rd"], floats[0], floats[0])
+        rows.append([f"{smaller:g}x", found["bits"], "-", "-", "-", *above, "-"])
+        for steps, factor, constant in itertools.product(args.steps, args.factors, args.constants):
+            found = runs.of(smaller, steps, factor, constant)
+            above = _above(found["rd"], floats[steps], floats[0])
+            settings = str(steps), f"{factor:g}", f"{constant:g}"
+            rows.append([f"{smaller:g}x", found["bits"], *settings, *above, f"{found['minutes']:.1f}"])
+            label = f"{steps} steps, lr x {factor:g}" + (f", constant {constant:g}" if constant else "")
+            panel.plot(*zip(*found["curve"], strict=True), "o-", label=label)
         panel.set(title=f"{smaller:g}x smaller, {found['bits']}", xlabel="step", ylabel="RD loss, validation")
         panel.legend(fontsize=8)
     save(figure, args.out / "convergence-sample.png")
-    headers = ["weights", "bits", "steps", "lr x", "above float, as many steps", "above float", "CPU minutes"]
+    headers = [
+        "weights",
+        "bits",
+        "steps",
+        "lr x",
+        "constant",
+        "above float, as many steps",
+        "above float",
+        "CPU minutes",
+    ]
     print(f"\n{tabulate(rows, headers, disable_numparse=True, colalign=['right'] * len(headers))}")
 
 

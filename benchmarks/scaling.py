@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import parser_of
+from arguments import activation_bits, parser_of
 from bench_models import enliven
 from compressai.models import Cheng2020Anchor, MeanScaleHyperprior, ScaleHyperprior
+from machine import processor
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from fmpq_fx.images import crops
 from fmpq_fx.images.reading import evenly_spaced
 from fmpq_fx.memory import bytes_of, spelled
 from fmpq_fx.passes.measure.sensitivity import CANDIDATE_BITS
+from fmpq_fx.passes.plan.widths import MIXED
 from fmpq_fx.passes.sites import find_sites
 from fmpq_fx.passes.swap import substituted
 from fmpq_fx.passes.trace import trace
@@ -98,7 +100,15 @@ def preparation(model: nn.Module, x: Tensor, options: argparse.Namespace) -> Row
 
     for name, phase in PHASES.items():
         setattr(module, name, timed(getattr(module, name), phase))
-    gm = prepare(model, options.target, calibration=x, lmbda=LMBDA, memory=options.memory, progress=False)
+    gm = prepare(
+        model,
+        options.target,
+        calibration=x,
+        lmbda=LMBDA,
+        activation_bits=options.activation_bits,
+        memory=options.memory,
+        progress=False,
+    )
     assert plan_of(gm).measured is not None
     return seconds
 
@@ -168,6 +178,7 @@ def main() -> None:
     add("--images", help="calibration images; default: scikit-image's photographs")
     add("--crops", type=int, default=8)
     add("--size", type=int, default=256)
+    add("--activation-bits", type=activation_bits, default=MIXED, help="of prepare(); 0 is float")
     add("--memory", help="as of prepare(); default: its default")
     add("--target", type=float, default=0.1875, help="of prepare()")
     add("--naive", type=int, default=20, help="evaluations of the naive loop to time; 0: all of them")
@@ -176,8 +187,11 @@ def main() -> None:
     photos = options.images or list(samples.photos().values())
     x = crops.cut(photos, size=options.size, count=options.crops)[0]
     limit = spelled(bytes_of(options.memory, x.device))
+    print(processor())
     print(f"{len(x)} crops of {x.size(-1)} x {x.size(-2)}, memory {limit}, {options.threads} threads", end="")
-    print(f", torch {torch.__version__}, target CR {options.target}")
+    print(
+        f", torch {torch.__version__}, target CR {options.target}, activation bits {options.activation_bits}"
+    )
     for name in options.models:
         compare(name, x, options)
 
