@@ -12,14 +12,14 @@ import multiprocessing
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from arguments import activation_bits, parser_of
-from bench_models import enliven
+from bench_models import add_model_arguments, enliven
 from compressai.models import Cheng2020Anchor, MeanScaleHyperprior, ScaleHyperprior
 from machine import processor
 from tabulate import tabulate
@@ -29,6 +29,7 @@ from fmpq_fx import analyze, plan_of, prepare, samples
 from fmpq_fx.images import crops
 from fmpq_fx.images.reading import evenly_spaced
 from fmpq_fx.memory import bytes_of, spelled
+from fmpq_fx.models.zoo import load_model
 from fmpq_fx.passes.measure.sensitivity import CANDIDATE_BITS
 from fmpq_fx.passes.plan.widths import MIXED
 from fmpq_fx.passes.sites import find_sites
@@ -39,6 +40,7 @@ from fmpq_fx.rd import rd_sums
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "sample": samples.model,
+    "mbt2018-mean": lambda: MeanScaleHyperprior(64, 96),
     "scale 128": lambda: ScaleHyperprior(128, 192),
     "mean-scale 128": lambda: MeanScaleHyperprior(128, 192),
     "cheng2020-anchor 64": lambda: Cheng2020Anchor(64),
@@ -52,8 +54,10 @@ LMBDA = 0.013
 Row = dict[str, float]
 
 
-def make_model(name: str, x: Tensor) -> Any:
+def make_model(name: str, x: Tensor, checkpoints: Mapping[str, str]) -> Any:
     """Return the model called ``name``; untrained ones have latents for ``x`` of a trained one's size."""
+    if name in checkpoints:
+        return load_model(name, checkpoint=checkpoints[name]).eval()
     torch.manual_seed(0)
     model: Any = MODELS[name]().eval()
     if name != "sample":
@@ -133,7 +137,7 @@ def _measure(job: str, name: str, pixels: Any, options: argparse.Namespace, resu
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
     x = torch.from_numpy(pixels)
-    model = make_model(name, x[:1])
+    model = make_model(name, x[:1], dict(options.checkpoint))
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before, start = _memory("VmRSS"), time.process_time()
     row = JOBS[job](model, x, options)
@@ -183,6 +187,7 @@ def main() -> None:
     add("--target", type=float, default=0.1875, help="of prepare()")
     add("--naive", type=int, default=20, help="evaluations of the naive loop to time; 0: all of them")
     add("--threads", type=int, default=1)
+    add_model_arguments(parser)
     options = parser.parse_args()
     photos = options.images or list(samples.photos().values())
     x = crops.cut(photos, size=options.size, count=options.crops)[0]

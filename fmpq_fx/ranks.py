@@ -5,6 +5,7 @@ the same calls. They ask for :func:`current` once and pass it on to all code tha
 such a block a process is :data:`ALONE`, and receives only its own messages.
 """
 
+import atexit
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,6 +68,7 @@ def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) 
     if not dist.is_initialized():
         # The group stays for later blocks, since torchrun's processes cannot make a second one.
         dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timeout)
+        atexit.register(_leave)
     _sharing = True
     try:
         with warnings.catch_warnings():
@@ -74,8 +76,17 @@ def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) 
                 warnings.simplefilter("ignore")
             yield own
         current().gather(None)
+    except BaseException:
+        atexit.unregister(_leave)  # it could wait for ranks that have failed
+        raise
     finally:
         _sharing = False
+
+
+def _leave() -> None:
+    """Take the process group apart. Its threads, left over when Python ends, may abort a process that has succeeded."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def own_device(device: str | torch.device) -> torch.device:

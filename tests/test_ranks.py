@@ -3,7 +3,10 @@
 import copy
 import math
 import multiprocessing
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,3 +207,21 @@ def test_devices_that_are_not_there(
         FmpqError, match=r"cuda:1 is not there: this machine has 1 GPU; start at most one process"
     ):
         ranks.own_device("cuda")
+
+
+@pytest.mark.parametrize(("inside", "said"), [("pass", "left: True"), ("raise ValueError", "left: False")])
+def test_a_process_that_succeeded_leaves_its_group_before_python_ends(inside: str, said: str) -> None:
+    script = f"""
+import atexit, torch.distributed as dist
+from fmpq_fx import ranks
+atexit.register(lambda: print("left:", not dist.is_initialized()))
+for _ in range(2):
+    with ranks.joined():
+        assert dist.is_initialized()
+        {inside}
+"""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    environment = {**os.environ, **alone, "TORCHELASTIC_RUN_ID": "test"}
+    job = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert said in job.stdout
+    assert (job.returncode == 0) == (inside == "pass"), job.stderr
