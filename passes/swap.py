@@ -59,10 +59,15 @@ def with_replaced(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Mod
         if isinstance(value, nn.Module):
             if value not in made:
                 made[value] = value  # for a module that leads back to this one
-                attributes = of(value.__dict__)
-                if attributes is not value.__dict__:
+                changed = {
+                    name: other
+                    for name, part in value.__dict__.items()
+                    if isinstance(part, _HOLDERS) and name not in _TENSORS_AND_HOOKS
+                    if (other := of(part)) is not part
+                }
+                if changed:
                     made[value] = shallow_copy(value, type(value))
-                    made[value].__dict__ = attributes
+                    made[value].__dict__ |= changed
             return made[value]
         if type(value) in (dict, OrderedDict):
             changed = {key: other for key, part in value.items() if (other := of(part)) is not part}
@@ -74,6 +79,10 @@ def with_replaced(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Mod
 
     result: nn.Module = of(root)
     return result
+
+
+_HOLDERS = (nn.Module, dict, list, tuple)  # what may be or hold a module
+_TENSORS_AND_HOOKS = frozenset(vars(nn.Module())) - {"_modules"}  # attributes of every module that hold none
 
 
 def shallow_copy(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class ConvProduct:
-    """A convolution, by ``unfold`` and a matrix (groups, out / groups, in / groups * places)."""
+    """A convolution, by a column for each place and a matrix (groups, out / groups, in / groups * places)."""
 
     trailing = 2  # dimensions behind the channels
 
@@ -36,14 +36,12 @@ class ConvProduct:
         """Return the sums for ``x`` (B, C, H, W)."""
         if any(self.padding):
             x = F.pad(x, self.padding, self.padding_mode)
-        height, width = (
-            (side - dilation * (kernel - 1) - 1) // stride + 1
-            for side, dilation, kernel, stride in zip(
-                x.shape[2:], self.dilation, self.kernel, self.stride, strict=True
-            )
-        )
-        columns = x if self.pointwise else F.unfold(x, self.kernel, self.dilation, 0, self.stride)
-        columns = columns.reshape(len(x), self.groups, matrix.size(2), -1)
+        seen = x.unflatten(1, (self.groups, -1))
+        for axis in (0, 1):  # F.unfold makes the same columns, several times slower
+            extent = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+            seen = seen.unfold(3 + axis, extent, self.stride[axis])[..., :: self.dilation[axis]]
+        height, width = seen.shape[3:5]
+        columns = seen.permute(0, 1, 2, 5, 6, 3, 4).reshape(len(x), self.groups, matrix.size(2), -1)
         sums: Tensor = torch.matmul(matrix, columns)
         return sums.reshape(len(x), -1, height, width)
 
