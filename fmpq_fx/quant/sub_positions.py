@@ -36,10 +36,21 @@ def kernels_of(weight: Tensor, layer: nn.ConvTranspose2d, together: bool) -> lis
             has one group. Else there is a convolution for each, row by row, with a kernel of zeros if it sees nothing.
     """
     rows, columns = (_seen(layer, axis) for axis in (0, 1))
+    padded = F.pad(weight, (0, 1, 0, 1))  # the last tap is zero
     if together:
-        kernels = [_kernel(weight, down, right) for down in _alike(rows) for right in _alike(columns)]
-        return [Kernel(torch.cat([kernel.weight for kernel in kernels]), (1, 1), kernels[0].pads)]
-    return [_kernel(weight, down, right) for down in rows for right in columns]
+        rows, columns = _alike(rows), _alike(columns)
+        taken = _taken(padded, rows, columns).unflatten(3, (len(columns), -1)).unflatten(2, (len(rows), -1))
+        kernel = taken.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
+        return [Kernel(kernel, (1, 1), (*columns[0].pads, *rows[0].pads))]
+    return [
+        Kernel(
+            _taken(padded, [row], [column]),
+            (row.inputs.step, column.inputs.step),
+            (*column.pads, *row.pads),
+        )
+        for row in rows
+        for column in columns
+    ]
 
 
 @dataclass(frozen=True)
@@ -54,10 +65,14 @@ class _Seen:
     def pads(self) -> tuple[int, int]:
         return -self.inputs[0], self.inputs[-1] + self.more
 
-    @property
-    def places_of_taps(self) -> list[int]:
-        """Where the taps are in a kernel with a zero behind its end."""
-        return [-1 if tap is None else tap for tap in self.taps]
+
+def _taken(padded: Tensor, rows: list[_Seen], columns: list[_Seen]) -> Tensor:
+    """Return the taps of ``padded`` that the sub-positions along each axis see, one behind the other."""
+    for dim, subs in ((2, rows), (3, columns)):
+        zero = padded.size(dim) - 1
+        taps = [zero if tap is None else tap for sub in subs for tap in sub.taps]
+        padded = padded.index_select(dim, torch.tensor(taps, device=padded.device))
+    return padded
 
 
 def _seen(layer: nn.ConvTranspose2d, axis: int) -> list[_Seen]:
@@ -80,12 +95,6 @@ def _alike(subs: list[_Seen]) -> list[_Seen]:
     inputs = range(min(sub.inputs[0] for sub in subs), max(sub.inputs[-1] for sub in subs) + 1)
     met = [dict(zip(sub.inputs, sub.taps, strict=True)) for sub in subs]
     return [_Seen(inputs, tuple(map(taps.get, inputs)), subs[0].more) for taps in met]
-
-
-def _kernel(weight: Tensor, rows: _Seen, columns: _Seen) -> Kernel:
-    padded = F.pad(weight, (0, 1, 0, 1))  # the last tap is zero
-    kernel = padded[:, :, rows.places_of_taps][..., columns.places_of_taps]
-    return Kernel(kernel, (rows.inputs.step, columns.inputs.step), (*columns.pads, *rows.pads))
 
 
 def _excess(layer: nn.ConvTranspose2d, axis: int) -> int:
