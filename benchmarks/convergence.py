@@ -65,7 +65,9 @@ class Runs:
             checkpoint = self.args.cache / f"{smaller:g}-{steps}-{factor:g}-{constant:g}.training"
             if smaller == FLOAT:
                 model: nn.Module = copy.deepcopy(self.model)
-                history = self._train(model, steps, factor * Settings.lr, checkpoint) if steps else None
+                history = (
+                    self._train(model, steps, factor * Settings.lr, constant, checkpoint) if steps else None
+                )
                 bits, graph = "float", trace(model.eval())
             else:
                 graph = self._plan(smaller)
@@ -82,8 +84,10 @@ class Runs:
             print(f"{key}: {bits}, RD loss {self._done[key]['rd']:.4f}", flush=True)
         return dict(self._done[key])
 
-    def _train(self, model: nn.Module, steps: int, lr: float, checkpoint: Path) -> History:
-        settings = Settings(self.args.lmbda, steps=steps, lr=lr, validate_every=_interval(steps))
+    def _train(self, model: nn.Module, steps: int, lr: float, constant: float, checkpoint: Path) -> History:
+        settings = Settings(
+            self.args.lmbda, steps=steps, lr=lr, constant=constant, validate_every=_interval(steps)
+        )
         return train(model, self.args.train, settings, checkpoint=checkpoint)
 
     def _finetune(

@@ -27,6 +27,7 @@ TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another that runs but does not answer; a rank that has ended is noticed at once."""
 
 _sharing = False
+_own_group = False  # whether the process group was made here
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) 
         ValueError: torch knows no such device.
         FmpqError: the device is not there, or there are fewer GPUs than processes.
     """
-    global _sharing
+    global _sharing, _own_group
     own = own_device(device)
     if _sharing or not (dist.is_initialized() or dist.is_torchelastic_launched()):
         yield own
@@ -68,17 +69,17 @@ def joined(device: str | torch.device = "cpu", *, timeout: timedelta = TIMEOUT) 
     if not dist.is_initialized():
         # The group stays for later blocks, since torchrun's processes cannot make a second one.
         dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timeout)
-        atexit.register(_leave)
+        _own_group = True
     _sharing = True
+    atexit.unregister(_leave)  # until the block has succeeded: it could wait for ranks that have failed
     try:
         with warnings.catch_warnings():
             if not is_first():
                 warnings.simplefilter("ignore")
             yield own
         current().gather(None)
-    except BaseException:
-        atexit.unregister(_leave)  # it could wait for ranks that have failed
-        raise
+        if _own_group:
+            atexit.register(_leave)
     finally:
         _sharing = False
 

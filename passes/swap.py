@@ -50,7 +50,8 @@ def with_replaced(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Mod
     parameters and buffers, are those of ``root``. Where nothing changes, ``root`` itself is returned.
 
     Args:
-        root: a model. Its modules may also keep modules in dicts and lists, as CompressAI's latent codecs do.
+        root: a model. Its modules may also keep modules in dicts and lists, as CompressAI's latent codecs do. Hooks
+            that are modules are not replaced.
         new: the replacement of each module, by that module.
     """
     made: dict[nn.Module, nn.Module] = dict(new)
@@ -59,15 +60,15 @@ def with_replaced(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Mod
         if isinstance(value, nn.Module):
             if value not in made:
                 made[value] = value  # for a module that leads back to this one
-                changed = {
+                attributes = {
                     name: other
                     for name, part in value.__dict__.items()
-                    if isinstance(part, _HOLDERS) and name not in _TENSORS_AND_HOOKS
+                    if isinstance(part, _HOLDERS) and name not in _PASSED_OVER
                     if (other := of(part)) is not part
                 }
-                if changed:
+                if attributes:
                     made[value] = shallow_copy(value, type(value))
-                    made[value].__dict__ |= changed
+                    made[value].__dict__ |= attributes
             return made[value]
         if type(value) in (dict, OrderedDict):
             changed = {key: other for key, part in value.items() if (other := of(part)) is not part}
@@ -82,7 +83,7 @@ def with_replaced(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Mod
 
 
 _HOLDERS = (nn.Module, dict, list, tuple)  # what may be or hold a module
-_TENSORS_AND_HOOKS = frozenset(vars(nn.Module())) - {"_modules"}  # attributes of every module that hold none
+_PASSED_OVER = frozenset(vars(nn.Module())) - {"_modules"}  # what every module has: tensors, hooks and flags
 
 
 def shallow_copy(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> nn.Module:

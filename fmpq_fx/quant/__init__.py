@@ -10,7 +10,7 @@ from fmpq_fx.quant.latents import QuantizeLatent
 from fmpq_fx.quant.layers import QUANTIZERS, QuantizedLayer
 from fmpq_fx.quant.registry import quantize_layer, quantized_class, quantized_layers
 from fmpq_fx.quant.rounding import integer_range
-from fmpq_fx.quant.upsampling import FastConvTranspose2d, is_faster_lowered
+from fmpq_fx.quant.upsampling import FastConvTranspose2d
 
 __all__ = [
     "QUANTIZERS",
@@ -23,7 +23,6 @@ __all__ = [
     "argument_names",
     "in_order",
     "integer_range",
-    "is_faster_lowered",
     "quantize_layer",
     "quantized_class",
     "quantized_layers",

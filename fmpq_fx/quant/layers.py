@@ -5,6 +5,7 @@ quantized anew.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from fmpq_fx.quant.calls import CalledAlike
 from fmpq_fx.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant
 from fmpq_fx.quant.masked import mask_of
 from fmpq_fx.quant.rounding import LEAK
-from fmpq_fx.quant.upsampling import conv_transpose2d
+from fmpq_fx.quant.upsampling import Upsampling
 
 QUANTIZERS = ("weight_quantizer.", "input_quantizer.")
 """Prefixes of the quantizers' tensors in the state dict of a :class:`QuantizedLayer`."""
@@ -204,6 +205,10 @@ class QuantizedConvTranspose2d(QuantizedLayer):
     layer: nn.ConvTranspose2d
     spread_over = (1, -1, 1, 1, 1)  # groups are a dimension
 
+    def __init__(self, layer: nn.Module, *args: Any, **options: Any):
+        super().__init__(layer, *args, **options)
+        self.upsampling = Upsampling(self.layer)
+
     def float_weight(self) -> Tensor:
         """Return the weight with a dimension for its groups, (groups, in / groups, out / groups, kH, kW)."""
         weight: Tensor = self.weight_of(self.layer).unflatten(0, (self.layer.groups, -1))
@@ -230,7 +235,7 @@ class QuantizedConvTranspose2d(QuantizedLayer):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Upsample ``x`` (B, C, H, W), to ``output_size`` (height, width) if given."""
-        return conv_transpose2d(self.layer, self.quantized_input(x), self.weight, output_size)
+        return self.upsampling(self.layer, self.quantized_input(x), self.weight, output_size)
 
 
 class QuantizedLinear(QuantizedLayer):

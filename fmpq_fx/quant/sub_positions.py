@@ -6,6 +6,7 @@ of a convolution at the resolution of the input.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,33 @@ class Kernel:
     pads: tuple[int, int, int, int]
 
 
+@dataclass(frozen=True)
+class Together:
+    """The geometry of one convolution whose outputs are all sub-positions, row by row."""
+
+    stride: tuple[int, int]  # sub-positions along each axis
+    # The taps of the transposed kernel, of one sub-position behind the other; that behind the last tap is a zero.
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    pads: tuple[int, int, int, int]  # see :class:`Kernel`
+
+    def kernel(self, weight: Tensor) -> Tensor:
+        """Return the kernel, (sub-positions * out, in, kH, kW), for that of the transposed one, (out, in, kH, kW)."""
+        taken = _taken(F.pad(weight, (0, 1, 0, 1)), self.rows, self.columns)
+        apart: Tensor = taken.unflatten(3, (self.stride[1], -1)).unflatten(2, (self.stride[0], -1))
+        return apart.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
+
+
+def together_of(layer: nn.ConvTranspose2d) -> Together:
+    """Return the one convolution for all sub-positions of the output of ``layer``, which has one group."""
+    rows, columns = (_alike(_seen(layer, axis)) for axis in (0, 1))
+    down, right = (
+        tuple(tap for sub in subs for tap in sub.taps_or(size))
+        for subs, size in zip((rows, columns), layer.kernel_size, strict=True)
+    )
+    return Together((len(rows), len(columns)), down, right, (*columns[0].pads, *rows[0].pads))
+
+
 def kernels_of(weight: Tensor, layer: nn.ConvTranspose2d, together: bool) -> list[Kernel]:
     """Return the convolutions whose outputs, one behind the other, are all sub-positions of the output of ``layer``.
 
@@ -35,22 +63,26 @@ def kernels_of(weight: Tensor, layer: nn.ConvTranspose2d, together: bool) -> lis
         together: return one convolution, whose kernel has zeros where a sub-position sees less than others; ``layer``
             has one group. Else there is a convolution for each, row by row, with a kernel of zeros if it sees nothing.
     """
-    rows, columns = (_seen(layer, axis) for axis in (0, 1))
-    padded = F.pad(weight, (0, 1, 0, 1))  # the last tap is zero
     if together:
-        rows, columns = _alike(rows), _alike(columns)
-        taken = _taken(padded, rows, columns).unflatten(3, (len(columns), -1)).unflatten(2, (len(rows), -1))
-        kernel = taken.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
-        return [Kernel(kernel, (1, 1), (*columns[0].pads, *rows[0].pads))]
+        one = together_of(layer)
+        return [Kernel(one.kernel(weight), (1, 1), one.pads)]
+    rows, columns = (_seen(layer, axis) for axis in (0, 1))
+    padded, (height, width) = F.pad(weight, (0, 1, 0, 1)), layer.kernel_size
     return [
         Kernel(
-            _taken(padded, [row], [column]),
+            _taken(padded, row.taps_or(height), column.taps_or(width)),
             (row.inputs.step, column.inputs.step),
             (*column.pads, *row.pads),
         )
         for row in rows
         for column in columns
     ]
+
+
+def _taken(weight: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    for dim, taps in ((2, rows), (3, columns)):
+        weight = weight.index_select(dim, torch.tensor(taps, device=weight.device))
+    return weight
 
 
 @dataclass(frozen=True)
@@ -65,14 +97,9 @@ class _Seen:
     def pads(self) -> tuple[int, int]:
         return -self.inputs[0], self.inputs[-1] + self.more
 
-
-def _taken(padded: Tensor, rows: list[_Seen], columns: list[_Seen]) -> Tensor:
-    """Return the taps of ``padded`` that the sub-positions along each axis see, one behind the other."""
-    for dim, subs in ((2, rows), (3, columns)):
-        zero = padded.size(dim) - 1
-        taps = [zero if tap is None else tap for sub in subs for tap in sub.taps]
-        padded = padded.index_select(dim, torch.tensor(taps, device=padded.device))
-    return padded
+    def taps_or(self, zero: int) -> list[int]:
+        """Return the taps, with ``zero`` in the place of None."""
+        return [zero if tap is None else tap for tap in self.taps]
 
 
 def _seen(layer: nn.ConvTranspose2d, axis: int) -> list[_Seen]:

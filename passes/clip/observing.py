@@ -7,13 +7,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
 from fmpq_fx.errors import FmpqError
 from fmpq_fx.passes.clip.histograms import Floats, Histogram
-from fmpq_fx.passes.measure.allocator import freed_memory_kept
-from fmpq_fx.passes.measure.bench import Bench, cut_into_pieces
+from fmpq_fx.passes.measure.bench import Bench, cut_into_pieces, run_fast
 from fmpq_fx.passes.tracing.model_outputs import output_of
 from fmpq_fx.progress import reported
 from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, weights_kept
@@ -76,7 +74,7 @@ def _count(histogram: Histogram, layer: nn.Module, inputs: tuple[Any, ...]) -> N
 
 
 def _watch(gm: fx.GraphModule, pieces: Iterable[Tensor]) -> None:
-    with torch.no_grad(), weights_kept(gm), freed_memory_kept():
+    with run_fast(gm), weights_kept(gm):
         for x in pieces:
             output_of(gm, x)
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,13 @@ from fmpq_fx.passes.plan.inputs import InputGrid, products_at
 from fmpq_fx.passes.plan.tables import Plan, Table
 from fmpq_fx.passes.plan.widths import WIDE
 from fmpq_fx.passes.tracing.model_outputs import output_of
-from fmpq_fx.quant import ActivationFakeQuant, QuantizedLayer, quantized_layers, weights_kept
+from fmpq_fx.quant import (
+    ActivationFakeQuant,
+    QuantizedLayer,
+    quantized_class,
+    quantized_layers,
+    weights_kept,
+)
 from fmpq_fx.quant.layers import QuantizedConvTranspose2d
 
 ROOM, ROOM_OF_16_BITS = 1, OCTAVE
@@ -196,13 +201,26 @@ def _multiply_accumulates(gm: fx.GraphModule, bench: Bench) -> dict[str, float]:
     x = bench.pieces[0][:1]
     counts = dict.fromkeys(plan_of(gm).bits, 0.0)
 
-    def count(layer: Any, args: tuple[Tensor, ...], out: Tensor, *, site: str) -> None:
+    def add(
+        _: nn.Module,
+        args: tuple[Tensor, ...],
+        out: Tensor,
+        *,
+        site: str,
+        kind: type[QuantizedLayer],
+        weights: int,
+    ) -> None:
         # A convolution multiplies all its weights at each place of its output, a transposed one of its input.
-        places = args[0] if isinstance(layer, QuantizedConvTranspose2d) else out
-        counts[site] += layer.weight.numel() * places.numel() / places.size(layer.channel_dim)
+        places = args[0] if issubclass(kind, QuantizedConvTranspose2d) else out
+        counts[site] += weights * places.numel() / places.size(kind.channel_dim)
 
     with ExitStack() as stack, torch.no_grad(), weights_kept(gm):
-        for site, layer in quantized_layers(gm).items():
-            stack.callback(layer.register_forward_hook(partial(count, site=site)).remove)
+        for site in counts:
+            layer = gm.get_submodule(site)
+            inner = layer.layer if isinstance(layer, QuantizedLayer) else layer
+            kind = quantized_class(inner)
+            assert kind is not None  # it is a site
+            hook = partial(add, site=site, kind=kind, weights=kind.weight_of(inner).numel())
+            stack.callback(layer.register_forward_hook(hook).remove)
         output_of(gm, x)
     return {site: count / (x.size(-1) * x.size(-2)) for site, count in counts.items()}

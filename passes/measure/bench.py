@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,7 +12,8 @@ from fmpq_fx.memory import bytes_of
 from fmpq_fx.passes.measure.allocator import freed_memory_kept
 from fmpq_fx.passes.swap import substituted
 from fmpq_fx.passes.tracing.model_outputs import output_of, ran_out_of_memory
-from fmpq_fx.quant import FastConvTranspose2d, is_faster_lowered
+from fmpq_fx.quant import FastConvTranspose2d, quantized_class
+from fmpq_fx.quant.layers import QuantizedConvTranspose2d
 from fmpq_fx.ranks import ALONE, Ranks
 from fmpq_fx.rd import MSE, Distortion, RDSums, rd_sums
 
@@ -86,14 +88,19 @@ def mean_rd(gm: fx.GraphModule, bench: Bench, lmbda: float) -> float:
 def run_fast(gm: fx.GraphModule) -> Iterator[None]:
     """Within the block, ``gm`` runs without gradients, and in less time, with the same values up to rounding."""
     targets = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
-    layers = {target: gm.get_submodule(target) for target in targets}
     fast = {
         target: FastConvTranspose2d(layer)
-        for target, layer in layers.items()
-        if type(layer) is nn.ConvTranspose2d and is_faster_lowered(layer)
+        for target in targets
+        if _is_upsampling(layer := gm.get_submodule(target))
     }
     with torch.no_grad(), freed_memory_kept(), substituted(gm, fast):
         yield
+
+
+def _is_upsampling(layer: nn.Module) -> TypeGuard[nn.ConvTranspose2d]:
+    # A layer with hooks must be called itself.
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return quantized_class(layer) is QuantizedConvTranspose2d and not hooked
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from fmpq_fx.training.run import TrainingRun
 from support.finetuning import LMBDA, photos, tuned
 from support.small_models import small_model
 
-# As in the tests' own process. And a fork of a process that has computed in several threads would wait for them.
+# One thread, as conftest sets. A fork has the pool of OpenMP without its threads, and would wait for them.
 torch.set_num_threads(1)
 
 CALIBRATION = torch.stack(

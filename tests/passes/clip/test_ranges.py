@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compressai.layers import GDN
 from torch import Tensor, nn
 
 import fmpq_fx
@@ -100,6 +101,35 @@ def test_widths_of_single_sites_are_kept(images: Tensor) -> None:
         assert torch.equal(again(images)["x_hat"], gm(images)["x_hat"])
     all_float = prepared(Uneven(1.0), images, activation_bits={"*": None})
     assert fmpq_fx.plan_of(all_float).rounded_inputs == []
+
+
+class Mixture(nn.Module):
+    """A layer of each kind, with strides, groups and few outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 8, 5, 2, 2)
+        self.grouped = nn.Conv2d(8, 8, 3, 1, 1, groups=2)
+        self.gdn = GDN(8)
+        self.mixed = nn.Linear(8, 8)
+        self.up = nn.ConvTranspose2d(8, 3, 5, 2, 2, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.gdn(self.grouped(self.down(x)))
+        y = self.mixed(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return {"x_hat": self.up(y), "likelihoods": {"y": torch.sigmoid(y)}}
+
+
+@pytest.mark.parametrize(("target", "fixed"), [(0.25, None), (0.6, {"up": None, "gdn": None})])
+def test_multiply_accumulates_of_all_layers_are_counted(
+    images: Tensor, target: float, fixed: dict[str, None] | None
+) -> None:
+    gm = fmpq_fx.prepare(
+        Mixture(), target, calibration=images, bits=[8], fixed=fixed, activation_bits=8, planner="uniform"
+    )
+    plan = fmpq_fx.plan_of(gm)
+    of_place = {"down": 3 * 8 * 25, "grouped": 4 * 8 * 9, "gdn": 8 * 8, "mixed": 8 * 8, "up": 8 * 3 * 25}
+    assert plan.macs == {name: count / 4 for name, count in of_place.items()}
 
 
 @pytest.mark.parametrize("seed", range(20))
