@@ -120,13 +120,11 @@ class Mixture(nn.Module):
         return {"x_hat": self.up(y), "likelihoods": {"y": torch.sigmoid(y)}}
 
 
-@pytest.mark.parametrize(("target", "fixed"), [(0.25, None), (0.6, {"up": None, "gdn": None})])
+@pytest.mark.parametrize(("target", "fixed"), [(0.2, None), (0.55, {"up": None, "gdn": None})])
 def test_multiply_accumulates_of_all_layers_are_counted(
     images: Tensor, target: float, fixed: dict[str, None] | None
 ) -> None:
-    gm = fmpq_fx.prepare(
-        Mixture(), target, calibration=images, bits=[8], fixed=fixed, activation_bits=8, planner="uniform"
-    )
+    gm = fmpq_fx.prepare(Mixture(), target, calibration=images, bits=[4, 8], fixed=fixed, activation_bits=8)
     plan = fmpq_fx.plan_of(gm)
     of_place = {"down": 3 * 8 * 25, "grouped": 4 * 8 * 9, "gdn": 8 * 8, "mixed": 8 * 8, "up": 8 * 3 * 25}
     assert plan.macs == {name: count / 4 for name, count in of_place.items()}
