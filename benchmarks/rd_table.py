@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -113,6 +114,9 @@ def _real_cr(points: Sequence[Point]) -> str:
 
 
 def _delta(measure: Callable[..., float], anchor: Curve, curve: Curve, form: str) -> str:
+    _, qualities = curve
+    if any(after <= before for before, after in pairwise(qualities)):
+        return "not rising"  # more bits do not buy more quality, so that there is no rate of a quality
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         delta = measure(*anchor, *curve, METHOD)

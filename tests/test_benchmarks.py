@@ -77,6 +77,19 @@ def test_deltas_are_zero_for_the_same_curve_and_the_excess_for_one_of_more_rate(
     assert psnrs == sorted(psnrs)
 
 
+def test_a_curve_whose_quality_does_not_rise_has_no_delta(capsys: pytest.CaptureFixture[str]) -> None:
+    coarse = Variant("uniform", 0.125)
+    everything = [
+        {v: point(v, 1.0, lmbda) for v in (Variant(), Variant(steps=9), coarse)}
+        for lmbda in (0.005, 0.01, 0.02, 0.03)
+    ]
+    last = everything[-1][coarse]
+    everything[-1][coarse] = replace(last, psnr=everything[0][coarse].psnr)
+    rd_table.print_table(everything, 9)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("uniform")]
+    assert row.count("not rising") == 3
+
+
 def test_curves_are_drawn(tmp_path: Path) -> None:
     plan = "adaptive", 0.25
     variants = [Variant(), Variant(steps=9), Variant(*plan), Variant(*plan, steps=9)]
