@@ -204,6 +204,7 @@ def _multiply_accumulates(gm: fx.GraphModule, bench: Bench) -> dict[str, float]:
     def add(
         _: nn.Module,
         args: tuple[Tensor, ...],
+        kwargs: dict[str, Tensor],
         out: Tensor,
         *,
         site: str,
@@ -211,7 +212,7 @@ def _multiply_accumulates(gm: fx.GraphModule, bench: Bench) -> dict[str, float]:
         weights: int,
     ) -> None:
         # A convolution multiplies all its weights at each place of its output, a transposed one of its input.
-        places = args[0] if issubclass(kind, QuantizedConvTranspose2d) else out
+        places = (*args, *kwargs.values())[0] if issubclass(kind, QuantizedConvTranspose2d) else out
         counts[site] += weights * places.numel() / places.size(kind.channel_dim)
 
     with ExitStack() as stack, torch.no_grad(), weights_kept(gm):
@@ -221,6 +222,6 @@ def _multiply_accumulates(gm: fx.GraphModule, bench: Bench) -> dict[str, float]:
             kind = quantized_class(inner)
             assert kind is not None  # it is a site
             hook = partial(add, site=site, kind=kind, weights=kind.weight_of(inner).numel())
-            stack.callback(layer.register_forward_hook(hook).remove)
+            stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
         output_of(gm, x)
     return {site: count / (x.size(-1) * x.size(-2)) for site, count in counts.items()}

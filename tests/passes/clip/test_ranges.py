@@ -117,7 +117,7 @@ class Mixture(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Any]:
         y = self.gdn(self.grouped(self.down(x)))
         y = self.mixed(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return {"x_hat": self.up(y), "likelihoods": {"y": torch.sigmoid(y)}}
+        return {"x_hat": self.up(input=y), "likelihoods": {"y": torch.sigmoid(y)}}
 
 
 @pytest.mark.parametrize(("target", "fixed"), [(0.2, None), (0.55, {"up": None, "gdn": None})])
